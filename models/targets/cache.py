@@ -1,0 +1,90 @@
+"""A preallocated key/value cache: new rows are written in place, accepted rows are gathered to the front.
+
+All layers share one tensor [2 * layers, B, kv_heads, capacity, head_dim], so that a commit is one gather. Every batch row has
+its own length; a forward of T tokens writes slots length .. length + T - 1 of each row and reads the first `visible` slots.
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotLayer(CacheLayerMixin):
+    """One decoder layer's view of the cache. `update` returns the first `visible` slots, to be used with a 4-D mask."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, cache: "SlotCache", keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.cache, self.keys, self.values = cache, keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        pass  # allocated by SlotCache
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        cache, new = self.cache, key_states.size(2)
+        if cache.start is not None:
+            self.keys[:, :, cache.start:cache.start + new] = key_states
+            self.values[:, :, cache.start:cache.start + new] = value_states
+        else:
+            self.keys[cache.rows, :, cache.slots] = key_states.transpose(1, 2)
+            self.values[cache.rows, :, cache.slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, :cache.visible], self.values[:, :, :cache.visible]
+
+    def get_seq_length(self):
+        return 0  # positions and masks are always passed explicitly
+
+    def get_mask_sizes(self, query_length):
+        return self.cache.visible, 0
+
+    def get_max_length(self):
+        return self.keys.size(2)
+
+    get_max_cache_shape = get_max_length
+
+
+class SlotCache(Cache):
+    """lengths [B] int64 are the committed rows; `place(T)` chooses where the next forward writes."""
+
+    def __init__(self, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype, device):
+        self.store = torch.zeros(2 * layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._bind()
+
+    def _bind(self):
+        super().__init__(layers=[SlotLayer(self, self.store[2 * i], self.store[2 * i + 1]) for i in range(self.store.size(0) // 2)])
+
+    @property
+    def capacity(self) -> int:
+        return self.store.size(3)
+
+    def place(self, new: int) -> None:
+        """Chooses the slots of the next forward of `new` tokens a row. `start` is set when all rows agree (a plain slice)."""
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        self.visible = longest + new
+        if self.visible > self.capacity:
+            raise ValueError(f"cache holds {self.capacity} rows, {self.visible} are needed")
+        self.start = shortest if shortest == longest else None
+        if self.start is None:
+            self.rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
+            self.slots = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
+
+    def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
+        """Keeps the rows path [B, M] (offsets into the last forward, ascending; padding after counts [B] is ignored)."""
+        width = path.size(1)
+        steps = torch.arange(width, device=path.device)
+        if not bool(((path == steps) | (steps >= counts[:, None])).all()):
+            if len(self.lengths) == 1:
+                start = int(self.lengths[0])
+                self.store[:, 0, :, start:start + width] = self.store[:, 0].index_select(2, start + path[0])
+            else:
+                rows = torch.arange(len(self.lengths), device=path.device)[:, None]
+                kept = self.store[:, rows, :, self.lengths[:, None] + path]
+                self.store[:, rows, :, self.lengths[:, None] + steps] = kept
+        self.lengths = self.lengths + counts
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps only the given batch rows."""
+        self.store, self.lengths = self.store[:, rows].contiguous(), self.lengths[rows]
+        self._bind()

@@ -1,0 +1,206 @@
+"""A frozen Hugging Face causal language model as drafters see it.
+
+Nothing outside this folder touches a key/value cache, an attention mask or a position id. Token ids only: tokenizers are
+handled by whoever reads prompts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.features import Features, FeatureSpec, Teacher
+from draftsmith.models.targets.cache import SlotCache
+from draftsmith.models.tree import DraftTree
+
+PREFILL_ROWS = 512  # rows of one prefill chunk: the mask is [chunk, prefix], never [length, length]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """logits [B, V] after each prompt's last token; features of all prompt rows."""
+
+    logits: torch.Tensor
+    features: Features
+
+
+@dataclass(frozen=True)
+class Verified:
+    """logits [B, N, V] and hidden [B, N, taps * h] of every tree node."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+    def features(self, tree: DraftTree, path: torch.Tensor, counts: torch.Tensor) -> Features:
+        """Features of the committed nodes path [B, M], the first counts [B] of each row being real."""
+        rows = torch.arange(len(path), device=path.device)[:, None]
+        return Features(tree.tokens[rows, path], self.hidden[rows, path], counts)
+
+
+class TextTarget:
+    """A frozen decoder with its output head, and the forward hooks that read the taps a FeatureSpec names."""
+
+    def __init__(self, model, name: str = ""):
+        self.model, self.name = model.eval().requires_grad_(False), name
+        self.config = model.config.get_text_config()
+        self.body, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        self._taps: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(self.body.layers):
+            layer.register_forward_hook(lambda _m, _i, out, k=index + 1: self._keep(k, out))
+        self._wanted: frozenset = frozenset()
+        self._check_projection()
+
+    @classmethod
+    def load(cls, name: str | Path, dtype: torch.dtype | None = None, device: str | None = None, trust_remote_code: bool = False):
+        """A Hub id, a directory, or `bundled:NAME`. Default dtype: fp32 on a CPU, the checkpoint's own on an accelerator."""
+        from draftsmith.models.targets import locate
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = locate(name)
+        try:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            dtype = dtype or (torch.float32 if device == "cpu" else "auto")
+            model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"target {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        return cls(model.to(device), str(name))
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.size(0)
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def context_length(self) -> int:
+        return self.config.max_position_embeddings
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[V, h], the frozen input embedding that heads share."""
+        return self.model.get_input_embeddings().weight
+
+    def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`."""
+        if ids is None:
+            logits = self.head(hidden)
+        else:
+            bias = self.head.bias[ids] if getattr(self.head, "bias", None) is not None else None
+            logits = torch.nn.functional.linear(hidden, self.head.weight[ids], bias)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @torch.no_grad()
+    def features(self, tokens: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor, spec: FeatureSpec) -> Features:
+        """Training features of right-padded rows: tokens [B, S], lengths [B], mask [B, S] bool (the token mask)."""
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        inside = (positions < lengths[:, None]).long()
+        final, hidden = self._forward(spec, input_ids=tokens, attention_mask=inside, use_cache=False)
+        return Features(tokens, hidden, lengths, mask, Teacher(final, self.project))
+
+    def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
+        """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens and one tree)."""
+        return TextSession(self, spec, batch, capacity)
+
+    def _keep(self, index: int, out):
+        if index in self._wanted:
+            self._taps[index] = out[0] if isinstance(out, tuple) else out
+
+    def _forward(self, spec: FeatureSpec, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the body: (final states [B, T, h], tapped states [B, T, taps * h])."""
+        self._wanted = frozenset(k for k in spec.taps if k != "last")
+        final = self.body(**inputs).last_hidden_state
+        taps = [final if k == "last" else self._embedded(inputs) if k == 0 else self._taps[k] for k in spec.taps]
+        self._taps.clear()
+        return final, torch.cat(taps, -1) if taps else final[..., :0]
+
+    def _embedded(self, inputs):
+        return self.model.get_input_embeddings()(inputs["input_ids"])
+
+    @torch.no_grad()
+    def _check_projection(self):
+        """`project` must be the model's own way from final states to logits; models that scale them elsewhere are refused."""
+        probe = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        own = self.model(input_ids=probe, use_cache=False)
+        ours = self.project(self.body(input_ids=probe, use_cache=False).last_hidden_state)
+        if not torch.allclose(own.logits.float(), ours.float(), rtol=1e-3, atol=1e-3):
+            raise UserError(f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported")
+
+
+class TextSession:
+    """One batch of prompts being decoded. lengths [B] are the rows the target has processed and kept."""
+
+    def __init__(self, target: TextTarget, spec: FeatureSpec, batch: int, capacity: int):
+        self.target, self.spec = target, spec
+        config = target.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.cache = SlotCache(config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim, target.dtype, target.device)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self.cache.lengths
+
+    @torch.no_grad()
+    def prefill(self, prompts: list[list[int]]) -> Prefill:
+        """Processes the prompts (ragged, none empty) in chunks."""
+        device = self.target.device
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        width = int(lengths.max())
+        tokens = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
+        hidden, last = [], None
+        for start in range(0, width, PREFILL_ROWS):
+            chunk = tokens[:, start:start + PREFILL_ROWS]
+            rows = torch.arange(start, start + chunk.size(1), device=device)
+            seen = (torch.arange(start + chunk.size(1), device=device) <= rows[:, None]).expand(len(prompts), -1, -1)
+            final, tapped = self._run(chunk, rows.expand(len(prompts), -1), seen)
+            self.cache.lengths = self.cache.lengths + chunk.size(1)
+            hidden.append(tapped)
+            ends = (lengths - 1 - start).clamp(0, chunk.size(1) - 1)
+            ending = final[torch.arange(len(prompts), device=device), ends]
+            here = ((lengths - 1) // PREFILL_ROWS == start // PREFILL_ROWS)[:, None]
+            last = ending if last is None else torch.where(here, ending, last)
+        self.cache.lengths = lengths
+        return Prefill(self.target.project(last), Features(tokens, torch.cat(hidden, 1), lengths))
+
+    @torch.no_grad()
+    def verify(self, tree: DraftTree) -> Verified:
+        """One forward over all tree nodes; nothing is kept until `commit`."""
+        lengths = self.cache.lengths
+        columns = torch.arange(int(lengths.max()) + tree.size, device=lengths.device)
+        seen = (columns < lengths[:, None])[:, None].repeat(1, tree.size, 1)
+        slots = (lengths[:, None] + torch.arange(tree.size, device=lengths.device))[:, None].expand(-1, tree.size, -1)
+        seen.scatter_(2, slots, tree.ancestors)
+        final, hidden = self._run(tree.tokens, lengths[:, None] + tree.depths, seen)
+        return Verified(self.target.project(final), hidden)
+
+    def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
+        """Keeps the nodes path [B, M] (root first; only the first counts [B] of a row are real) of the last verified tree."""
+        self.cache.commit(path, counts)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Goes on with only these batch rows."""
+        self.cache.select(rows)
+
+    def _run(self, tokens, positions, seen):
+        """tokens [B, T], positions [B, T], seen [B, T, visible] bool -> (final, tapped)."""
+        self.cache.place(tokens.size(1))
+        mask = torch.zeros(seen.shape, dtype=self.target.dtype, device=seen.device)
+        mask.masked_fill_(~seen, torch.finfo(self.target.dtype).min)
+        return self.target._forward(self.spec, input_ids=tokens, position_ids=positions, attention_mask=mask[:, None],
+                                    past_key_values=self.cache, use_cache=True)

@@ -1,0 +1,246 @@
+"""Trains the bundled `code` target: a deep, thin Llama on Python source found on the machine.
+
+Depth is grown in stages: a shallow model learns first, then every layer is followed by copies of itself whose output
+projections start at zero (the function is unchanged at that moment), and training goes on with all of them. A stage sees
+whole rows of packed documents; the loss covers every token. Muon for the matrices, AdamW for embeddings and norms; both
+learning rates fall linearly to zero over the last `decay` share of all tokens.
+"""
+
+import copy
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from draftsmith.train import corpus
+from draftsmith.train.muon import Muon
+from draftsmith.train.recipe import Strict
+
+SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{{ '<|bos|>' }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' }}"
+    "{% generation %}{{ message['content'] }}{{ '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ '<|user|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class Corpus(Strict):
+    packages: list[str]
+    text_share: float
+    max_question: int
+    max_answer: int
+    held_out: float
+
+
+class Architecture(Strict):
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+
+
+class Stage(Strict):
+    layers: int
+    length: int
+    batch: int
+    tokens: int
+
+
+class Optimizer(Strict):
+    muon_lr: float
+    adam_lr: float
+    warmup: int
+    decay: float
+    clip: float
+
+
+class TargetRecipe(Strict):
+    seed: int
+    corpus: Corpus
+    model: Architecture
+    stages: list[Stage]
+    optimizer: Optimizer
+    compile: bool
+    save_minutes: float
+    output: str
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with the chat template above; every text it can be asked to encode is encodable."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>",
+                                   clean_up_tokenization_spaces=False)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def chat(function: corpus.Function) -> str:
+    return f"<|bos|><|user|>{function.question}<|end|><|assistant|>{function.answer}<|end|>"
+
+
+class Documents:
+    """Tokenised documents of both splits: `train` (chat and text forms) and `held_out` (chat form only)."""
+
+    def __init__(self, recipe: TargetRecipe, folder: Path):
+        spec = recipe.corpus
+        files = corpus.find_sources(spec.packages)
+        functions = corpus.unique_functions(files)
+        train = [f for f in functions if not corpus.is_held_out(f.module, spec.held_out)]
+        held = [f for f in functions if corpus.is_held_out(f.module, spec.held_out) and f.documented]
+        texts = [f for f in files if not corpus.is_held_out(f.module, spec.held_out)]
+        rng = random.Random(recipe.seed)
+        sample = rng.sample(train, min(len(train), 30_000))
+        self.tokenizer = train_tokenizer([f.question for f in sample] + [f.answer for f in sample], recipe.model.vocab_size)
+        (folder / "corpus.json").write_text(json.dumps(corpus.manifest(files), indent=0))
+        self.chat = self._encode(train, spec)
+        self.held_out = self._encode(held, spec)
+        self.held_functions = held
+        rng.shuffle(texts)
+        budget = int(sum(map(len, self.chat)) * spec.text_share / (1 - spec.text_share))
+        self.text = []
+        for source in texts:
+            if budget <= 0:
+                break
+            ids = self.tokenizer(f"<|bos|>{source.text[:6000]}<|end|>")["input_ids"]
+            self.text.append(ids)
+            budget -= len(ids)
+
+    def _encode(self, functions: list[corpus.Function], spec: Corpus) -> list[list[int]]:
+        kept = []
+        for start in range(0, len(functions), 4096):
+            part = functions[start:start + 4096]
+            questions = self.tokenizer([f.question for f in part])["input_ids"]
+            whole = self.tokenizer([chat(f) for f in part])["input_ids"]
+            kept += [w for q, w in zip(questions, whole) if len(q) <= spec.max_question and len(w) - len(q) <= spec.max_answer]
+        return kept
+
+    def stream(self, epoch: int, seed: int) -> torch.Tensor:
+        documents = self.chat + self.text
+        random.Random(seed * 1000 + epoch).shuffle(documents)
+        return torch.tensor([token for document in documents for token in document], dtype=torch.int32)
+
+
+def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
+    """The same function with more layers: each layer is followed by copies of itself that add zero to the residual."""
+    old = model.config.num_hidden_layers
+    if layers % old:
+        raise ValueError(f"cannot grow {old} layers to {layers}: not a multiple")
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    config.layer_types = None
+    grown = LlamaForCausalLM(config)
+    grown.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    grown.model.norm.load_state_dict(model.model.norm.state_dict())
+    factor = layers // old
+    for index, layer in enumerate(grown.model.layers):
+        layer.load_state_dict(model.model.layers[index // factor].state_dict())
+        if index % factor:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return grown
+
+
+def language_loss(model, rows: torch.Tensor, body=None) -> torch.Tensor:
+    """Mean next-token cross-entropy (nats per token) of rows [B, S + 1]."""
+    rows = rows.long()
+    hidden = (model.model if body is None else body)(input_ids=rows[:, :-1]).last_hidden_state
+    return F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def loss_per_byte(model, tokenizer, documents: list[list[int]], device, limit: int = 400) -> tuple[float, float]:
+    """Held-out loss: (nats per token, nats per byte of text), each document on its own, special tokens included."""
+    nats = tokens = size = 0
+    for ids in documents[:limit]:
+        row = torch.tensor([ids], device=device)
+        nats += float(language_loss(model, row)) * (len(ids) - 1)
+        tokens += len(ids) - 1
+        size += len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+    return nats / tokens, nats / size
+
+
+def make_optimizers(model, spec: Optimizer):
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [Muon(matrices, lr=spec.muon_lr), torch.optim.AdamW(others, lr=spec.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def pretrain(recipe: TargetRecipe, log=print) -> Path:
+    """Runs all stages and saves bf16 safetensors, tokenizer, corpus manifest and held-out figures under `recipe.output`.
+
+    A checkpoint (fp32 weights, `output/checkpoint`) is written every `save_minutes`; it is for looking at, not for resuming.
+    """
+    torch.manual_seed(recipe.seed)
+    folder = Path(recipe.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    documents = Documents(recipe, folder)
+    log(f"chat {sum(map(len, documents.chat)):,} tokens, text {sum(map(len, documents.text)):,}, held out {len(documents.held_out)} documents")
+    documents.tokenizer.save_pretrained(folder)
+    shape = recipe.model
+    config = LlamaConfig(**shape.model_dump(exclude={"rope_theta"}), rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+                         num_hidden_layers=recipe.stages[0].layers, tie_word_embeddings=True, use_cache=False,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = LlamaForCausalLM(config).to(device)
+    total = sum(stage.tokens for stage in recipe.stages)
+    spec, seen, steps, epoch, cursor, stream = recipe.optimizer, 0, 0, 0, 0, documents.stream(0, recipe.seed)
+    started = saved = time.time()
+    for stage in recipe.stages:
+        if stage.layers != model.config.num_hidden_layers:
+            model = grow(model, stage.layers).to(device)
+        body = torch.compile(model.model) if recipe.compile else model.model
+        optimizers, end, losses = make_optimizers(model, spec), seen + stage.tokens, []
+        while seen < end:
+            need = stage.batch * (stage.length + 1)
+            if cursor + need > len(stream):
+                epoch, cursor = epoch + 1, 0
+                stream = documents.stream(epoch, recipe.seed)
+            rows = stream[cursor:cursor + need].view(stage.batch, -1).to(device)
+            cursor += need
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = language_loss(model, rows, body)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
+            scale = min(1.0, (steps + 1) / spec.warmup, (1 - seen / total) / spec.decay)
+            for optimizer, lr in zip(optimizers, (spec.muon_lr, spec.adam_lr)):
+                optimizer.param_groups[0]["lr"] = lr * max(scale, 0.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seen, steps = seen + stage.batch * stage.length, steps + 1
+            losses.append(loss.item())
+            if steps % 100 == 0:
+                minutes = (time.time() - started) / 60
+                log(f"layers {stage.layers} step {steps} tokens {seen / 1e6:.2f}M epoch {epoch} loss {sum(losses[-100:]) / len(losses[-100:]):.3f} "
+                    f"lr x{scale:.2f} {minutes:.1f} min")
+            if time.time() - saved > recipe.save_minutes * 60:
+                saved = time.time()
+                nats, per_byte = loss_per_byte(model, documents.tokenizer, documents.held_out, device, 100)
+                log(f"held-out loss {nats:.3f} per token, {per_byte:.4f} per byte")
+                model.save_pretrained(folder / "checkpoint")
+        if not math.isfinite(losses[-1]):
+            raise RuntimeError(f"loss became {losses[-1]} at step {steps}")
+    model.eval()
+    nats, per_byte = loss_per_byte(model, documents.tokenizer, documents.held_out, device)
+    model.config.use_cache = True
+    model.to(torch.bfloat16).save_pretrained(folder)
+    figures = {"held_out_nats_per_token": nats, "held_out_nats_per_byte": per_byte, "tokens": seen, "minutes": (time.time() - started) / 60,
+               "parameters": sum(p.numel() for p in model.parameters())}
+    (folder / "training.json").write_text(json.dumps(figures, indent=1))
+    log(json.dumps(figures))
+    return folder
