@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Teacher
-from draftsmith.models.targets.cache import SlotCache
+from draftsmith.models.slots import SlotCache
 from draftsmith.models.tree import DraftTree
 
 PREFILL_ROWS = 512  # rows of one prefill chunk: the mask is [chunk, prefix], never [length, length]

@@ -1,4 +1,4 @@
-"""A preallocated key/value cache: new rows are written in place, accepted rows are gathered to the front.
+"""A preallocated key/value cache for targets and heads: new rows are written in place, accepted rows are gathered to the front.
 
 All layers share one tensor [2 * layers, B, kv_heads, capacity, head_dim], so that a commit is one gather. Every batch row has
 its own length; a forward of T tokens writes slots length .. length + T - 1 of each row and reads the first `visible` slots.
@@ -59,16 +59,22 @@ class SlotCache(Cache):
     def capacity(self) -> int:
         return self.store.size(3)
 
-    def place(self, new: int) -> None:
-        """Chooses the slots of the next forward of `new` tokens a row. `start` is set when all rows agree (a plain slice)."""
-        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+    def place(self, new: int, offset: int = 0) -> None:
+        """Chooses the slots of the next forward of `new` tokens a row, `offset` slots behind the committed rows.
+
+        `start` is set when all rows agree (a plain slice). The store grows when it is too small.
+        """
+        shortest, longest = int(self.lengths.min()) + offset, int(self.lengths.max()) + offset
         self.visible = longest + new
         if self.visible > self.capacity:
-            raise ValueError(f"cache holds {self.capacity} rows, {self.visible} are needed")
+            wider = self.store.new_zeros(*self.store.shape[:3], max(self.visible, 2 * self.capacity), self.store.size(4))
+            wider[:, :, :, :self.capacity] = self.store
+            self.store = wider
+            self._bind()
         self.start = shortest if shortest == longest else None
         if self.start is None:
             self.rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
-            self.slots = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
+            self.slots = self.lengths[:, None] + offset + torch.arange(new, device=self.lengths.device)
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
         """Keeps the rows path [B, M] (offsets into the last forward, ascending; padding after counts [B] is ignored)."""

@@ -1,0 +1,125 @@
+"""The decode loop: one for every drafter, plain decoding included. Token ids only."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from draftsmith.eval.sampling import Sampling, choose, process, seen_tokens
+from draftsmith.eval.verify import match
+from draftsmith.models.drafter import Drafter
+from draftsmith.models.errors import UserError
+from draftsmith.models.targets import TextTarget
+from draftsmith.models.tree import DraftTree
+
+
+class Clock:
+    """Seconds by phase, devices synchronised at every border. `total` covers the loop without the prefill."""
+
+    def __init__(self, device: torch.device):
+        self.seconds = {"draft": 0.0, "verify": 0.0, "total": 0.0}
+        self.sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+    @contextmanager
+    def phase(self, name: str):
+        self.sync()
+        start = time.perf_counter()
+        yield
+        self.sync()
+        self.seconds[name] += time.perf_counter() - start
+
+
+@dataclass
+class Trace:
+    """One request. tokens: everything emitted, the token from the prefill first, cut at EOS and at the limit.
+
+    accepted: drafted tokens accepted in each verify pass, before any cut; drafted: drafted levels of its tree.
+    emitted: tokens that count for each pass (after the cut). gaps: top-2 gap of the processed logits at each emitted token.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+
+def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
+             eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None) -> list[Trace]:
+    """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise.
+
+    Raises UserError for an empty prompt or one that leaves no room in the target's context.
+    """
+    clock, active = clock or Clock(target.device), list(requests or range(len(prompts)))
+    traces, histories = {r: Trace() for r in active}, {r: list(p) for r, p in zip(active, prompts)}
+    order = list(active)
+    check_prompts(target, prompts, max_new_tokens, drafter.size)
+    session = target.open(drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size)
+    prefill = session.prefill(prompts)
+    start = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=target.device))
+    root = pick(prefill.logits[:, None], start, session.lengths[:, None], sampling, active, histories)[0][:, 0]
+    drafter.begin(prefill.features, root)
+    for request, token in zip(active, root.tolist()):
+        traces[request].tokens.append(token)
+        histories[request].append(token)
+    with clock.phase("total"):
+        while True:
+            going = [i for i, r in enumerate(active) if traces[r].tokens[-1] not in eos and len(traces[r].tokens) < max_new_tokens]
+            if len(going) < len(active):
+                if not going:
+                    break
+                rows = torch.tensor(going, device=target.device)
+                session.select(rows)
+                drafter.select(rows)
+                active = [active[i] for i in going]
+            with clock.phase("draft"):
+                tree = drafter.propose()
+            with clock.phase("verify"):
+                verified = session.verify(tree)
+            positions = session.lengths[:, None] + tree.depths + 1
+            chosen, gaps = pick(verified.logits, tree, positions, sampling, active, histories)
+            accepted = match(tree, chosen)
+            session.commit(accepted.path, accepted.counts)
+            with clock.phase("draft"):
+                drafter.observe(verified.features(tree, accepted.path, accepted.counts), accepted.next_token)
+            record(traces, histories, active, tree, accepted, gaps, max_new_tokens, eos)
+    return [traces[r] for r in order]
+
+
+def pick(logits, tree, positions, sampling, active, histories):
+    """What the target emits after each node [B, N], and the top-2 gap of the processed logits there."""
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        seen = seen_tokens([histories[r] for r in active], logits.size(-1), logits.device)
+    logits = process(logits, sampling, seen, tree)
+    top = logits.topk(2).values
+    return choose(logits, sampling, active, positions), top[..., 0] - top[..., 1]
+
+
+def record(traces, histories, active, tree, accepted, gaps, max_new_tokens, eos):
+    """Appends what was emitted in this pass to the traces, cut at EOS and at the limit."""
+    depth = tree.depths.amax(1).tolist()
+    rows = torch.arange(len(active), device=tree.tokens.device)[:, None]
+    path_tokens, path_gaps = tree.tokens[rows, accepted.path].tolist(), gaps[rows, accepted.path].tolist()
+    for i, (request, count, token) in enumerate(zip(active, accepted.counts.tolist(), accepted.next_token.tolist())):
+        trace, emitted = traces[request], [*path_tokens[i][1:count], token]
+        kept = emitted[:max_new_tokens - len(trace.tokens)]
+        ends = next((j + 1 for j, t in enumerate(kept) if t in eos), len(kept))
+        kept = kept[:ends]
+        trace.tokens += kept
+        histories[request] += kept
+        trace.accepted.append(count - 1)
+        trace.drafted.append(depth[i])
+        trace.emitted.append(len(kept))
+        trace.gaps += path_gaps[i][:len(kept)]
+
+
+def check_prompts(target: TextTarget, prompts: list[list[int]], max_new_tokens: int, tree_size: int) -> None:
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {row}: found no tokens, expected at least one")
+        room = target.context_length - max_new_tokens - tree_size
+        if len(prompt) > room:
+            raise UserError(f"prompt {row}: found {len(prompt)} tokens, expected at most {room} "
+                            f"(context {target.context_length}, {max_new_tokens} new tokens, tree of {tree_size})")

@@ -1,0 +1,90 @@
+"""Target distributions: temperature, top-k, top-p and repetition penalty, applied per tree node with that node's own history.
+
+Plain and speculative decoding call the same functions. Randomness is keyed by (seed, request, absolute position), so that
+sample-and-match reproduces plain sampling token for token.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 = greedy; top_k 0 and top_p 1 = off; repetition_penalty 1 = off (over prompt and generated tokens)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise UserError(f"sampling: found {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
+
+
+def keyed_uniform(seed: int, request: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its key."""
+    digest = hashlib.blake2b(f"{seed}/{request}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def seen_tokens(history: list[list[int]], vocab_size: int, device) -> torch.Tensor:
+    """[B, V] bool: which ids occur in each request's prompt and committed text."""
+    seen = torch.zeros(len(history), vocab_size, dtype=torch.bool, device=device)
+    for row, ids in enumerate(history):
+        seen[row, torch.tensor(ids, device=device)] = True
+    return seen
+
+
+def penalise(logits: torch.Tensor, penalty: float, seen: torch.Tensor, tree: DraftTree) -> torch.Tensor:
+    """Repetition penalty (Keskar et al., 2019) for logits [B, N, V]: a node has seen [B, V], its ancestors and itself."""
+    rows, nodes, ancestors = tree.ancestors.nonzero(as_tuple=True)
+    mine = seen[:, None].repeat(1, tree.size, 1)
+    mine[rows, nodes, tree.tokens[rows, ancestors]] = True
+    return torch.where(mine, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def process(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None, tree: DraftTree) -> torch.Tensor:
+    """logits [B, N, V] -> fp32 logits after repetition penalty, temperature, top-k and top-p (excluded ids are -inf).
+
+    With temperature 0 only the penalty applies. `seen` is needed exactly when the penalty is not 1.
+    """
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        logits = penalise(logits, sampling.repetition_penalty, seen, tree)
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        mass = ordered.softmax(-1)
+        cut = mass.cumsum(-1) - mass >= sampling.top_p  # the first token that reaches top_p stays
+        logits = logits.masked_fill(cut.scatter(-1, order, cut), float("-inf"))
+    return logits
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, requests: list[int], positions: torch.Tensor) -> torch.Tensor:
+    """The token that follows each node: argmax, or the inverse CDF at the uniform of (seed, request, position).
+
+    logits [B, N, V] processed, positions [B, N] of the chosen token -> [B, N] int64.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    table: dict[tuple[int, int], float] = {}
+    rows = positions.tolist()
+    for request, row in zip(requests, rows):
+        for position in row:
+            if (request, position) not in table:
+                table[request, position] = keyed_uniform(sampling.seed, request, position)
+    uniforms = torch.tensor([[table[request, p] for p in row] for request, row in zip(requests, rows)], dtype=torch.float64, device=logits.device)
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    index = torch.searchsorted(cdf, (uniforms * cdf[..., -1])[..., None], right=True)[..., 0]
+    return index.clamp(max=logits.size(-1) - 1)

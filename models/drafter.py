@@ -1,0 +1,71 @@
+"""Drafters: whatever proposes trees. The decode loop knows nothing else of them.
+
+    begin(features, root)      a new batch of requests: features of the prompts, the first emitted token of each
+    propose() -> DraftTree     trees whose roots are the last emitted tokens
+    observe(features, root)    features of the rows just committed (old root and accepted nodes), the newly emitted token
+    select(rows)               go on with only these requests
+"""
+
+from typing import Protocol
+
+import torch
+
+from draftsmith.models.features import Features, FeatureSpec
+from draftsmith.models.grow import TreePolicy
+from draftsmith.models.tree import DraftTree
+
+
+class Drafter(Protocol):
+    feature_spec: FeatureSpec
+    size: int  # rows of the largest tree, root included
+
+    def begin(self, features: Features, root: torch.Tensor) -> None: ...
+    def propose(self) -> DraftTree: ...
+    def observe(self, features: Features, root: torch.Tensor) -> None: ...
+    def select(self, rows: torch.Tensor) -> None: ...
+
+
+class NoDrafter:
+    """Proposes the root alone: the decode loop with it is plain decoding."""
+
+    feature_spec, size = FeatureSpec(taps=()), 1
+
+    def begin(self, features, root):
+        self.root = root
+
+    def observe(self, features, root):
+        self.root = root
+
+    def propose(self):
+        return DraftTree.root_only(self.root)
+
+    def select(self, rows):
+        self.root = self.root[rows]
+
+    def __str__(self):
+        return "plain"
+
+
+class HeadDrafter:
+    """A trained head and a tree policy."""
+
+    def __init__(self, head, policy: TreePolicy):
+        self.head, self.policy = head, policy
+        self.feature_spec, self.size = head.feature_spec, policy.size
+
+    def begin(self, features, root):
+        self.context, self.root = self.head.prefill(features), root
+
+    def propose(self):
+        return self.policy.grow(self.head, self.head.roots(self.context), self.root)
+
+    def observe(self, features, root):
+        self.head.extend(self.context, features)
+        self.root = root
+
+    def select(self, rows):
+        self.context.select(rows)
+        self.root = self.root[rows]
+
+    def __str__(self):
+        return str(self.policy)

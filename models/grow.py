@@ -1,0 +1,132 @@
+"""Growing a draft tree from a learned head: the EAGLE-2 dynamic tree and static shapes (a chain is one of them).
+
+A policy sees the head only through `roots` and `expand`. All scores are fp32 log-probabilities at temperature 1.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.tree import DraftTree
+
+# 25 drafted nodes of EAGLE-1, as child ranks level by level.
+EAGLE_PATHS = [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (0, 0, 0), (0, 0, 1), (0, 0, 2),
+               (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 0, 0),
+               (0, 0, 0, 0, 1)]
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """EAGLE-2 (Li et al., 2024, section 4): expand the `top_k` best nodes of each level, `depth` drafted levels, then keep the
+    size - 1 best of all candidates by cumulative log-probability (ties: the earlier, hence the shallower)."""
+
+    top_k: int
+    depth: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"dynamic:{self.top_k}x{self.depth}x{self.size}"
+
+    def grow(self, head, beam, root: torch.Tensor) -> DraftTree:
+        """root [B] -> trees of min(size, candidates + 1) nodes."""
+        batch = len(root)
+        k = min(self.top_k, len(head.ids))
+        logp, beam = head.expand(beam, root[:, None], torch.zeros_like(root)[:, None])
+        scores, picks = logp[:, 0].topk(k)
+        tokens = head.ids[picks]
+        flat = torch.arange(1, k + 1, device=root.device).expand(batch, k)  # candidate number + 1; 0 is the root
+        parents = torch.zeros_like(flat)
+        all_scores, all_tokens, all_parents, count = [scores], [tokens], [torch.zeros_like(flat)], k
+        for level in range(1, self.depth):
+            logp, beam = head.expand(beam, tokens, parents)
+            gains, picks = logp.topk(k)
+            candidates = (scores[..., None] + gains).flatten(1)
+            all_scores.append(candidates)
+            all_tokens.append(head.ids[picks].flatten(1))
+            all_parents.append(flat.repeat_interleave(k, 1))
+            if level < self.depth - 1:
+                scores, best = candidates.topk(k)
+                parents, tokens = best // k, all_tokens[-1].gather(1, best)
+                flat = count + 1 + best
+            count += k * k
+        scores, tokens, parents = (torch.cat(x, 1) for x in (all_scores, all_tokens, all_parents))
+        kept = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :self.size - 1].sort(1).values
+        place = torch.zeros(batch, count + 1, dtype=torch.int64, device=root.device)
+        place.scatter_(1, kept + 1, torch.arange(1, kept.size(1) + 1, device=root.device).expand(batch, -1))
+        parents = place.gather(1, parents.gather(1, kept))
+        none = torch.full_like(root[:, None], -1)
+        return DraftTree.of(torch.cat([root[:, None], tokens.gather(1, kept)], 1), torch.cat([none, parents], 1))
+
+
+@dataclass(frozen=True)
+class StaticTree:
+    """A fixed shape: every drafted node is the path of child ranks that leads to it (rank 0 = most probable child)."""
+
+    paths: tuple[tuple[int, ...], ...]
+    label: str
+
+    def __str__(self) -> str:
+        return self.label
+
+    @property
+    def size(self) -> int:
+        return len(self.paths) + 1
+
+    @property
+    def depth(self) -> int:
+        return max(map(len, self.paths))
+
+    @cached_property
+    def levels(self) -> list[dict]:
+        """Per level: for the expanded nodes, their row among the level before (`rows`); for the drafted nodes, the expanded row they
+        hang from (`of`), their child rank and their parent's number in the tree."""
+        number = {(): 0} | {path: i + 1 for i, path in enumerate(sorted(self.paths, key=lambda p: (len(p), p)))}
+        levels, before = [], [()]
+        for depth in range(1, self.depth + 1):
+            nodes = sorted(p for p in self.paths if len(p) == depth)
+            expanded = sorted({p[:-1] for p in nodes})
+            levels.append({
+                "rows": [before.index(p) for p in expanded], "of": [expanded.index(p[:-1]) for p in nodes],
+                "rank": [p[-1] for p in nodes], "parent": [number[p[:-1]] for p in nodes],
+            })
+            before = nodes
+        return levels
+
+    def grow(self, head, beam, root: torch.Tensor) -> DraftTree:
+        """root [B] -> trees of `size` nodes."""
+        tokens, parents, level_tokens, of = [root[:, None]], [-1], root[:, None], [0]
+        for level in self.levels:
+            # A node's hidden state comes from the expanded row that it hangs from.
+            source = torch.tensor([of[r] for r in level["rows"]], device=root.device).expand(len(root), -1)
+            logp, beam = head.expand(beam, level_tokens[:, level["rows"]], source)
+            picks = logp.topk(max(level["rank"]) + 1).indices[:, level["of"], level["rank"]]
+            level_tokens, of = head.ids[picks], level["of"]
+            tokens.append(level_tokens)
+            parents += level["parent"]
+        parents = torch.tensor(parents, device=root.device).expand(len(root), -1).contiguous()
+        return DraftTree.of(torch.cat(tokens, 1), parents)
+
+
+TreePolicy = DynamicTree | StaticTree
+
+
+def chain(depth: int) -> StaticTree:
+    return StaticTree(tuple((0,) * d for d in range(1, depth + 1)), f"chain:{depth}")
+
+
+def parse_tree(text: str) -> TreePolicy:
+    """`chain:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root) or `eagle` (25 drafted nodes of EAGLE-1)."""
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = [int(n) for n in rest.split("x")] if rest else []
+        if kind == "eagle" and not numbers:
+            return StaticTree(tuple(EAGLE_PATHS), "eagle")
+        if kind == "chain" and len(numbers) == 1 and numbers[0] > 0:
+            return chain(numbers[0])
+        if kind == "dynamic" and len(numbers) == 3 and min(numbers) > 0 and numbers[2] > 1:
+            return DynamicTree(*numbers)
+    except ValueError:
+        pass
+    raise UserError(f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE or eagle")

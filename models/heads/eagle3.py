@@ -1,0 +1,353 @@
+"""The EAGLE-3 head (Li et al., 2025): one widened decoder layer over fused low/mid/high features of the target.
+
+Row t consumes the target's features at x_t and the embedding of x_{t+1} and predicts x_{t+2}. The layer input is
+`[input_layernorm(embedding), hidden_norm(H)]`; the residual base is the un-normalised H; the pre-norm output is the next step's H
+(training-time test). Embeddings are the target's, frozen; no bias anywhere; the rope is the target's.
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from draftsmith.models.features import Features, FeatureSpec
+from draftsmith.models.heads.attention import step_attention
+from draftsmith.models.slots import SlotCache
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Shapes of a head. taps are Hugging Face `hidden_states` indices, ascending (low, mid, high)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_parameters: dict
+    max_position_embeddings: int
+    vocab_size: int
+    draft_vocab_size: int
+    taps: tuple[int, ...]
+
+    @classmethod
+    def for_target(cls, config, intermediate_size: int | None = None, draft_vocab_size: int | None = None) -> "Eagle3Config":
+        """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3)."""
+        layers = config.num_hidden_layers
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=intermediate_size or config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters=dict(config.rope_parameters),
+            max_position_embeddings=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            draft_vocab_size=draft_vocab_size or config.vocab_size,
+            taps=(2, layers // 2, layers - 3),
+        )
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "taps": list(self.taps)}
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in the half-split layout. x [..., H, D], cos and sin [..., 1, D]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        wide = 2 * config.hidden_size
+        self.q_proj = nn.Linear(wide, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(wide, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(wide, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.scale = self.head_dim**-0.5
+
+    def query(self, u, cos, sin):
+        """u [..., 2h] -> [..., H, D], turned."""
+        return _turn(self.q_proj(u).unflatten(-1, (self.heads, self.head_dim)), cos, sin)
+
+    def key_value(self, u, cos, sin):
+        """u [..., 2h] -> keys (turned) and values [..., H_kv, D]."""
+        key = _turn(self.k_proj(u).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
+        return key, self.v_proj(u).unflatten(-1, (self.kv_heads, self.head_dim))
+
+    def repeat(self, x, dim: int):
+        """Key/value heads to query heads."""
+        return x.repeat_interleave(self.heads // self.kv_heads, dim)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def widen(self, embedding, hidden):
+        """[..., h], [..., h] -> the attention input [..., 2h]."""
+        return torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], -1)
+
+    def finish(self, hidden, attended):
+        """hidden [..., h] (residual base), attended [..., H, D] -> layer output [..., h]."""
+        y = hidden + self.self_attn.o_proj(attended.flatten(-2))
+        return y + self.mlp(self.post_attention_layernorm(y))
+
+
+@dataclass
+class Context:
+    """Committed rows of B requests. `cache` holds the keys and values of complete rows; `pending` are features whose rows wait
+    for the next token (the last one waits for the root)."""
+
+    cache: SlotCache
+    pending: Features
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.cache.select(rows)
+        p = self.pending
+        self.pending = Features(p.tokens[rows], p.hidden[rows], p.lengths[rows])
+
+
+@dataclass(frozen=True)
+class Beam:
+    """Expanded nodes of B trees. hidden [B, k, h]: layer outputs of the last level; seen [B, k, nodes]: which expanded nodes each
+    of them sees (itself included); depth: levels drafted so far."""
+
+    context: Context
+    hidden: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    depth: int = 0
+
+
+class Eagle3Head(nn.Module):
+    """embedding [V, h] is the target's (not trained, not saved); ids [Vd] int64 is the draft vocabulary."""
+
+    name = "eagle3"
+
+    def __init__(self, config: Eagle3Config, embedding: torch.Tensor, ids: torch.Tensor | None = None):
+        super().__init__()
+        self.config = config
+        self.register_buffer("embedding", embedding.detach(), persistent=False)
+        ids = torch.arange(config.vocab_size) if ids is None else ids
+        self.register_buffer("ids", ids.to(embedding.device), persistent=False)
+        self.fc = nn.Linear(len(config.taps) * embedding.size(1), config.hidden_size, bias=False)
+        self.midlayer = Layer(config)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        rope = LlamaConfig(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
+                           rope_parameters=config.rope_parameters, max_position_embeddings=config.max_position_embeddings)
+        self.rotary = LlamaRotaryEmbedding(rope).to(embedding.device)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02 if module is not self.fc else self.fc.in_features**-0.5)
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        return FeatureSpec(taps=self.config.taps)
+
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """Layer output [..., h] -> draft logits [..., Vd]."""
+        return self.lm_head(self.norm(output))
+
+    def _rope(self, positions: torch.Tensor):
+        """positions [...] -> cos, sin [..., 1, D]."""
+        cos, sin = self.rotary(self.embedding, positions.reshape(1, -1))
+        shape = (*positions.shape, 1, cos.size(-1))
+        return cos.view(shape), sin.view(shape)
+
+    # Training
+
+    def unroll(self, features: Features, steps: int):
+        """Training-time test over the rounds that decoding can reach.
+
+        Row t is the round whose root is x_{t+1}; step k predicts x_{t+2+k} from teacher tokens up to x_{t+1+k} and its own features.
+        A row takes part in step k while all of x_{t+1} .. x_{t+2+k} were written by the target. Yields for k = 0 .. steps - 1:
+        (rows [P_k] flat indices t of [B, S], ascending and nested, logits [P_k, Vd]).
+        """
+        batch, length = features.tokens.shape
+        attention, layer = self.midlayer.self_attn, self.midlayer
+        flat_tokens, written = features.tokens.flatten(), self._written(features)
+        following = F.pad(features.tokens[:, 1:], (0, 1))
+        hidden = self.fc(features.hidden)
+        positions = torch.arange(length, device=hidden.device)
+        u = layer.widen(F.embedding(following, self.embedding), hidden)
+        cos, sin = self._rope(positions)
+        key0, value0 = attention.key_value(u, cos, sin)
+        key0, value0 = (attention.repeat(x.transpose(1, 2), 1).contiguous() for x in (key0, value0))
+        rows = (written[:, 1:-1] & written[:, 2:]) if length > 2 else written[:, :0]
+        rows = F.pad(rows, (0, length - rows.size(1))).flatten().nonzero().flatten()
+        u, h, keys, values = u.flatten(0, 1)[rows], hidden.flatten(0, 1)[rows], [], []
+        written = F.pad(written, (0, steps + 2))  # x_{t+2+k} may lie behind the end
+        for k in range(steps):
+            t = rows % length
+            if k > 0:
+                kept = written[rows // length, t + 1 + k] & written[rows // length, t + 2 + k]
+                if not bool(kept.all()):
+                    kept = kept.nonzero().flatten()
+                    rows, t, h = rows[kept], t[kept], h[kept]
+                    keys, values = [x[kept] for x in keys], [x[kept] for x in values]
+                u = layer.widen(F.embedding(flat_tokens[rows + 1 + k], self.embedding), h)
+            cos, sin = self._rope(t + k)
+            if k > 0:
+                key, value = attention.key_value(u, cos, sin)
+                keys, values = [*keys, attention.repeat(key, 1)], [*values, attention.repeat(value, 1)]
+            attended = step_attention(attention.query(u, cos, sin), key0, value0, rows, keys, values, attention.scale)
+            h = layer.finish(h, attended)
+            yield rows, self.logits(h)
+
+    @staticmethod
+    def _written(features: Features) -> torch.Tensor:
+        inside = torch.arange(features.tokens.size(1), device=features.tokens.device) < features.lengths[:, None]
+        return features.mask & inside
+
+    def loss(self, features: Features, steps: int = 7, decay: float = 0.8):
+        """Soft cross-entropy against the target restricted to the draft vocabulary (EAGLE-3; masked mean per step).
+
+        loss = sum_k decay^k mean_rows( logsumexp(z) - <p, z> ), p = softmax(teacher[ids]) at x_{t+1+k}; rows whose teacher argmax lies
+        outside the draft vocabulary give no gradient and count as misses in the metrics.
+        Returns (loss, {"accuracy": [K], "conditional": [K], "loss": [K], "rows": [K]}), metrics detached; `accuracy` counts a step as
+        right only with all earlier steps right, `conditional` divides by the rows on which they were.
+        """
+        total, metrics, alive, alive_rows = 0.0, {"accuracy": [], "conditional": [], "loss": [], "rows": []}, None, None
+        for k, (rows, logits) in enumerate(self.unroll(features, steps)):
+            if k == 0:
+                best, probs, covered, where = self._teach(features, rows + 1)
+                starts = max(len(rows), 1)
+            at = where[rows + 1 + k]
+            p, ok = probs[at], covered[at]
+            per_row = torch.logsumexp(logits, -1) - (p * logits).sum(-1)
+            step = (per_row * ok).sum() / ok.sum().clamp(min=1)
+            total = total + decay**k * step
+            right = self.ids[logits.detach().argmax(-1)] == best[at]
+            if alive is not None:
+                before = torch.zeros(features.tokens.numel(), dtype=torch.bool, device=rows.device)
+                before[alive_rows] = alive
+                before = before[rows]
+            else:
+                before = torch.ones_like(right)
+            alive, alive_rows = right & before, rows
+            metrics["accuracy"].append(alive.sum() / starts)
+            metrics["conditional"].append(alive.sum() / before.sum().clamp(min=1))
+            metrics["loss"].append(step.detach())
+            metrics["rows"].append(torch.tensor(float(len(rows)), device=rows.device))
+        return total, {name: torch.stack(values) for name, values in metrics.items()}
+
+    @torch.no_grad()
+    def _teach(self, features: Features, at: torch.Tensor, chunk: int = 1024):
+        """The teacher at flat positions `at`: argmax over V [P], probabilities over the draft vocabulary [P, Vd],
+        whether the argmax can be drafted [P], and the map from flat positions to P."""
+        final = features.teacher.final.flatten(0, 1)
+        where = torch.zeros(len(final), dtype=torch.int64, device=at.device)
+        where[at] = torch.arange(len(at), device=at.device)
+        inside = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=at.device)
+        inside[self.ids] = True
+        best, probs = [], []
+        for part in at.split(chunk):
+            logits = features.teacher.project(final[part], None).float()
+            best.append(logits.argmax(-1))
+            probs.append((logits if len(self.ids) == logits.size(-1) else logits[:, self.ids]).softmax(-1))
+        if not best:
+            return at, final.new_zeros(0, len(self.ids)), at.bool(), where
+        best = torch.cat(best)
+        return best, torch.cat(probs), inside[best], where
+
+    # Decoding
+
+    def prefill(self, features: Features) -> Context:
+        """Keys and values of all rows whose next token is known; the last row of each request stays pending."""
+        config, batch = self.config, len(features.tokens)
+        cache = SlotCache(1, batch, config.num_key_value_heads, features.tokens.size(1) + 64, config.head_dim,
+                          features.hidden.dtype, features.hidden.device)
+        last = (features.lengths - 1)[:, None]
+        rows = torch.arange(batch, device=last.device)[:, None]
+        if features.tokens.size(1) > 1:
+            hidden = self.fc(features.hidden[:, :-1])
+            u = self.midlayer.widen(F.embedding(features.tokens[:, 1:], self.embedding), hidden)
+            key, value = self.midlayer.self_attn.key_value(u, *self._rope(torch.arange(u.size(1), device=u.device)))
+            cache.place(u.size(1))
+            cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
+        cache.lengths = features.lengths - 1
+        pending = Features(features.tokens[rows, last], features.hidden[rows, last], torch.ones_like(features.lengths))
+        return Context(cache, pending)
+
+    def extend(self, context: Context, features: Features) -> None:
+        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root."""
+        context.pending = features
+
+    def roots(self, context: Context) -> Beam:
+        """A beam that waits for the root tokens."""
+        return Beam(context)
+
+    def expand(self, beam: Beam, tokens: torch.Tensor, parents: torch.Tensor) -> tuple[torch.Tensor, Beam]:
+        """tokens [B, k] (target ids), parents [B, k] (rows of the last expand) -> log-probs [B, k, Vd], beam.
+
+        The first call consumes the root tokens [B, 1]; it also completes the pending rows, which stay.
+        """
+        if beam.depth == 0:
+            output, beam = self._commit_root(beam.context, tokens)
+        else:
+            output, beam = self._grow(beam, tokens, parents)
+        return torch.log_softmax(self.logits(output).float(), -1), beam
+
+    def _commit_root(self, context: Context, root: torch.Tensor):
+        pending, cache = context.pending, context.cache
+        batch, width = pending.tokens.shape
+        last = (pending.lengths - 1)[:, None]
+        following = torch.cat([pending.tokens[:, 1:], root], 1).scatter(1, last, root)
+        offsets = torch.arange(width, device=root.device)
+        positions = cache.lengths[:, None] + offsets
+        cache.place(width)
+        seen = torch.arange(cache.visible, device=root.device) <= positions[..., None]
+        output = self._attend(self.fc(pending.hidden), following, positions, cache, seen)
+        cache.lengths = cache.lengths + pending.lengths
+        output = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
+        empty = torch.zeros(batch, 1, 0, dtype=torch.bool, device=root.device)
+        return output, Beam(context, output, empty, 1)
+
+    def _grow(self, beam: Beam, tokens: torch.Tensor, parents: torch.Tensor):
+        cache, (batch, new) = beam.context.cache, tokens.shape
+        before = beam.seen.size(2)
+        rows = torch.arange(batch, device=tokens.device)[:, None]
+        own = torch.eye(new, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        seen = torch.cat([beam.seen[rows, parents], own], -1)
+        positions = (cache.lengths + beam.depth - 1)[:, None].expand(-1, new)
+        cache.place(new, offset=before)
+        visible = (torch.arange(cache.visible, device=tokens.device) < cache.lengths[:, None])[:, None].repeat(1, new, 1)
+        slots = cache.lengths[:, None] + torch.arange(before + new, device=tokens.device)
+        visible.scatter_(2, slots[:, None].expand(-1, new, -1), seen)
+        output = self._attend(beam.hidden[rows, parents], tokens, positions, cache, visible)
+        return output, replace(beam, hidden=output, seen=seen, depth=beam.depth + 1)
+
+    def _attend(self, hidden, tokens, positions, cache: SlotCache, seen):
+        """One layer over new rows [B, T] placed in the cache; seen [B, T, visible] -> layer output [B, T, h]."""
+        attention = self.midlayer.self_attn
+        u = self.midlayer.widen(F.embedding(tokens, self.embedding), hidden)
+        cos, sin = self._rope(positions)
+        key, value = attention.key_value(u, cos, sin)
+        keys, values = cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
+        attended = F.scaled_dot_product_attention(attention.query(u, cos, sin).transpose(1, 2), keys, values, attn_mask=seen[:, None],
+                                                  scale=attention.scale, enable_gqa=attention.heads != attention.kv_heads)
+        return self.midlayer.finish(hidden, attended.transpose(1, 2))

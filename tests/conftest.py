@@ -1,0 +1,44 @@
+"""Shared fixtures: a tiny random Llama as target and a tiny random EAGLE-3 head for it, fp32, seeded."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from draftsmith.models.heads import Eagle3Config, Eagle3Head
+from draftsmith.models.targets import TextTarget
+
+
+def tiny_target(layers: int = 7, vocab: int = 61, seed: int = 0, **changes) -> TextTarget:
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**dict(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=256, initializer_range=0.3), **changes})
+    return TextTarget(LlamaForCausalLM(config).float(), "tiny")
+
+
+def tiny_head(target: TextTarget, draft_vocab: int | None = None, seed: int = 1, sharpness: float = 0.3) -> Eagle3Head:
+    torch.manual_seed(seed)
+    config = Eagle3Config.for_target(target.config, draft_vocab_size=draft_vocab)
+    ids = None if draft_vocab is None else torch.randperm(target.vocab_size)[:draft_vocab].sort().values
+    head = Eagle3Head(config, target.embedding, ids)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=sharpness) if parameter.ndim == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return head.eval()
+
+
+@pytest.fixture
+def target():
+    return tiny_target()
+
+
+@pytest.fixture
+def head(target):
+    return tiny_head(target, draft_vocab=40)
