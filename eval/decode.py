@@ -15,10 +15,11 @@ from draftsmith.models.tree import DraftTree
 
 
 class Clock:
-    """Seconds by phase, devices synchronised at every border. `total` covers the loop without the prefill."""
+    """Seconds by phase, devices synchronised at every border. `total` covers the loop without the prefill; `overhead` is choosing tokens,
+    accepting, committing and bookkeeping. What the three phases leave of the total is the loop's own."""
 
     def __init__(self, device: torch.device):
-        self.seconds = {"draft": 0.0, "verify": 0.0, "total": 0.0}
+        self.seconds = {"draft": 0.0, "verify": 0.0, "overhead": 0.0, "total": 0.0}
         self.sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
     @contextmanager
@@ -77,13 +78,14 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
                 tree = drafter.propose()
             with clock.phase("verify"):
                 verified = session.verify(tree)
-            positions = session.lengths[:, None] + tree.depths + 1
-            chosen, gaps = pick(verified.logits, tree, positions, sampling, active, histories)
-            accepted = match(tree, chosen)
-            session.commit(accepted.path, accepted.counts)
+            with clock.phase("overhead"):
+                positions = session.lengths[:, None] + tree.depths + 1
+                chosen, gaps = pick(verified.logits, tree, positions, sampling, active, histories)
+                accepted = match(tree, chosen)
+                session.commit(accepted.path, accepted.counts)
+                record(traces, histories, active, tree, accepted, gaps, max_new_tokens, eos)
             with clock.phase("draft"):
                 drafter.observe(verified.features(tree, accepted.path, accepted.counts), accepted.next_token)
-            record(traces, histories, active, tree, accepted, gaps, max_new_tokens, eos)
     return [traces[r] for r in order]
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features
 from draftsmith.models.heads import attention as ttt
 from draftsmith.models.heads import vocabulary
-from draftsmith.models.errors import UserError
 from tests.conftest import tiny_head, tiny_target
 
 
@@ -172,6 +172,6 @@ def test_rope_and_head_dim_come_from_the_target():
     target = tiny_target(head_dim=16, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0})
     head = tiny_head(target)
     assert head.config.head_dim == 16 and head.config.rope_parameters == target.config.rope_parameters
-    assert torch.equal(head.rotary.inv_freq, target.body.rotary_emb.inv_freq)
+    assert torch.equal(head._rotary[0].inv_freq, target.body.rotary_emb.inv_freq)
     loss = F.softplus(head.loss(features_of(target, head), steps=2)[0])
     assert torch.isfinite(loss)

@@ -1,7 +1,8 @@
-"""Muon (Jordan et al., 2024) in fp32: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz iteration.
+"""Muon (Jordan et al., 2024) in fp32 for matrices, AdamW for everything else, as one optimizer.
 
-`torch.optim.Muon` casts to bf16 inside, which a CPU without bf16 instructions runs many times slower. Matrices of one shape
-are orthogonalised in one batched product, since a deep and thin model has hundreds of small ones.
+Muon: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz iteration. `torch.optim.Muon` casts to bf16 inside, which a
+CPU without bf16 instructions runs many times slower. Matrices of one shape are orthogonalised in one batched product, since a deep
+and thin model has hundreds of small ones.
 """
 
 from collections import defaultdict
@@ -23,25 +24,43 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x if wide else x.mT
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for 2-D weights. `lr` is the update's root-mean-square scale before the shape factor sqrt(max(1, rows/cols))."""
+class MuonAdamW(torch.optim.Optimizer):
+    """`matrices` (2-D) get Muon with rate `muon_lr` times sqrt(max(1, rows / cols)); `others` get AdamW without weight decay."""
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, matrices, others, muon_lr: float, adam_lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
+        super().__init__([{"params": list(matrices), "lr": muon_lr, "kind": "muon"}, {"params": list(others), "lr": adam_lr, "kind": "adam"}],
+                         {"momentum": momentum, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
-            shapes = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes[p.shape].append(p)
-            for shape, params in shapes.items():
-                updates = []
-                for p in params:
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(buffer, group["momentum"]))
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, orthogonalise(torch.stack(updates))):
-                    p.add_(update, alpha=-group["lr"] * scale)
+            (self._muon if group["kind"] == "muon" else self._adam)(group)
+
+    def _muon(self, group):
+        shapes = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes[p.shape].append(p)
+        for shape, params in shapes.items():
+            updates = []
+            for p in params:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(buffer, group["momentum"]))
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            for p, update in zip(params, orthogonalise(torch.stack(updates))):
+                p.add_(update, alpha=-group["lr"] * scale)
+
+    def _adam(self, group):
+        first, second = group["betas"]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+            state["step"] += 1
+            state["mean"].lerp_(p.grad, 1 - first)
+            state["square"].mul_(second).addcmul_(p.grad, p.grad, value=1 - second)
+            scale = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+            p.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - first ** state["step"]))

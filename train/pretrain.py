@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsmith.train import corpus
-from draftsmith.train.muon import Muon
+from draftsmith.train.muon import MuonAdamW
 from draftsmith.train.recipe import Strict
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -175,10 +175,10 @@ def loss_per_byte(model, tokenizer, documents: list[list[int]], device, limit: i
     return nats / tokens, nats / size
 
 
-def make_optimizers(model, spec: Optimizer):
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    return [Muon(matrices, lr=spec.muon_lr), torch.optim.AdamW(others, lr=spec.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+def make_optimizer(model, spec: Optimizer) -> MuonAdamW:
+    named = list(model.named_parameters())
+    return MuonAdamW([p for n, p in named if p.ndim == 2 and "embed" not in n], [p for n, p in named if p.ndim != 2 or "embed" in n],
+                     spec.muon_lr, spec.adam_lr)
 
 
 def pretrain(recipe: TargetRecipe, log=print) -> Path:
@@ -205,7 +205,7 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
         if stage.layers != model.config.num_hidden_layers:
             model = grow(model, stage.layers).to(device)
         body = torch.compile(model.model) if recipe.compile else model.model
-        optimizers, end, losses = make_optimizers(model, spec), seen + stage.tokens, []
+        optimizer, end, losses = make_optimizer(model, spec), seen + stage.tokens, []
         while seen < end:
             need = stage.batch * (stage.length + 1)
             if cursor + need > len(stream):
@@ -218,10 +218,10 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
             scale = min(1.0, (steps + 1) / spec.warmup, (1 - seen / total) / spec.decay)
-            for optimizer, lr in zip(optimizers, (spec.muon_lr, spec.adam_lr)):
-                optimizer.param_groups[0]["lr"] = lr * max(scale, 0.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            for group, lr in zip(optimizer.param_groups, (spec.muon_lr, spec.adam_lr)):
+                group["lr"] = lr * max(scale, 0.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             seen, steps = seen + stage.batch * stage.length, steps + 1
             losses.append(loss.item())
             if steps % 100 == 0:

@@ -57,3 +57,50 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
         if first["type"] == "missing":
             raise UserError(f"{path}: {key}: missing") from None
         raise UserError(f"{path}: {key}: found {first['input']!r}; {first['msg']}") from None
+
+
+class Data(Strict):
+    """files: JSONL or Parquet with `messages`, `text`, or `tokens` + `prompt_length` (as `draftsmith regenerate` writes)."""
+
+    files: list[str]
+    max_length: int = Field(gt=8)
+
+
+class Head(Strict):
+    name: Literal["eagle3"]
+    intermediate_size: int | None = Field(gt=0)
+    draft_vocab_size: int | None = Field(gt=0)
+
+
+class Objective(Strict):
+    steps: int = Field(gt=0)
+    decay: float = Field(gt=0, le=1)
+
+
+class Optimization(Strict):
+    name: Literal["muon", "adamw"]
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    epochs: float = Field(gt=0)
+    batch_rows: int = Field(gt=0)
+    accumulation: int = Field(gt=0)
+    warmup: float = Field(ge=0, le=1)
+    clip: float = Field(gt=0)
+
+
+class Engine(Strict):
+    zero_stage: Literal[0, 1, 2]
+    dtype: Literal["fp32", "bf16"]
+
+
+class DrafterRecipe(Strict):
+    """One run of drafter training; see recipes/eagle3-code.yaml for what every value means."""
+
+    target: str
+    seed: int
+    data: Data
+    head: Head
+    objective: Objective
+    optimization: Optimization
+    engine: Engine
+    output: str

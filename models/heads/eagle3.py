@@ -159,10 +159,18 @@ class Eagle3Head(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         rope = LlamaConfig(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
                            rope_parameters=config.rope_parameters, max_position_embeddings=config.max_position_embeddings)
-        self.rotary = LlamaRotaryEmbedding(rope).to(embedding.device)
+        self._rotary = (LlamaRotaryEmbedding(rope).to(embedding.device),)  # no submodule: its fp32 frequencies must survive casts
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02 if module is not self.fc else self.fc.in_features**-0.5)
+
+    @torch.no_grad()
+    def start_from(self, target) -> None:
+        """Starts the output head from the target's own rows and final norm; both are trained on (fresh starts learn slower)."""
+        self.lm_head.weight.copy_(target.head.weight[self.ids])
+        norm = getattr(target.body, "norm", None)
+        if norm is not None and norm.weight.shape == self.norm.weight.shape:
+            self.norm.weight.copy_(norm.weight)
 
     @property
     def feature_spec(self) -> FeatureSpec:
@@ -174,7 +182,7 @@ class Eagle3Head(nn.Module):
 
     def _rope(self, positions: torch.Tensor):
         """positions [...] -> cos, sin [..., 1, D]."""
-        cos, sin = self.rotary(self.embedding, positions.reshape(1, -1))
+        cos, sin = self._rotary[0](self.embedding, positions.reshape(1, -1))
         shape = (*positions.shape, 1, cos.size(-1))
         return cos.view(shape), sin.view(shape)
 

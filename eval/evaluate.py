@@ -1,0 +1,79 @@
+"""The full measurement of drafters for one target: acceptance length of a tree and of a chain, prediction, speed, losslessness, temperatures."""
+
+from dataclasses import dataclass
+
+from draftsmith.eval.measure import Run, decode_batches, interleaved, summary
+from draftsmith.eval.predict import predicted_chain_tau
+from draftsmith.eval.sampling import Sampling
+from draftsmith.models.drafter import HeadDrafter, NoDrafter
+from draftsmith.models.grow import TreePolicy, chain
+from draftsmith.models.targets import TextTarget
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. tree: the large tree whose acceptance length is reported; sweep: trees of which the fastest is timed on all prompts
+    (found on `sweep_prompts` of them); temperatures beside 0 are measured with `tree`."""
+
+    tree: TreePolicy
+    chain_depth: int
+    sweep: tuple[TreePolicy, ...]
+    sweep_prompts: int
+    temperatures: tuple[float, ...]
+    max_new_tokens: int
+    batch: int
+    seed: int
+
+
+def evaluate(target: TextTarget, heads: dict, prompts: list[list[int]], stops: set[int], plan: Plan, report=print) -> dict[str, dict]:
+    """name -> result. All heads share the plain runs and one interleaved timing."""
+    decode = lambda drafter, sampling: Run(decode_batches(target, drafter, prompts, sampling, plan.max_new_tokens, stops, plan.batch))  # noqa: E731
+    results, greedy = {name: {} for name in heads}, Sampling(seed=plan.seed)
+    report(f"decoding {len(prompts)} prompts plainly")
+    plain = decode(NoDrafter(), greedy)
+    for name, head in heads.items():
+        report(f"{name}: {plan.tree} and chain:{plan.chain_depth}, greedy")
+        policies = (plan.tree, chain(plan.chain_depth))
+        tree, line = (summary(decode(HeadDrafter(head, policy), greedy), plain) for policy in policies)
+        predicted = predicted_chain_tau(target, head, prompts, plain.traces, plan.chain_depth)
+        results[name] = {"tree_tau": tree["tau"], "chain_tau": line["tau"], "predicted_chain_tau": predicted,
+                         "greedy": dict(zip(map(str, policies), (tree, line)))}
+    fastest = {name: sweep(target, name, head, prompts, stops, plan, report) for name, head in heads.items()}
+    drafters = {name: HeadDrafter(head, fastest[name][0]) for name, head in heads.items()}
+    timed = interleaved(target, drafters, prompts, greedy, plan.max_new_tokens, stops, report=progress(report, "timing on all prompts"))
+    for name in heads:
+        figures = summary(timed[name], timed["plain"])
+        results[name] |= {key: figures[key] for key in ("speedup", "accounted_speedup", "ideal_speedup")}
+        results[name] |= {"tree": str(fastest[name][0]), "timed": figures, "plain": summary(timed["plain"], timed["plain"]), "sweep": fastest[name][1],
+                          "sampled": {}}
+    for temperature in plan.temperatures:
+        sampling = Sampling(temperature, seed=plan.seed)
+        report(f"temperature {temperature}: plain and {plan.tree}")
+        plain = decode(NoDrafter(), sampling)
+        for name, head in heads.items():
+            results[name]["sampled"][str(temperature)] = summary(decode(HeadDrafter(head, plan.tree), sampling), plain)
+    for result in results.values():
+        parts = [*result["greedy"].values(), result["timed"], *result["sampled"].values()]
+        result["lossless"] = all(part["lossless"] for part in parts)
+        result["identical"] = f"{sum(part['identical'] for part in parts)}/{sum(part['prompts'] for part in parts)}"
+    return results
+
+
+def sweep(target, name, head, prompts, stops, plan: Plan, report) -> tuple[TreePolicy, dict[str, dict]]:
+    """The fastest tree of the plan on its first prompts, and {tree: {tau, speedup}}."""
+    if len(plan.sweep) == 1:
+        return plan.sweep[0], {}
+    some = prompts[:plan.sweep_prompts]
+    drafters = {str(tree): HeadDrafter(head, tree) for tree in plan.sweep}
+    runs = interleaved(target, drafters, some, Sampling(seed=plan.seed), plan.max_new_tokens, stops, report=progress(report, f"{name}: tree sweep"))
+    table = {tree: {key: figures[key] for key in ("tau", "speedup")} for tree in drafters for figures in [summary(runs[tree], runs["plain"])]}
+    best = max(plan.sweep, key=lambda tree: table[str(tree)]["speedup"])
+    return best, table
+
+
+def progress(report, what: str):
+    """One line about every eighth of the prompts."""
+    def tell(done, total):
+        if done == total or done % max(1, total // 8) == 0:
+            report(f"{what}: {done}/{total}")
+    return tell

@@ -1,0 +1,3 @@
+from draftsmith.launch.cli import main
+
+main()

@@ -1,0 +1,89 @@
+"""The command line. Every command is one function call; errors meant for the user are one line and exit code 2."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draftsmith.models.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Train, prove, measure and publish drafters for speculative decoding.")
+Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
+    """Train a drafter by a recipe (one process; `deepspeed --module draftsmith.train RECIPE` for several)."""
+    from draftsmith.train import main
+
+    raise SystemExit(main([recipe, *(overrides or [])]))
+
+
+@app.command()
+def pretrain(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
+    """Train a bundled reference target by its recipe."""
+    from draftsmith.train.pretrain import TargetRecipe, pretrain
+    from draftsmith.train.recipe import read_recipe
+
+    pretrain(read_recipe(recipe, TargetRecipe, overrides or []), say)
+
+
+@app.command()
+def prompts(output: str, count: int = 1000, package: list[str] = ["python"], seed: int = 0, held_out: bool = False,
+            target: Target = "bundled:targets/code"):
+    """Cut questions (signature and docstring) out of Python source on this machine."""
+    from draftsmith.launch.prompts import write_prompts
+    from draftsmith.models.chat import load_tokenizer
+
+    say(f"prompts in {write_prompts(package, output, count, seed, load_tokenizer(target), held_out)}")
+
+
+@app.command()
+def regenerate(target: str, prompts: str, output: str, temperature: list[float] = [0.0], max_new_tokens: int = 160, batch: int = 64,
+               limit: int = None, seed: int = 0):
+    """Let the target answer prompts; a killed run goes on where it stopped."""
+    from draftsmith.launch.regenerate import regenerate
+
+    say(f"answers in {regenerate(target, prompts, output, temperature, max_new_tokens, batch, limit, seed, say)}")
+
+
+@app.command(name="eval")
+def evaluate(drafter: str, prompts: str = "bundled:prompts/code.jsonl", target: str = None, output: str = "runs/eval", tree: str = None,
+             temperature: list[float] = [0.6, 1.0], max_new_tokens: int = 128, limit: int = None, seed: int = 0):
+    """Measure a drafter: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json."""
+    from draftsmith.launch.measurement import measure_drafters
+
+    measure_drafters({"drafter": drafter}, target, prompts, Path(output) / "result.json", tree, temperature, max_new_tokens, limit, seed, say)
+
+
+@app.command()
+def demo(output: str = "runs/demo"):
+    """Train a drafter for the bundled target on its own answers, measure it beside the shipped one, check losslessness."""
+    from draftsmith.launch.demo import demo
+
+    demo(Path(output), say)
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):  # a wrong call of the command line itself
+            print(f"error: {error.format_message() if hasattr(error, 'format_message') else error}", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""`draftsmith prompts`: questions (signature and docstring) cut out of Python source found on the machine."""
+
+import json
+import random
+from pathlib import Path
+
+from draftsmith.train import corpus
+
+HELD_OUT = 0.03  # share of module paths that no training of the bundled models sees
+
+
+def write_prompts(packages: list[str], output: str, count: int, seed: int, tokenizer, held_out: bool, min_answer: int = 24, max_question: int = 128,
+                  max_answer: int = 224) -> Path:
+    """Writes `count` documented functions of the train (or held-out) split as JSONL {name, messages}, in a seeded order.
+
+    Lengths are in tokens. The function's own body is used only to leave out trivial ones; it is not written.
+    """
+    functions = [f for f in corpus.unique_functions(corpus.find_sources(packages))
+                 if f.documented and corpus.is_held_out(f.module, HELD_OUT) == held_out]
+    random.Random(seed).shuffle(functions)
+    rows = []
+    for function in functions:
+        if len(rows) == count:
+            break
+        if len(tokenizer(function.question)["input_ids"]) <= max_question and min_answer <= len(tokenizer(function.answer)["input_ids"]) <= max_answer:
+            rows.append({"name": f"{function.module}:{function.name}", "messages": [{"role": "user", "content": function.question}]})
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path(output)

@@ -1,0 +1,76 @@
+"""`draftsmith regenerate`: the target answers prompts; the answers are what a drafter for it should be trained on."""
+
+import json
+import time
+from pathlib import Path
+
+from draftsmith.eval.decode import generate
+from draftsmith.eval.prompts import Prompt, read_prompts
+from draftsmith.eval.sampling import Sampling
+from draftsmith.models.chat import load_tokenizer, stop_ids
+from draftsmith.models.drafter import NoDrafter
+from draftsmith.models.errors import UserError
+from draftsmith.models.targets import TextTarget
+
+
+def regenerate(target_name: str, prompts_file: str, output: str, temperatures: list[float], max_new_tokens: int, batch: int,
+               limit: int | None, seed: int, report=print) -> Path:
+    """Writes one JSONL row per prompt: messages, tokens (prompt and answer ids), prompt_length, finished, temperature.
+
+    Row i is decoded at temperatures[i % len]. Answers already in `output.partial` are kept, so that a killed run goes on; the file
+    appears under its name only when complete.
+    """
+    target, tokenizer = TextTarget.load(target_name), load_tokenizer(target_name)
+    stops = stop_ids(target, tokenizer)
+    prompts = read_prompts(prompts_file, tokenizer, limit)
+    room = target.context_length - max_new_tokens - 1
+    settings = {"target": target_name, "prompts": len(prompts), "temperatures": temperatures, "max_new_tokens": max_new_tokens, "seed": seed}
+    partial = Path(f"{output}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    done = resume(partial, settings)
+    left = [i for i in range(len(prompts)) if i not in done]
+    tokens, started = 0, time.time()
+    with partial.open("a") as file:
+        if not done and partial.stat().st_size == 0:
+            file.write(json.dumps(settings) + "\n")
+        for kind, temperature in enumerate(temperatures):
+            mine = [i for i in left if i % len(temperatures) == kind]
+            for start in range(0, len(mine), batch):
+                group = [i for i in mine[start:start + batch] if len(prompts[i].tokens) <= room]
+                traces = generate(target, NoDrafter(), [prompts[i].tokens for i in group], Sampling(temperature, seed=seed), max_new_tokens, stops, group)
+                for i, trace in zip(group, traces):
+                    file.write(json.dumps(answer(i, prompts[i], trace.tokens, tokenizer, stops, temperature)) + "\n")
+                    tokens += len(trace.tokens)
+                file.flush()
+                done.update(mine[start:start + batch])
+                seconds = time.time() - started
+                share = (len(done) - len(prompts) + len(left)) / len(left)
+                minutes, rest = divmod(int(seconds / share - seconds), 60)
+                report(f"answered {len(done)}/{len(prompts)} prompts, {tokens / seconds:.0f} tok/s, left {minutes}:{rest:02d}")
+    lines = sorted((json.loads(line) for line in partial.read_text().splitlines()[1:]), key=lambda r: r["row"])
+    Path(output).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    partial.unlink()
+    return Path(output)
+
+
+def answer(row: int, prompt: Prompt, tokens: list[int], tokenizer, stops: set[int], temperature: float) -> dict:
+    finished = tokens[-1] in stops
+    text = tokenizer.decode(tokens[:-1] if finished else tokens)
+    return {"row": row, "messages": [*prompt.messages, {"role": "assistant", "content": text}], "tokens": prompt.tokens + tokens,
+            "prompt_length": len(prompt.tokens), "finished": finished, "temperature": temperature}
+
+
+def resume(partial: Path, settings: dict) -> set[int]:
+    """Rows already answered. A torn last line is cut off; a file of other settings is refused."""
+    if not partial.exists() or partial.stat().st_size == 0:
+        return set()
+    text = partial.read_text()
+    if not text.endswith("\n"):
+        text = text[:text.rfind("\n") + 1]
+        partial.write_text(text)
+    lines = text.splitlines()
+    if not lines:
+        return set()
+    if json.loads(lines[0]) != settings:
+        raise UserError(f"{partial}: found the answers of another run ({lines[0]}), expected {json.dumps(settings)}; remove it to start anew")
+    return {json.loads(line)["row"] for line in lines[1:]}

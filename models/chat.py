@@ -1,0 +1,55 @@
+"""From messages to token ids: prompts for decoding, and training rows with their token mask (1 = written by the target)."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.targets import locate
+
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer of a Hub id, a directory or `bundled:NAME`."""
+    try:
+        return AutoTokenizer.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+
+
+def stop_ids(target, tokenizer) -> set[int]:
+    """Every id that ends an answer: the generation config's, the model config's or the tokenizer's."""
+    for source in (getattr(target.model, "generation_config", None), target.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return set(ids if isinstance(ids, (list, tuple)) else [ids])
+    return set()
+
+
+def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Messages up to the last user turn -> ids that end with the opening of the assistant's turn."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+
+
+def encode_row(tokenizer, messages: list[dict], stops: set[int]) -> tuple[list[int], list[int]]:
+    """A whole conversation -> (ids, token mask).
+
+    Templates with generation blocks mark the answers themselves. Otherwise each answer is what follows the rendering of the turns
+    before it (with the generation prompt), up to and including the first stop id. Raises UserError when that rendering is no prefix.
+    """
+    if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or ""):
+        row = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return row["input_ids"], row["assistant_masks"]
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    mask = [0] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = encode_prompt(tokenizer, messages[:turn])
+        through = tokenizer.apply_chat_template(messages[:turn + 1], tokenize=True, return_dict=True)["input_ids"]
+        if ids[:len(before)] != before or ids[:len(through)] != through:
+            raise UserError(f"chat template: turn {turn} is not prefix-stable (rendering the turns before it gives other tokens)")
+        for at in range(len(before), len(through)):
+            mask[at] = 1
+            if ids[at] in stops:
+                break
+    return ids, mask

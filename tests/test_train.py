@@ -1,0 +1,195 @@
+"""Recipes, rows and their masks, and training by DeepSpeed in one and two real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from draftsmith.models.chat import encode_prompt, encode_row
+from draftsmith.models.errors import UserError
+from draftsmith.models.formats import load_drafter
+from draftsmith.models.targets import TextTarget
+from draftsmith.train import data, distributed, main
+from draftsmith.train.loop import rate_scale
+from draftsmith.train.muon import orthogonalise
+from draftsmith.train.pretrain import grow, train_tokenizer
+from draftsmith.train.recipe import DrafterRecipe, read_recipe
+from tests.conftest import tiny_target
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["def add(a, b):\n    return a + b\n", "the quick brown fox", "import os\nimport sys\n"], 300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A tiny target with a real tokenizer and 24 rows to learn from."""
+    folder = tmp_path_factory.mktemp("run")
+    target = tiny_target(vocab=300)
+    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = 2
+    target.model.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    rows = [{"messages": [{"role": "user", "content": f"def f{i}(a):"}, {"role": "assistant", "content": f"    return a + {i}\n"}]} for i in range(10, 34)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = yaml.safe_load((ROOT / "recipes" / "eagle3-code.yaml").read_text())
+    recipe |= {"target": str(folder / "target"), "output": str(folder / "out"), "data": {"files": [str(folder / "rows.jsonl")], "max_length": 64}}
+    recipe["head"] |= {"intermediate_size": None, "draft_vocab_size": 200}
+    recipe["objective"] |= {"steps": 3}
+    recipe["optimization"] |= {"batch_rows": 4, "epochs": 2}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def test_answer_mask_with_and_without_generation_blocks(tokenizer):
+    messages = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "return"}, {"role": "user", "content": "fox"},
+                {"role": "assistant", "content": "os"}]
+    ids, mask = encode_row(tokenizer, messages, {2})
+    assert tokenizer.decode([t for t, m in zip(ids, mask) if m]) == "return<|end|>os<|end|>"
+    kept = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = kept.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        assert encode_row(tokenizer, messages, {2}) == (ids, mask)
+        assert ids[:len(encode_prompt(tokenizer, messages[:1]))] == encode_prompt(tokenizer, messages[:1])
+        tokenizer.chat_template = "{{ messages | length }}" + kept.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        with pytest.raises(UserError, match="not prefix-stable"):
+            encode_row(tokenizer, messages, {2})
+    finally:
+        tokenizer.chat_template = kept
+
+
+def test_rows_as_regenerate_writes_them_and_plain_text(tmp_path, tokenizer):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"tokens": [1, 3, 9, 8, 7], "prompt_length": 2}) + "\n")
+    assert data.read_rows([str(file)], tokenizer, {2}, 300, 4) == [data.Row([1, 3, 9, 8], [0, 0, 1, 1])]
+    file.write_text(json.dumps({"text": "import os"}) + "\n")
+    row = data.read_rows([str(file)], tokenizer, {2}, 300, 64)[0]
+    assert tokenizer.decode(row.tokens) == "import os" and all(row.mask)
+
+
+def test_parquet_rows_equal_jsonl_rows(folder, tmp_path, tokenizer):
+    import datasets
+
+    table = datasets.Dataset.from_list([json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()])
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    read = lambda f: data.read_rows([str(f)], tokenizer, {2}, 300, 64)  # noqa: E731
+    assert read(tmp_path / "rows.parquet") == read(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize(("content", "name", "message"), [
+    (None, "rows.jsonl", "no such file"), ("x", "rows.txt", "found suffix '.txt'"), ("", "rows.jsonl", "rows.jsonl"), ("{", "rows.jsonl", "cannot be read"),
+    ('{"a": 1}', "rows.jsonl", r"row 1: found keys \['a'\], expected tokens, messages or text"),
+    ('{"messages": [{"role": "user"}]}', "rows.jsonl", "row 1: messages"),
+    ('{"tokens": [1, 900], "prompt_length": 1}', "rows.jsonl", "row 1: found token id 900, expected 0..299"),
+    ('{"tokens": [1, 9], "prompt_length": 5}', "rows.jsonl", "prompt_length: found 5, expected 1..2"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "rows.jsonl", "found no row with two or more tokens"),
+])
+def test_bad_rows_are_one_line(tmp_path, tokenizer, content, name, message):
+    file = tmp_path / name
+    if content is not None:
+        file.write_text(content + "\n")
+    with pytest.raises(UserError, match=message):
+        data.read_rows([str(file)], tokenizer, {2}, 300, 64)
+
+
+def test_batches_are_deterministic_and_cover_every_row_once():
+    rows = [data.Row(list(range(n % 7 + 2)), [1] * (n % 7 + 2)) for n in range(50)]
+    batches = data.epoch_batches(rows, 4, 2, seed=1, epoch=3)
+    assert batches == data.epoch_batches(rows, 4, 2, seed=1, epoch=3) != data.epoch_batches(rows, 4, 2, seed=1, epoch=4)
+    flat = [i for b in batches for i in b]
+    assert len(set(flat)) == len(flat) == 48 and all(len(b) == 8 for b in batches)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("head.nme=eagle3", "head.nme: unknown key"), ("seed=abc", "seed: found 'abc'"), ("optimization.lr=-1", "optimization.lr: found -1"),
+    ("engine.zero_stage=7", "engine.zero_stage: found 7"), ("nonsense", "expected section.key=value"), ("data=3", "data"),
+])
+def test_bad_recipe_values_name_the_key(override, message):
+    with pytest.raises(UserError, match=message):
+        read_recipe(ROOT / "recipes" / "eagle3-code.yaml", DrafterRecipe, [override])
+
+
+def test_recipe_files(tmp_path):
+    assert read_recipe(ROOT / "recipes" / "eagle3-code.yaml", DrafterRecipe, ["optimization.epochs=2.5", "data.files=[a.jsonl]"]).data.files == ["a.jsonl"]
+    bad = tmp_path / "bad.yaml"
+    for text, message in (("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("seed: 0", "missing")):
+        bad.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_recipe(bad, DrafterRecipe)
+    with pytest.raises(UserError, match="no such recipe"):
+        read_recipe(tmp_path / "none.yaml", DrafterRecipe)
+
+
+def test_rate_rises_and_falls_linearly():
+    scales = [rate_scale(s, 10, 0.2) for s in range(10)]
+    assert scales[:2] == [0.5, 1.0] and scales[-1] == 1 / 8 and all(a > b for a, b in zip(scales[2:], scales[3:]))
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0))))
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_grown_target_computes_the_same():
+    model = tiny_target(layers=2, tie_word_embeddings=True).model
+    grown, tokens = grow(model, 6), torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(grown(tokens).logits, model(tokens).logits, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="not a multiple"):
+        grow(model, 3)
+
+
+def run(command, folder, timeout=240):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run([str(c) for c in command], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_in_one_process_saves_a_loadable_drafter(folder):
+    result = run([sys.executable, "-m", "draftsmith.train", folder / "recipe.yaml", f"output={folder}/one"], folder)
+    assert result.returncode == 0, result.stderr[-2000:]
+    target = TextTarget.load(folder / "target")
+    head = load_drafter(folder / "one" / "drafter", target.embedding, target.layers)
+    assert head.config.draft_vocab_size == 200 and 2 in head.ids
+    log = log_of(folder / "one")
+    assert log[-1]["step"] == log[-1]["total"] == 12 and log[-1]["loss"] < log[0]["loss"]
+
+
+def test_deepspeed_launch_with_two_processes_equals_one(folder):
+    """Same global batch: two processes of 2 rows and ZeRO-2 against one process of 4 rows; rows are all of one length, so the mean of the
+    processes' means is the mean of one."""
+    common = [folder / "recipe.yaml", "optimization.name=adamw", "optimization.epochs=1", "head.draft_vocab_size=null"]
+    one = run([sys.executable, "-m", "draftsmith.train", *common, f"output={folder}/single"], folder)
+    assert one.returncode == 0, one.stderr[-2000:]
+    port = distributed.free_port()
+    two = run(["deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "draftsmith.train", *common, "optimization.batch_rows=2",
+               "engine.zero_stage=2", f"output={folder}/double"], folder)
+    assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-2000:]
+    about = json.loads((folder / "double" / "drafter" / "draftsmith.json").read_text())
+    assert about["world_size"] == 2 and about["steps"] == 6
+    losses = [[line["loss"] for line in log_of(folder / name)] for name in ("single", "double")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), losses
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "usage"), (["none.yaml"], "none.yaml: no such recipe"), (["RECIPE", "target=/nowhere/at-all"], "/nowhere/at-all"),
+    (["RECIPE", "target=bundled:targets/none"], "no such bundled model"), (["RECIPE", "engine.zero_stage=1"], "expected 0 with optimization.name muon"),
+    (["RECIPE", "head.draft_vocab_size=301"], "found 301, expected at most"), (["RECIPE", "optimization.batch_rows=999"], "found 24 rows, expected at least"),
+    (["RECIPE", "data.files=[none.jsonl]"], "none.jsonl: no such file"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, arguments, message):
+    arguments = [str(folder / "recipe.yaml") if a == "RECIPE" else a for a in arguments]
+    assert main([*arguments, *([f"output={folder}/never"] if len(arguments) > 1 else [])]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ") and message in error[-1]
+    assert not (folder / "never").exists()

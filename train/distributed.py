@@ -1,0 +1,45 @@
+"""Processes: one program for a plain `python` call, `torchrun` and the `deepspeed` launcher."""
+
+import contextlib
+import logging
+import os
+import socket
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start() -> tuple[int, int]:
+    """Initialises DeepSpeed's process group (once) and returns (rank, world size)."""
+    alone = "RANK" not in os.environ
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    if alone:
+        os.environ["MASTER_PORT"] = str(free_port())
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed import comm
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        # The shared-memory op would be compiled at start-up and leaves large files in /dev/shm; gloo is enough here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return comm.get_rank(), comm.get_world_size()
+
+
+def engine_config(zero_stage: int, dtype: str, batch_rows: int, accumulation: int, clip: float) -> dict:
+    """The DeepSpeed JSON of a recipe."""
+    return {
+        "train_micro_batch_size_per_gpu": batch_rows, "gradient_accumulation_steps": accumulation, "gradient_clipping": clip,
+        "zero_optimization": {"stage": zero_stage}, "zero_allow_untested_optimizer": True, "bf16": {"enabled": dtype == "bf16"},
+        "steps_per_print": 10**9, "wall_clock_breakdown": False,
+    }
