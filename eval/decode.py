@@ -46,6 +46,7 @@ class Trace:
     gaps: list[float] = field(default_factory=list)
 
 
+@torch.inference_mode()
 def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
              eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None) -> list[Trace]:
     """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise.
@@ -59,7 +60,8 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
     session = target.open(drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size)
     prefill = session.prefill(prompts)
     start = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=target.device))
-    root = pick(prefill.logits[:, None], start, session.lengths[:, None], sampling, active, histories)[0][:, 0]
+    logits = distribution(prefill.logits[:, None], start, sampling, active, histories)
+    root = choose(logits, sampling, active, session.lengths[:, None])[:, 0]
     drafter.begin(prefill.features, root)
     for request, token in zip(active, root.tolist()):
         traces[request].tokens.append(token)
@@ -79,31 +81,30 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
             with clock.phase("verify"):
                 verified = session.verify(tree)
             with clock.phase("overhead"):
-                positions = session.lengths[:, None] + tree.depths + 1
-                chosen, gaps = pick(verified.logits, tree, positions, sampling, active, histories)
+                logits = distribution(verified.logits, tree, sampling, active, histories)
+                chosen = choose(logits, sampling, active, session.lengths[:, None] + tree.depths + 1)
                 accepted = match(tree, chosen)
                 session.commit(accepted.path, accepted.counts)
-                record(traces, histories, active, tree, accepted, gaps, max_new_tokens, eos)
+                record(traces, histories, active, tree, logits, accepted, max_new_tokens, eos)
             with clock.phase("draft"):
                 drafter.observe(verified.features(tree, accepted.path, accepted.counts), accepted.next_token)
     return [traces[r] for r in order]
 
 
-def pick(logits, tree, positions, sampling, active, histories):
-    """What the target emits after each node [B, N], and the top-2 gap of the processed logits there."""
+def distribution(logits, tree, sampling, active, histories):
+    """Processed logits [B, N, V] of every node, with each request's own history."""
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = seen_tokens([histories[r] for r in active], logits.size(-1), logits.device)
-    logits = process(logits, sampling, seen, tree)
-    top = logits.topk(2).values
-    return choose(logits, sampling, active, positions), top[..., 0] - top[..., 1]
+    return process(logits, sampling, seen, tree)
 
 
-def record(traces, histories, active, tree, accepted, gaps, max_new_tokens, eos):
+def record(traces, histories, active, tree, logits, accepted, max_new_tokens, eos):
     """Appends what was emitted in this pass to the traces, cut at EOS and at the limit."""
     depth = tree.depths.amax(1).tolist()
     rows = torch.arange(len(active), device=tree.tokens.device)[:, None]
-    path_tokens, path_gaps = tree.tokens[rows, accepted.path].tolist(), gaps[rows, accepted.path].tolist()
+    top = logits[rows, accepted.path].topk(2).values
+    path_tokens, path_gaps = tree.tokens[rows, accepted.path].tolist(), (top[..., 0] - top[..., 1]).tolist()
     for i, (request, count, token) in enumerate(zip(active, accepted.counts.tolist(), accepted.next_token.tolist())):
         trace, emitted = traces[request], [*path_tokens[i][1:count], token]
         kept = emitted[:max_new_tokens - len(trace.tokens)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from draftsmith.eval.measure import Run, decode_batches, interleaved, summary
 from draftsmith.eval.predict import predicted_chain_tau
+from draftsmith.eval.progress import Progress
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.grow import TreePolicy, chain
@@ -27,20 +28,21 @@ class Plan:
 
 def evaluate(target: TextTarget, heads: dict, prompts: list[list[int]], stops: set[int], plan: Plan, report=print) -> dict[str, dict]:
     """name -> result. All heads share the plain runs and one interleaved timing."""
-    decode = lambda drafter, sampling: Run(decode_batches(target, drafter, prompts, sampling, plan.max_new_tokens, stops, plan.batch))  # noqa: E731
+    def decode(what, drafter, sampling):
+        traces = decode_batches(target, drafter, prompts, sampling, plan.max_new_tokens, stops, plan.batch, Progress(report, what, len(prompts)))
+        return Run(traces)
+
     results, greedy = {name: {} for name in heads}, Sampling(seed=plan.seed)
-    report(f"decoding {len(prompts)} prompts plainly")
-    plain = decode(NoDrafter(), greedy)
+    plain = decode("plain", NoDrafter(), greedy)
     for name, head in heads.items():
-        report(f"{name}: {plan.tree} and chain:{plan.chain_depth}, greedy")
         policies = (plan.tree, chain(plan.chain_depth))
-        tree, line = (summary(decode(HeadDrafter(head, policy), greedy), plain) for policy in policies)
+        tree, line = (summary(decode(f"{name} {policy}", HeadDrafter(head, policy), greedy), plain) for policy in policies)
         predicted = predicted_chain_tau(target, head, prompts, plain.traces, plan.chain_depth)
         results[name] = {"tree_tau": tree["tau"], "chain_tau": line["tau"], "predicted_chain_tau": predicted,
                          "greedy": dict(zip(map(str, policies), (tree, line)))}
     fastest = {name: sweep(target, name, head, prompts, stops, plan, report) for name, head in heads.items()}
     drafters = {name: HeadDrafter(head, fastest[name][0]) for name, head in heads.items()}
-    timed = interleaved(target, drafters, prompts, greedy, plan.max_new_tokens, stops, report=progress(report, "timing on all prompts"))
+    timed = interleaved(target, drafters, prompts, greedy, plan.max_new_tokens, stops, Progress(report, "timing, one prompt at a time", len(prompts)))
     for name in heads:
         figures = summary(timed[name], timed["plain"])
         results[name] |= {key: figures[key] for key in ("speedup", "accounted_speedup", "ideal_speedup")}
@@ -48,10 +50,10 @@ def evaluate(target: TextTarget, heads: dict, prompts: list[list[int]], stops: s
                           "sampled": {}}
     for temperature in plan.temperatures:
         sampling = Sampling(temperature, seed=plan.seed)
-        report(f"temperature {temperature}: plain and {plan.tree}")
-        plain = decode(NoDrafter(), sampling)
+        plain = decode(f"plain, T={temperature}", NoDrafter(), sampling)
         for name, head in heads.items():
-            results[name]["sampled"][str(temperature)] = summary(decode(HeadDrafter(head, plan.tree), sampling), plain)
+            traces = decode(f"{name} {plan.tree}, T={temperature}", HeadDrafter(head, plan.tree), sampling)
+            results[name]["sampled"][str(temperature)] = summary(traces, plain)
     for result in results.values():
         parts = [*result["greedy"].values(), result["timed"], *result["sampled"].values()]
         result["lossless"] = all(part["lossless"] for part in parts)
@@ -65,15 +67,6 @@ def sweep(target, name, head, prompts, stops, plan: Plan, report) -> tuple[TreeP
         return plan.sweep[0], {}
     some = prompts[:plan.sweep_prompts]
     drafters = {str(tree): HeadDrafter(head, tree) for tree in plan.sweep}
-    runs = interleaved(target, drafters, some, Sampling(seed=plan.seed), plan.max_new_tokens, stops, report=progress(report, f"{name}: tree sweep"))
+    runs = interleaved(target, drafters, some, Sampling(seed=plan.seed), plan.max_new_tokens, stops, Progress(report, f"{name}: tree sweep", len(some)))
     table = {tree: {key: figures[key] for key in ("tau", "speedup")} for tree in drafters for figures in [summary(runs[tree], runs["plain"])]}
-    best = max(plan.sweep, key=lambda tree: table[str(tree)]["speedup"])
-    return best, table
-
-
-def progress(report, what: str):
-    """One line about every eighth of the prompts."""
-    def tell(done, total):
-        if done == total or done % max(1, total // 8) == 0:
-            report(f"{what}: {done}/{total}")
-    return tell
+    return max(plan.sweep, key=lambda tree: table[str(tree)]["speedup"]), table

@@ -5,7 +5,6 @@ neither. Speedup = plain seconds / speculative seconds of the loops. Accounted s
 ideal speedup leaves the overhead out.
 """
 
-import statistics
 from dataclasses import dataclass, field
 
 from draftsmith.eval.decode import Clock, Trace, generate
@@ -18,14 +17,14 @@ NEAR_TIE = 1e-4  # a divergence is tolerated only where the top-2 gap of the pla
 
 @dataclass
 class Run:
-    """Traces of one method, one per prompt, and per prompt the seconds of every repeat: {"draft", "verify", "overhead", "total"}."""
+    """Traces of one method, one per prompt, and where it was timed the seconds of each: {"draft", "verify", "overhead", "total"}."""
 
     traces: list[Trace] = field(default_factory=list)
-    seconds: list[list[dict]] = field(default_factory=list)
+    seconds: list[dict] = field(default_factory=list)
 
     def total(self, phase: str) -> float:
-        """Seconds over all prompts, the median of the repeats of each."""
-        return sum(statistics.median(r[phase] for r in repeats) for repeats in self.seconds)
+        """Seconds over all prompts."""
+        return sum(seconds[phase] for seconds in self.seconds)
 
 
 def tau(traces: list[Trace]) -> float:
@@ -62,32 +61,29 @@ def divergences(plain: list[Trace], other: list[Trace]) -> list[dict]:
 
 
 def decode_batches(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int, stops: set[int],
-                   batch: int) -> list[Trace]:
-    """Traces of all prompts in batches of ragged rows of similar length, without timing."""
+                   batch: int, progress=lambda done: None) -> list[Trace]:
+    """Traces of all prompts in batches of ragged rows of similar length, without timing. `progress(done)` is called after each batch."""
     order, traces = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for start in range(0, len(order), batch):
         group = order[start:start + batch]
         traces |= dict(zip(group, generate(target, drafter, [prompts[i] for i in group], sampling, max_new_tokens, stops, group)))
+        progress(len(traces))
     return [traces[i] for i in range(len(prompts))]
 
 
 def interleaved(target: TextTarget, drafters: dict[str, Drafter], prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
-                stops: set[int], repeats: int = 1, report=lambda done, total: None) -> dict[str, Run]:
+                stops: set[int], progress=lambda done: None) -> dict[str, Run]:
     """Plain decoding ("plain") and every drafter in turn on each prompt, one prompt at a time, after a warm-up on the first."""
     methods = {"plain": NoDrafter(), **drafters}
     runs = {name: Run() for name in methods}
     for drafter in methods.values():
         generate(target, drafter, prompts[:1], sampling, min(16, max_new_tokens), stops, [0])
     for row, prompt in enumerate(prompts):
-        for repeat in range(repeats):
-            for name, drafter in methods.items():
-                clock = Clock(target.device)
-                trace = generate(target, drafter, [prompt], sampling, max_new_tokens, stops, [row], clock)[0]
-                if repeat == 0:
-                    runs[name].traces.append(trace)
-                    runs[name].seconds.append([])
-                runs[name].seconds[-1].append(clock.seconds)
-        report(row + 1, len(prompts))
+        for name, drafter in methods.items():
+            clock = Clock(target.device)
+            runs[name].traces += generate(target, drafter, [prompt], sampling, max_new_tokens, stops, [row], clock)
+            runs[name].seconds.append(clock.seconds)
+        progress(row + 1)
     return runs
 
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from draftsmith.eval.decode import generate
+from draftsmith.eval.progress import Progress
 from draftsmith.eval.prompts import Prompt, read_prompts
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.chat import load_tokenizer, stop_ids
@@ -29,7 +30,8 @@ def regenerate(target_name: str, prompts_file: str, output: str, temperatures: l
     partial.parent.mkdir(parents=True, exist_ok=True)
     done = resume(partial, settings)
     left = [i for i in range(len(prompts)) if i not in done]
-    tokens, started = 0, time.time()
+    tokens, answered, started = 0, 0, time.time()
+    progress = Progress(report, "answers", len(left))
     with partial.open("a") as file:
         if not done and partial.stat().st_size == 0:
             file.write(json.dumps(settings) + "\n")
@@ -42,11 +44,8 @@ def regenerate(target_name: str, prompts_file: str, output: str, temperatures: l
                     file.write(json.dumps(answer(i, prompts[i], trace.tokens, tokenizer, stops, temperature)) + "\n")
                     tokens += len(trace.tokens)
                 file.flush()
-                done.update(mine[start:start + batch])
-                seconds = time.time() - started
-                share = (len(done) - len(prompts) + len(left)) / len(left)
-                minutes, rest = divmod(int(seconds / share - seconds), 60)
-                report(f"answered {len(done)}/{len(prompts)} prompts, {tokens / seconds:.0f} tok/s, left {minutes}:{rest:02d}")
+                answered += len(mine[start:start + batch])
+                progress(answered, f", {tokens / (time.time() - started):.0f} tok/s")
     lines = sorted((json.loads(line) for line in partial.read_text().splitlines()[1:]), key=lambda r: r["row"])
     Path(output).write_text("".join(json.dumps(line) + "\n" for line in lines))
     partial.unlink()

@@ -1,0 +1,1 @@
+"""Recipes (YAML), the bundled reference targets and drafters, and prompts: data only."""

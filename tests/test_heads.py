@@ -172,6 +172,12 @@ def test_rope_and_head_dim_come_from_the_target():
     target = tiny_target(head_dim=16, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0})
     head = tiny_head(target)
     assert head.config.head_dim == 16 and head.config.rope_parameters == target.config.rope_parameters
-    assert torch.equal(head._rotary[0].inv_freq, target.body.rotary_emb.inv_freq)
+    assert torch.equal(head._rope[0], target.body.rotary_emb.inv_freq)
+    cos, sin = target.body.rotary_emb(torch.zeros(1), torch.arange(9)[None])
+    mine = head._angles(torch.arange(9))
+    torch.testing.assert_close(mine[0][:, 0], cos[0, :, :8])
+    torch.testing.assert_close(mine[1][:, 0], sin[0, :, :8])
+    with pytest.raises(UserError, match="rope_type: found 'dynamic'"):
+        tiny_head(tiny_target(rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}))
     loss = F.softplus(head.loss(features_of(target, head), steps=2)[0])
     assert torch.isfinite(loss)

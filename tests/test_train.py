@@ -117,7 +117,8 @@ def test_bad_recipe_values_name_the_key(override, message):
 
 
 def test_recipe_files(tmp_path):
-    assert read_recipe(ROOT / "recipes" / "eagle3-code.yaml", DrafterRecipe, ["optimization.epochs=2.5", "data.files=[a.jsonl]"]).data.files == ["a.jsonl"]
+    recipe = read_recipe(ROOT / "recipes" / "eagle3-code.yaml", DrafterRecipe, ["optimization.epochs=2.5", "data.files=[a.jsonl]"])
+    assert recipe.data.files == ["a.jsonl"] and recipe.optimization.epochs == 2.5
     bad = tmp_path / "bad.yaml"
     for text, message in (("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("seed: 0", "missing")):
         bad.write_text(text)
@@ -146,7 +147,8 @@ def test_grown_target_computes_the_same():
 
 
 def run(command, folder, timeout=240):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
     return subprocess.run([str(c) for c in command], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 

@@ -26,7 +26,10 @@ class Row:
 
 def read_table(file: str | Path):
     """A JSONL or Parquet file as a `datasets.Dataset`. Raises UserError when it cannot be read or is empty."""
-    import datasets
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("reading training rows needs the package datasets, found none; pip install 'draftsmith[data]'") from None
 
     path = Path(file)
     if not path.is_file():

@@ -5,6 +5,8 @@ import logging
 import os
 import socket
 
+from draftsmith.models.errors import UserError
+
 
 def free_port() -> int:
     with contextlib.closing(socket.socket()) as server:
@@ -24,8 +26,11 @@ def start() -> tuple[int, int]:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-    from deepspeed import comm
+    try:
+        import deepspeed
+        from deepspeed import comm
+    except ImportError:
+        raise UserError("training needs the package deepspeed, found none; pip install 'draftsmith[deepspeed]'") from None
 
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         # The shared-memory op would be compiled at start-up and leaves large files in /dev/shm; gloo is enough here.

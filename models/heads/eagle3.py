@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec
 from draftsmith.models.heads.attention import step_attention
 from draftsmith.models.slots import SlotCache
@@ -57,9 +58,20 @@ class Eagle3Config:
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in the half-split layout. x [..., H, D], cos and sin [..., 1, D]."""
+    """Rotary embedding in the half-split layout. x [..., H, D], cos and sin [..., 1, D / 2]."""
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _frequencies(config: "Eagle3Config", device) -> tuple[torch.Tensor, float]:
+    """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError for types that change with the length."""
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"rope_type: found {kind!r}, expected default, linear, llama3 or yarn")
+    rope = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
+        rope_parameters=config.rope_parameters, max_position_embeddings=config.max_position_embeddings))
+    return rope.inv_freq.to(device), rope.attention_scaling
 
 
 class Attention(nn.Module):
@@ -157,9 +169,7 @@ class Eagle3Head(nn.Module):
         self.midlayer = Layer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        rope = LlamaConfig(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
-                           rope_parameters=config.rope_parameters, max_position_embeddings=config.max_position_embeddings)
-        self._rotary = (LlamaRotaryEmbedding(rope).to(embedding.device),)  # no submodule: its fp32 frequencies must survive casts
+        self._rope = _frequencies(config, embedding.device)  # no buffer: fp32 frequencies must survive casts of the module
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02 if module is not self.fc else self.fc.in_features**-0.5)
@@ -180,11 +190,11 @@ class Eagle3Head(nn.Module):
         """Layer output [..., h] -> draft logits [..., Vd]."""
         return self.lm_head(self.norm(output))
 
-    def _rope(self, positions: torch.Tensor):
-        """positions [...] -> cos, sin [..., 1, D]."""
-        cos, sin = self._rotary[0](self.embedding, positions.reshape(1, -1))
-        shape = (*positions.shape, 1, cos.size(-1))
-        return cos.view(shape), sin.view(shape)
+    def _angles(self, positions: torch.Tensor):
+        """positions [...] -> cos, sin [..., 1, D / 2]."""
+        frequencies, scaling = self._rope
+        angles = positions[..., None, None].float() * frequencies
+        return (angles.cos() * scaling).to(self.embedding.dtype), (angles.sin() * scaling).to(self.embedding.dtype)
 
     # Training
 
@@ -202,7 +212,7 @@ class Eagle3Head(nn.Module):
         hidden = self.fc(features.hidden)
         positions = torch.arange(length, device=hidden.device)
         u = layer.widen(F.embedding(following, self.embedding), hidden)
-        cos, sin = self._rope(positions)
+        cos, sin = self._angles(positions)
         key0, value0 = attention.key_value(u, cos, sin)
         key0, value0 = (attention.repeat(x.transpose(1, 2), 1).contiguous() for x in (key0, value0))
         rows = (written[:, 1:-1] & written[:, 2:]) if length > 2 else written[:, :0]
@@ -218,7 +228,7 @@ class Eagle3Head(nn.Module):
                     rows, t, h = rows[kept], t[kept], h[kept]
                     keys, values = [x[kept] for x in keys], [x[kept] for x in values]
                 u = layer.widen(F.embedding(flat_tokens[rows + 1 + k], self.embedding), h)
-            cos, sin = self._rope(t + k)
+            cos, sin = self._angles(t + k)
             if k > 0:
                 key, value = attention.key_value(u, cos, sin)
                 keys, values = [*keys, attention.repeat(key, 1)], [*values, attention.repeat(value, 1)]
@@ -294,7 +304,7 @@ class Eagle3Head(nn.Module):
         if features.tokens.size(1) > 1:
             hidden = self.fc(features.hidden[:, :-1])
             u = self.midlayer.widen(F.embedding(features.tokens[:, 1:], self.embedding), hidden)
-            key, value = self.midlayer.self_attn.key_value(u, *self._rope(torch.arange(u.size(1), device=u.device)))
+            key, value = self.midlayer.self_attn.key_value(u, *self._angles(torch.arange(u.size(1), device=u.device)))
             cache.place(u.size(1))
             cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
         cache.lengths = features.lengths - 1
@@ -353,7 +363,7 @@ class Eagle3Head(nn.Module):
         """One layer over new rows [B, T] placed in the cache; seen [B, T, visible] -> layer output [B, T, h]."""
         attention = self.midlayer.self_attn
         u = self.midlayer.widen(F.embedding(tokens, self.embedding), hidden)
-        cos, sin = self._rope(positions)
+        cos, sin = self._angles(positions)
         key, value = attention.key_value(u, cos, sin)
         keys, values = cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
         attended = F.scaled_dot_product_attention(attention.query(u, cos, sin).transpose(1, 2), keys, values, attn_mask=seen[:, None],

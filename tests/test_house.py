@@ -1,0 +1,48 @@
+"""Rules of the house that a machine can check."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [p for folder in ("models", "train", "eval", "launch", "recipes", "tests") for p in (ROOT / folder).rglob("*.py")]
+FLOORS = {"models": {"models"}, "train": {"models", "train"}, "eval": {"models", "eval"}, "launch": {"models", "train", "eval", "launch", "recipes"}}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "."
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_use_the_full_name_and_never_climb(path):
+    floor = path.relative_to(ROOT).parts[0]
+    for name in imports(path):
+        assert not re.match(r"^(train|models|eval|launch|recipes)\b", name), f"{path}: {name}"
+        if floor in FLOORS and name.startswith("draftsmith.") and path.name != "__main__.py":
+            part = name.split(".")[1]
+            assert part in FLOORS[floor] | ({"recipes"} if path.parent.name == "targets" else set()), f"{path}: {name}"
+
+
+def test_files_stay_rooms():
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 420}
+    assert not long, long
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["eval", "/none"], "draftsmith.json: no target named"), (["train", "none.yaml"], "none.yaml: no such recipe"), (["dance"], "No such command"),
+    (["regenerate", "/none", "p.jsonl", "o.jsonl"], "/none"), (["pretrain", "none.yaml"], "no such recipe"), (["eval"], "Missing argument"),
+])
+def test_command_line_errors_are_one_line_and_exit_code_2(arguments, message, tmp_path):
+    result = subprocess.run([sys.executable, "-m", "draftsmith.launch", *arguments], cwd=tmp_path, capture_output=True, text=True,
+                            env={**__import__("os").environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in result.stderr, result.stderr
