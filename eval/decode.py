@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from draftsmith.eval.sampling import Sampling, choose, process, seen_tokens
+from draftsmith.eval.sampling import Sampling, choose, margin, process, seen_tokens
 from draftsmith.eval.verify import match
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.errors import UserError
@@ -15,8 +15,8 @@ from draftsmith.models.tree import DraftTree
 
 
 class Clock:
-    """Seconds by phase, devices synchronised at every border. `total` covers the loop without the prefill; `overhead` is choosing tokens,
-    accepting, committing and bookkeeping. What the three phases leave of the total is the loop's own."""
+    """Seconds by phase, devices synchronised at every border. `total` covers the loop and the drafter's own prefill, not the target's;
+    `overhead` is choosing tokens, accepting, committing and bookkeeping. What the three phases leave of the total is the loop's own."""
 
     def __init__(self, device: torch.device):
         self.seconds = {"draft": 0.0, "verify": 0.0, "overhead": 0.0, "total": 0.0}
@@ -36,19 +36,20 @@ class Trace:
     """One request. tokens: everything emitted, the token from the prefill first, cut at EOS and at the limit.
 
     accepted: drafted tokens accepted in each verify pass, before any cut; drafted: drafted levels of its tree.
-    emitted: tokens that count for each pass (after the cut). gaps: top-2 gap of the processed logits at each emitted token.
+    emitted: tokens that count for each pass (after the cut). margins: how far each emitted token was from being another one
+    (`sampling.margin`); filled only on request, since it costs time. The token from the prefill has none.
     """
 
     tokens: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     emitted: list[int] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
 
 
 @torch.inference_mode()
 def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
-             eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None) -> list[Trace]:
+             eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None, margins: bool = False) -> list[Trace]:
     """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise.
 
     Raises UserError for an empty prompt or one that leaves no room in the target's context.
@@ -62,7 +63,8 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
     start = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=target.device))
     logits = distribution(prefill.logits[:, None], start, sampling, active, histories)
     root = choose(logits, sampling, active, session.lengths[:, None])[:, 0]
-    drafter.begin(prefill.features, root)
+    with clock.phase("draft"):
+        drafter.begin(prefill.features, root)
     for request, token in zip(active, root.tolist()):
         traces[request].tokens.append(token)
         histories[request].append(token)
@@ -85,7 +87,9 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
                 chosen = choose(logits, sampling, active, session.lengths[:, None] + tree.depths + 1)
                 accepted = match(tree, chosen)
                 session.commit(accepted.path, accepted.counts)
-                record(traces, histories, active, tree, logits, accepted, max_new_tokens, eos)
+                record(traces, histories, active, tree, accepted, max_new_tokens, eos)
+            if margins:
+                note_margins(traces, active, tree, logits, chosen, accepted, sampling, session.lengths)
             with clock.phase("draft"):
                 drafter.observe(verified.features(tree, accepted.path, accepted.counts), accepted.next_token)
     return [traces[r] for r in order]
@@ -99,12 +103,11 @@ def distribution(logits, tree, sampling, active, histories):
     return process(logits, sampling, seen, tree)
 
 
-def record(traces, histories, active, tree, logits, accepted, max_new_tokens, eos):
+def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
     """Appends what was emitted in this pass to the traces, cut at EOS and at the limit."""
     depth = tree.depths.amax(1).tolist()
     rows = torch.arange(len(active), device=tree.tokens.device)[:, None]
-    top = logits[rows, accepted.path].topk(2).values
-    path_tokens, path_gaps = tree.tokens[rows, accepted.path].tolist(), (top[..., 0] - top[..., 1]).tolist()
+    path_tokens = tree.tokens[rows, accepted.path].tolist()
     for i, (request, count, token) in enumerate(zip(active, accepted.counts.tolist(), accepted.next_token.tolist())):
         trace, emitted = traces[request], [*path_tokens[i][1:count], token]
         kept = emitted[:max_new_tokens - len(trace.tokens)]
@@ -115,7 +118,16 @@ def record(traces, histories, active, tree, logits, accepted, max_new_tokens, eo
         trace.accepted.append(count - 1)
         trace.drafted.append(depth[i])
         trace.emitted.append(len(kept))
-        trace.gaps += path_gaps[i][:len(kept)]
+
+
+def note_margins(traces, active, tree, logits, chosen, accepted, sampling, lengths):
+    """Appends the margins of the tokens emitted in this pass (after `record`; lengths [B] are those after the commit)."""
+    rows = torch.arange(len(active), device=tree.tokens.device)[:, None]
+    steps = torch.arange(accepted.path.size(1), device=tree.tokens.device)
+    positions = lengths[:, None] - accepted.counts[:, None] + 1 + steps
+    found = margin(logits[rows, accepted.path], chosen[rows, accepted.path], sampling, active, positions).tolist()
+    for request, values in zip(active, found):
+        traces[request].margins += values[:traces[request].emitted[-1]]
 
 
 def check_prompts(target: TextTarget, prompts: list[list[int]], max_new_tokens: int, tree_size: int) -> None:

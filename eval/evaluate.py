@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from draftsmith.eval.measure import Run, decode_batches, interleaved, summary
+from draftsmith.eval.measure import NEAR_BORDER, Run, decode_batches, interleaved, summary
 from draftsmith.eval.predict import predicted_chain_tau
 from draftsmith.eval.progress import Progress
 from draftsmith.eval.sampling import Sampling
@@ -29,8 +29,8 @@ class Plan:
 def evaluate(target: TextTarget, heads: dict, prompts: list[list[int]], stops: set[int], plan: Plan, report=print) -> dict[str, dict]:
     """name -> result. All heads share the plain runs and one interleaved timing."""
     def decode(what, drafter, sampling):
-        traces = decode_batches(target, drafter, prompts, sampling, plan.max_new_tokens, stops, plan.batch, Progress(report, what, len(prompts)))
-        return Run(traces)
+        progress, margins = Progress(report, what, len(prompts)), isinstance(drafter, NoDrafter)
+        return Run(decode_batches(target, drafter, prompts, sampling, plan.max_new_tokens, stops, plan.batch, progress, margins))
 
     results, greedy = {name: {} for name in heads}, Sampling(seed=plan.seed)
     plain = decode("plain", NoDrafter(), greedy)
@@ -44,16 +44,16 @@ def evaluate(target: TextTarget, heads: dict, prompts: list[list[int]], stops: s
     drafters = {name: HeadDrafter(head, fastest[name][0]) for name, head in heads.items()}
     timed = interleaved(target, drafters, prompts, greedy, plan.max_new_tokens, stops, Progress(report, "timing, one prompt at a time", len(prompts)))
     for name in heads:
-        figures = summary(timed[name], timed["plain"])
+        figures = summary(timed[name], plain, timed_plain=timed["plain"])
         results[name] |= {key: figures[key] for key in ("speedup", "accounted_speedup", "ideal_speedup")}
-        results[name] |= {"tree": str(fastest[name][0]), "timed": figures, "plain": summary(timed["plain"], timed["plain"]), "sweep": fastest[name][1],
+        results[name] |= {"tree": str(fastest[name][0]), "timed": figures, "plain": summary(timed["plain"], plain, timed_plain=timed["plain"]), "sweep": fastest[name][1],
                           "sampled": {}}
     for temperature in plan.temperatures:
         sampling = Sampling(temperature, seed=plan.seed)
         plain = decode(f"plain, T={temperature}", NoDrafter(), sampling)
         for name, head in heads.items():
             traces = decode(f"{name} {plan.tree}, T={temperature}", HeadDrafter(head, plan.tree), sampling)
-            results[name]["sampled"][str(temperature)] = summary(traces, plain)
+            results[name]["sampled"][str(temperature)] = summary(traces, plain, NEAR_BORDER)
     for result in results.values():
         parts = [*result["greedy"].values(), result["timed"], *result["sampled"].values()]
         result["lossless"] = all(part["lossless"] for part in parts)
@@ -68,5 +68,6 @@ def sweep(target, name, head, prompts, stops, plan: Plan, report) -> tuple[TreeP
     some = prompts[:plan.sweep_prompts]
     drafters = {str(tree): HeadDrafter(head, tree) for tree in plan.sweep}
     runs = interleaved(target, drafters, some, Sampling(seed=plan.seed), plan.max_new_tokens, stops, Progress(report, f"{name}: tree sweep", len(some)))
-    table = {tree: {key: figures[key] for key in ("tau", "speedup")} for tree in drafters for figures in [summary(runs[tree], runs["plain"])]}
+    figures = {tree: summary(runs[tree], runs["plain"], timed_plain=runs["plain"]) for tree in drafters}
+    table = {tree: {"tau": f["tau"], "speedup": f["speedup"]} for tree, f in figures.items()}
     return max(plan.sweep, key=lambda tree: table[str(tree)]["speedup"]), table

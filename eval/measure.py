@@ -12,7 +12,8 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import Drafter, NoDrafter
 from draftsmith.models.targets import TextTarget
 
-NEAR_TIE = 1e-4  # a divergence is tolerated only where the top-2 gap of the plain logits is below this
+NEAR_TIE = 1e-4  # greedy: a divergence is tolerated only where the top-2 gap of the plain logits is below this
+NEAR_BORDER = 1e-5  # sampled: only where the uniform lies nearer than this to a border of the chosen token's CDF interval
 
 
 @dataclass
@@ -49,24 +50,25 @@ def acceptance_by_depth(traces: list[Trace]) -> list[float]:
     return rates
 
 
-def divergences(plain: list[Trace], other: list[Trace]) -> list[dict]:
-    """Prompts whose texts differ: first differing token and the top-2 gap of the plain logits there."""
+def divergences(plain: list[Trace], other: list[Trace], tolerance: float = NEAR_TIE) -> list[dict]:
+    """Prompts whose texts differ: first differing token and the margin of the plain choice there (NaN where it was not recorded)."""
     found = []
     for row, (a, b) in enumerate(zip(plain, other)):
         if a.tokens != b.tokens:
             at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y), min(len(a.tokens), len(b.tokens)))
-            gap = a.gaps[at - 1] if 0 < at <= len(a.gaps) else float("nan")
-            found.append({"prompt": row, "token": at, "gap": gap, "near_tie": gap < NEAR_TIE})
+            margin = a.margins[at - 1] if 0 < at <= len(a.margins) else float("nan")
+            found.append({"prompt": row, "token": at, "margin": margin, "tolerated": margin < tolerance})
     return found
 
 
 def decode_batches(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int, stops: set[int],
-                   batch: int, progress=lambda done: None) -> list[Trace]:
+                   batch: int, progress=lambda done: None, margins: bool = False) -> list[Trace]:
     """Traces of all prompts in batches of ragged rows of similar length, without timing. `progress(done)` is called after each batch."""
     order, traces = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for start in range(0, len(order), batch):
         group = order[start:start + batch]
-        traces |= dict(zip(group, generate(target, drafter, [prompts[i] for i in group], sampling, max_new_tokens, stops, group)))
+        batched = generate(target, drafter, [prompts[i] for i in group], sampling, max_new_tokens, stops, group, margins=margins)
+        traces |= dict(zip(group, batched))
         progress(len(traces))
     return [traces[i] for i in range(len(prompts))]
 
@@ -87,23 +89,23 @@ def interleaved(target: TextTarget, drafters: dict[str, Drafter], prompts: list[
     return runs
 
 
-def summary(run: Run, plain: Run) -> dict:
-    """All figures of one method; timing keys only where it was timed."""
+def summary(run: Run, plain: Run, tolerance: float = NEAR_TIE, timed_plain: Run | None = None) -> dict:
+    """All figures of one method against plain decoding (with margins); timing keys only beside a timed plain run."""
     passes = sum(len(t.emitted) for t in run.traces)
-    different = divergences(plain.traces, run.traces)
+    different = divergences(plain.traces, run.traces, tolerance)
     figures = {
         "tau": tau(run.traces), "macro_tau": macro_tau(run.traces),
-        "accepted_per_pass": sum(sum(t.accepted) for t in run.traces) / max(1, passes),
+        "accepted_per_pass": tau(run.traces) - 1,
         "acceptance_by_depth": acceptance_by_depth(run.traces), "prompts": len(run.traces), "tokens": sum(sum(t.emitted) for t in run.traces),
         "passes": passes, "identical": len(run.traces) - len(different), "divergences": different,
-        "lossless": all(d["near_tie"] for d in different),
+        "lossless": all(d["tolerated"] for d in different),
     }
-    if run.seconds and passes:
+    if timed_plain is not None and passes:
         split = {phase: run.total(phase) for phase in ("draft", "verify", "overhead", "total")}
         accounted = split["draft"] + split["verify"] + split["overhead"]
-        plain_pass = plain.total("total") / max(1, sum(len(t.emitted) for t in plain.traces))
+        plain_pass = timed_plain.total("total") / max(1, sum(len(t.emitted) for t in timed_plain.traces))
         figures |= {
-            "tokens_per_second": figures["tokens"] / split["total"], "speedup": plain.total("total") / split["total"],
+            "tokens_per_second": figures["tokens"] / split["total"], "speedup": timed_plain.total("total") / split["total"],
             "accounted_speedup": figures["tau"] * plain_pass / (accounted / passes),
             "ideal_speedup": figures["tau"] * plain_pass / ((split["verify"] + split["draft"]) / passes),
             "ms_per_pass": {phase: 1e3 * seconds / passes for phase, seconds in split.items()},

@@ -22,8 +22,12 @@ def read_prompts(file: str | Path, tokenizer, limit: int | None = None) -> list[
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected JSONL prompts")
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from None
     prompts = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if limit is not None and len(prompts) >= limit:
@@ -33,7 +37,11 @@ def read_prompts(file: str | Path, tokenizer, limit: int | None = None) -> list[
         except json.JSONDecodeError as error:
             raise UserError(f"{path} row {number}: not valid JSON ({error})") from None
         messages = to_messages(record, f"{path} row {number}")
-        prompts.append(Prompt(str(record.get("name", record.get("question_id", number))), messages, encode_prompt(tokenizer, messages)))
+        try:
+            tokens = encode_prompt(tokenizer, messages)
+        except UserError as error:
+            raise UserError(f"{path} row {number}: {error}") from None
+        prompts.append(Prompt(str(record.get("name", record.get("question_id", number))), messages, tokens))
     if not prompts:
         raise UserError(f"{path}: found no prompts, expected at least one")
     return prompts

@@ -78,13 +78,26 @@ def choose(logits: torch.Tensor, sampling: Sampling, requests: list[int], positi
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    table: dict[tuple[int, int], float] = {}
-    rows = positions.tolist()
-    for request, row in zip(requests, rows):
-        for position in row:
-            if (request, position) not in table:
-                table[request, position] = keyed_uniform(sampling.seed, request, position)
-    uniforms = torch.tensor([[table[request, p] for p in row] for request, row in zip(requests, rows)], dtype=torch.float64, device=logits.device)
     cdf = logits.double().softmax(-1).cumsum(-1)
-    index = torch.searchsorted(cdf, (uniforms * cdf[..., -1])[..., None], right=True)[..., 0]
-    return index.clamp(max=logits.size(-1) - 1)
+    at = noise(sampling.seed, requests, positions) * cdf[..., -1]
+    return torch.searchsorted(cdf, at[..., None], right=True)[..., 0].clamp(max=logits.size(-1) - 1)
+
+
+def noise(seed: int, requests: list[int], positions: torch.Tensor) -> torch.Tensor:
+    """Keyed uniforms for positions [B, N] -> [B, N] fp64; nodes of one depth share theirs."""
+    rows = positions.tolist()
+    table = {key: keyed_uniform(seed, *key) for key in {(request, p) for request, row in zip(requests, rows) for p in row}}
+    return torch.tensor([[table[request, p] for p in row] for request, row in zip(requests, rows)], dtype=torch.float64, device=positions.device)
+
+
+def margin(logits: torch.Tensor, chosen: torch.Tensor, sampling: Sampling, requests: list[int], positions: torch.Tensor) -> torch.Tensor:
+    """How far the choice was from another one: the top-2 gap of the logits at temperature 0, otherwise the distance of the uniform from the
+    nearer border of the chosen token's CDF interval. Shapes as in `choose`, chosen [B, N] -> [B, N]."""
+    if sampling.temperature == 0:
+        top = logits.topk(2).values
+        return top[..., 0] - top[..., 1]
+    probs = logits.double().softmax(-1)
+    cdf = probs.cumsum(-1)
+    at = noise(sampling.seed, requests, positions) * cdf[..., -1]
+    upper = cdf.gather(-1, chosen[..., None])[..., 0]
+    return torch.minimum(upper - at, at - (upper - probs.gather(-1, chosen[..., None])[..., 0])).abs()

@@ -10,6 +10,7 @@ from draftsmith.models.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Train, prove, measure and publish drafters for speculative decoding.")
+Count = Annotated[int, typer.Option(min=1)]
 Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
 
 
@@ -35,7 +36,7 @@ def pretrain(recipe: str, overrides: Annotated[list[str], typer.Argument(help="s
 
 
 @app.command()
-def prompts(output: str, count: int = 1000, package: list[str] = ["python"], seed: int = 0, held_out: bool = False,
+def prompts(output: str, count: Count = 1000, package: list[str] = ["python"], seed: int = 0, held_out: bool = False,
             target: Target = "bundled:targets/code"):
     """Cut questions (signature and docstring) out of Python source on this machine."""
     from draftsmith.launch.prompts import write_prompts
@@ -45,8 +46,8 @@ def prompts(output: str, count: int = 1000, package: list[str] = ["python"], see
 
 
 @app.command()
-def regenerate(target: str, prompts: str, output: str, temperature: list[float] = [0.0], max_new_tokens: int = 160, batch: int = 64,
-               limit: int = None, seed: int = 0):
+def regenerate(target: str, prompts: str, output: str, temperature: list[float] = [0.0], max_new_tokens: Count = 160,
+               batch: Count = 64, limit: Count = None, seed: int = 0):
     """Let the target answer prompts; a killed run goes on where it stopped."""
     from draftsmith.launch.regenerate import regenerate
 
@@ -55,7 +56,7 @@ def regenerate(target: str, prompts: str, output: str, temperature: list[float] 
 
 @app.command(name="eval")
 def evaluate(drafter: str, prompts: str = "bundled:prompts/code.jsonl", target: str = None, output: str = "runs/eval", tree: str = None,
-             temperature: list[float] = [0.6, 1.0], max_new_tokens: int = 128, limit: int = None, seed: int = 0):
+             temperature: list[float] = [0.6, 1.0], max_new_tokens: Count = 128, limit: Count = None, seed: int = 0):
     """Measure a drafter: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json."""
     from draftsmith.launch.measurement import measure_drafters
 
@@ -73,7 +74,7 @@ def demo(output: str = "runs/demo"):
 def main() -> None:
     try:
         app(standalone_mode=False)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:

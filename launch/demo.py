@@ -1,5 +1,6 @@
 """`draftsmith demo`: the project's main job on the bundled target, from prompts to a measured drafter. Every step is a command of its own."""
 
+import json
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def demo(output: Path, report=print) -> None:
     stage(2, f"draftsmith regenerate {TARGET} {output}/prompts.jsonl {output}/answers.jsonl " + " ".join(f"--temperature {t}" for t in TEMPERATURES))
     regenerate(TARGET, f"{output}/prompts.jsonl", f"{output}/answers.jsonl", TEMPERATURES, MAX_NEW_TOKENS, 96, None, SEED, report)
     recipe = str(Path(locate("bundled:targets")).parent / "eagle3-code.yaml")
-    overrides = [f"data.files=[{output}/answers.jsonl]", f"output={output}"]
+    overrides = [f"data.files={json.dumps([f'{output}/answers.jsonl'])}", f"output={json.dumps(str(output))}"]
     stage(3, f"draftsmith train recipes/eagle3-code.yaml {' '.join(overrides)}")
     if main([recipe, *overrides]) != 0:
         raise UserError("demo: training ended with an error, see above")

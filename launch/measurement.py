@@ -26,6 +26,7 @@ SWEEP = ("dynamic:4x3x8", "dynamic:4x4x12", "dynamic:6x4x16", "dynamic:6x5x24")
 def measure_drafters(drafters: dict[str, str], target_name: str | None, prompts_file: str, output: Path, tree: str | None,
                      temperatures: list[float], max_new_tokens: int, limit: int | None, seed: int, report=print, sweep_prompts: int = 12) -> dict:
     """drafters {name: directory}; without `tree` the fastest of a small sweep is timed. Writes {first drafter's keys, other names: theirs}."""
+    check_writable(output.parent)
     folders = {name: Path(bundled(folder)) for name, folder in drafters.items()}
     first = next(iter(folders.values()))
     target_name = target_name or target_of(first)
@@ -62,9 +63,17 @@ def target_of(folder: Path) -> str:
         raise UserError(f"{folder}/draftsmith.json: no target named; expected --target or a drafter trained here") from None
 
 
+def check_writable(folder: Path) -> None:
+    """An unwritable place is found before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
 def write_json(path: Path, document: dict) -> None:
     """Complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".json") as file:
         json.dump(document, file, indent=1)
     os.replace(file.name, path)

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+from draftsmith.models.errors import UserError
 from draftsmith.train import corpus
 
 HELD_OUT = 0.03  # share of module paths that no training of the bundled models sees
@@ -18,12 +19,17 @@ def write_prompts(packages: list[str], output: str, count: int, seed: int, token
     functions = [f for f in corpus.unique_functions(corpus.find_sources(packages))
                  if f.documented and corpus.is_held_out(f.module, HELD_OUT) == held_out]
     random.Random(seed).shuffle(functions)
-    rows = []
+    rows, asked = [], set()
     for function in functions:
         if len(rows) == count:
             break
+        if function.question in asked:
+            continue
+        asked.add(function.question)
         if len(tokenizer(function.question)["input_ids"]) <= max_question and min_answer <= len(tokenizer(function.answer)["input_ids"]) <= max_answer:
             rows.append({"name": f"{function.module}:{function.name}", "messages": [{"role": "user", "content": function.question}]})
+    if not rows:
+        raise UserError(f"packages {', '.join(packages)}: found no documented functions that fit, expected at least one")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Path(output)

@@ -1,5 +1,6 @@
 """`draftsmith regenerate`: the target answers prompts; the answers are what a drafter for it should be trained on."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -25,11 +26,15 @@ def regenerate(target_name: str, prompts_file: str, output: str, temperatures: l
     stops = stop_ids(target, tokenizer)
     prompts = read_prompts(prompts_file, tokenizer, limit)
     room = target.context_length - max_new_tokens - 1
-    settings = {"target": target_name, "prompts": len(prompts), "temperatures": temperatures, "max_new_tokens": max_new_tokens, "seed": seed}
+    digest = hashlib.sha256(json.dumps([p.tokens for p in prompts]).encode()).hexdigest()
+    settings = {"target": target_name, "prompts": digest, "temperatures": temperatures, "max_new_tokens": max_new_tokens, "seed": seed}
     partial = Path(f"{output}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     done = resume(partial, settings)
-    left = [i for i in range(len(prompts)) if i not in done]
+    fitting = [i for i in range(len(prompts)) if len(prompts[i].tokens) <= room]
+    left = [i for i in fitting if i not in done]
+    if len(fitting) < len(prompts):
+        report(f"{len(prompts) - len(fitting)} prompts of more than {room} tokens are left out")
     tokens, answered, started = 0, 0, time.time()
     progress = Progress(report, "answers", len(left))
     with partial.open("a") as file:
@@ -38,18 +43,17 @@ def regenerate(target_name: str, prompts_file: str, output: str, temperatures: l
         for kind, temperature in enumerate(temperatures):
             mine = [i for i in left if i % len(temperatures) == kind]
             for start in range(0, len(mine), batch):
-                group = [i for i in mine[start:start + batch] if len(prompts[i].tokens) <= room]
+                group = mine[start:start + batch]
                 traces = generate(target, NoDrafter(), [prompts[i].tokens for i in group], Sampling(temperature, seed=seed), max_new_tokens, stops, group)
                 for i, trace in zip(group, traces):
                     file.write(json.dumps(answer(i, prompts[i], trace.tokens, tokenizer, stops, temperature)) + "\n")
                     tokens += len(trace.tokens)
                 file.flush()
-                answered += len(mine[start:start + batch])
+                answered += len(group)
                 progress(answered, f", {tokens / (time.time() - started):.0f} tok/s")
-    lines = sorted((json.loads(line) for line in partial.read_text().splitlines()[1:]), key=lambda r: r["row"])
-    Path(output).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    partial.unlink()
-    return Path(output)
+    lines = sorted(partial.read_text().splitlines()[1:], key=lambda line: json.loads(line)["row"])
+    partial.write_text("".join(line + "\n" for line in lines))
+    return partial.replace(output)
 
 
 def answer(row: int, prompt: Prompt, tokens: list[int], tokenizer, stops: set[int], temperature: float) -> dict:
@@ -70,6 +74,6 @@ def resume(partial: Path, settings: dict) -> set[int]:
     lines = text.splitlines()
     if not lines:
         return set()
-    if json.loads(lines[0]) != settings:
+    if lines[0] != json.dumps(settings):
         raise UserError(f"{partial}: found the answers of another run ({lines[0]}), expected {json.dumps(settings)}; remove it to start anew")
     return {json.loads(line)["row"] for line in lines[1:]}

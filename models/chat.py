@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 from draftsmith.models.errors import UserError
@@ -27,7 +28,15 @@ def stop_ids(target, tokenizer) -> set[int]:
 
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     """Messages up to the last user turn -> ids that end with the opening of the assistant's turn."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    return render(tokenizer, messages, add_generation_prompt=True)["input_ids"]
+
+
+def render(tokenizer, messages: list[dict], **options):
+    """apply_chat_template to ids; what the template or the tokenizer refuses becomes a UserError."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except (ValueError, TypeError, TemplateError) as error:
+        raise UserError(f"chat template: {' '.join(str(error).split())[:200]}") from None
 
 
 def encode_row(tokenizer, messages: list[dict], stops: set[int]) -> tuple[list[int], list[int]]:
@@ -37,15 +46,15 @@ def encode_row(tokenizer, messages: list[dict], stops: set[int]) -> tuple[list[i
     before it (with the generation prompt), up to and including the first stop id. Raises UserError when that rendering is no prefix.
     """
     if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or ""):
-        row = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        row = render(tokenizer, messages, return_assistant_tokens_mask=True)
         return row["input_ids"], row["assistant_masks"]
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    ids = render(tokenizer, messages)["input_ids"]
     mask = [0] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = encode_prompt(tokenizer, messages[:turn])
-        through = tokenizer.apply_chat_template(messages[:turn + 1], tokenize=True, return_dict=True)["input_ids"]
+        through = render(tokenizer, messages[:turn + 1])["input_ids"]
         if ids[:len(before)] != before or ids[:len(through)] != through:
             raise UserError(f"chat template: turn {turn} is not prefix-stable (rendering the turns before it gives other tokens)")
         for at in range(len(before), len(through)):

@@ -12,6 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from draftsmith.eval.decode import generate
+from draftsmith.eval.sampling import Sampling
+from draftsmith.models.drafter import NoDrafter
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.targets import TextTarget
 
@@ -32,6 +35,22 @@ def tiny_head(target: TextTarget, draft_vocab: int | None = None, seed: int = 1,
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=sharpness) if parameter.ndim == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return head.eval()
+
+
+def trained_head(target: TextTarget, draft_vocab: int | None = None) -> Eagle3Head:
+    """A tiny head trained for a moment on the target's own greedy text: right now and then, so that walks of every length occur."""
+    head, prompts = tiny_head(target, draft_vocab), [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
+    rows = [p + t.tokens for p, t in zip(prompts, generate(target, NoDrafter(), prompts, Sampling(), 40))]
+    width = max(map(len, rows))
+    tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+    features = target.features(tokens, torch.tensor([len(r) for r in rows]), torch.ones_like(tokens, dtype=torch.bool), head.feature_spec)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    for _ in range(25):
+        loss, _ = head.loss(features, steps=4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head
 
 
 @pytest.fixture

@@ -1,19 +1,21 @@
 """The decode loop: nothing changes but the speed. Greedy identity, position-keyed sampling identity, exact enumeration, counting."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from draftsmith.eval.decode import generate
-from draftsmith.eval.sampling import Sampling, choose, process, seen_tokens
+from draftsmith.eval.sampling import Sampling, choose, keyed_uniform, margin, process, seen_tokens
 from draftsmith.eval.verify import match
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.grow import DynamicTree, chain, parse_tree
 from draftsmith.models.tree import DraftTree, Kind
-from tests.conftest import tiny_target
+from tests.conftest import tiny_head, tiny_target, trained_head
+from tests.test_heads import features_of
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
 TREES = ["chain:3", "dynamic:4x3x10", "eagle"]
@@ -23,10 +25,12 @@ TREES = ["chain:3", "dynamic:4x3x10", "eagle"]
 @pytest.mark.parametrize("sampling", [
     Sampling(), Sampling(repetition_penalty=1.3), Sampling(1.0, seed=3), Sampling(0.6, top_k=5, seed=4), Sampling(1.3, top_p=0.7, seed=5),
     Sampling(0.9, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=6)], ids=str)
-def test_speculative_decoding_emits_what_plain_decoding_emits(target, head, tree, sampling):
+def test_speculative_decoding_emits_what_plain_decoding_emits(target, tree, sampling):
+    head = trained_head(target, 50)
     plain = [generate(target, NoDrafter(), [p], sampling, 20, {7}, [r])[0] for r, p in enumerate(PROMPTS)]
     batched = generate(target, HeadDrafter(head, parse_tree(tree)), PROMPTS, sampling, 20, {7})
     assert [t.tokens for t in batched] == [t.tokens for t in plain]
+    assert sum(sum(t.accepted) for t in batched) > 0
 
 
 def test_plain_decoding_equals_generate_of_transformers(target):
@@ -163,7 +167,20 @@ def test_prompts_that_do_not_fit_are_refused(target, head):
         Sampling(top_p=0.0)
 
 
-def test_bf16_target_decodes():
-    target = tiny_target(layers=4)
+def test_bf16_target_decodes_and_trains_an_fp32_head():
+    target = tiny_target()
     target.model.to(torch.bfloat16)
-    assert len(generate(target, NoDrafter(), [[3, 1]], Sampling(), 6)[0].tokens) == 6
+    head = tiny_head(target)
+    assert head.fc.weight.dtype == torch.float32  # a head of another dtype than its target
+    assert len(generate(target, HeadDrafter(head, chain(2)), [[3, 1]], Sampling(), 6)[0].tokens) == 6
+    loss, _ = head.loss(features_of(target, head), steps=3)
+    assert torch.isfinite(loss)
+
+
+def test_margin_is_the_distance_to_another_choice():
+    logits = torch.log(torch.tensor([[[0.2, 0.3, 0.5]]]))
+    assert margin(logits, torch.tensor([[2]]), Sampling(), [0], torch.tensor([[4]])).item() == pytest.approx(math.log(5 / 3), rel=1e-5)
+    sampling, position = Sampling(1.0, seed=2), torch.tensor([[4]])
+    uniform, chosen = keyed_uniform(2, 0, 4), choose(logits, sampling, [0], position)
+    low, high = [(0.0, 0.2), (0.2, 0.5), (0.5, 1.0)][int(chosen)]
+    assert margin(logits, chosen, sampling, [0], position).item() == pytest.approx(min(uniform - low, high - uniform), abs=1e-6)

@@ -18,7 +18,8 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or "."
+            assert node.level == 0, "relative import"
+            yield from ([f"draftsmith.{alias.name}" for alias in node.names] if node.module == "draftsmith" else [node.module])
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -17,7 +17,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.grow import chain, parse_tree
 from draftsmith.train.loop import train
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
-from tests.conftest import tiny_head, tiny_target
+from tests.conftest import tiny_head, tiny_target, trained_head
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2], [2, 7, 1, 8, 2, 8], [1, 4, 1, 4]]
 
@@ -28,37 +28,20 @@ def test_tau_counts_tokens_over_passes():
     assert acceptance_by_depth(traces) == [2 / 3, 1.0, 0.0]
 
 
-def trained_a_little(target):
-    """A tiny head that is right now and then, so that walks of every length occur."""
-    head = tiny_head(target)
-    texts = decode_batches(target, NoDrafter(), PROMPTS, Sampling(), 40, set(), 3)
-    width = max(len(p) + 40 for p in PROMPTS)
-    rows = [p + t.tokens for p, t in zip(PROMPTS, texts)]
-    tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-    lengths = torch.tensor([len(r) for r in rows])
-    features = target.features(tokens, lengths, torch.ones_like(tokens, dtype=torch.bool), head.feature_spec)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
-    for _ in range(25):
-        loss, _ = head.loss(features, steps=4)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return head
-
-
 @pytest.mark.parametrize("depth", [1, 3, 5])
 def test_predicted_chain_tau_equals_the_measured_one(target, depth):
-    head = trained_a_little(target)
+    head = trained_head(target)
     plain = decode_batches(target, NoDrafter(), PROMPTS, Sampling(), 40, {7}, 3)
     measured = decode_batches(target, HeadDrafter(head, chain(depth)), PROMPTS, Sampling(), 40, {7}, 4)
     assert tau(measured) > 1.05
     assert predicted_chain_tau(target, head, PROMPTS, plain, depth) == pytest.approx(tau(measured), rel=5e-3)
 
 
-def test_divergences_name_token_and_gap():
-    a, b = Trace(tokens=[1, 2, 3, 4], gaps=[0.5, 2e-5, 0.1]), Trace(tokens=[1, 2, 9, 4])
-    assert divergences([a], [b]) == [{"prompt": 0, "token": 2, "gap": 2e-5, "near_tie": True}]
-    plain = Run([Trace(tokens=[1, 2], gaps=[0.3], emitted=[1])])
+def test_divergences_name_token_and_margin():
+    a, b = Trace(tokens=[1, 2, 3, 4], margins=[0.5, 2e-5, 0.1]), Trace(tokens=[1, 2, 9, 4])
+    assert divergences([a], [b]) == [{"prompt": 0, "token": 2, "margin": 2e-5, "tolerated": True}]
+    assert divergences([a], [b], 1e-5)[0]["tolerated"] is False
+    plain = Run([Trace(tokens=[1, 2], margins=[0.3], emitted=[1])])
     assert summary(Run([Trace(tokens=[1, 5], emitted=[1])]), plain)["lossless"] is False
 
 

@@ -148,7 +148,7 @@ def test_grown_target_computes_the_same():
 
 def run(command, folder, timeout=240):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": path}
     return subprocess.run([str(c) for c in command], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -166,6 +166,7 @@ def test_training_in_one_process_saves_a_loadable_drafter(folder):
     assert log[-1]["step"] == log[-1]["total"] == 12 and log[-1]["loss"] < log[0]["loss"]
 
 
+@pytest.mark.timeout(600)
 def test_deepspeed_launch_with_two_processes_equals_one(folder):
     """Same global batch: two processes of 2 rows and ZeRO-2 against one process of 4 rows; rows are all of one length, so the mean of the
     processes' means is the mean of one."""

@@ -1,5 +1,6 @@
 """Recipe to drafter: `main` is the one program behind `draftsmith train`, `python -m draftsmith.train` and `deepspeed --module`."""
 
+import os
 import sys
 
 
@@ -17,7 +18,8 @@ def main(arguments: list[str]) -> int:
         from draftsmith.train.loop import train
 
         train(recipe, lambda line: print(line, flush=True))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

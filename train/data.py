@@ -29,7 +29,7 @@ def read_table(file: str | Path):
     try:
         import datasets
     except ImportError:
-        raise UserError("reading training rows needs the package datasets, found none; pip install 'draftsmith[data]'") from None
+        raise UserError("reading training rows needs the package datasets, found none; pip install 'draftsmith[train]'") from None
 
     path = Path(file)
     if not path.is_file():
@@ -59,8 +59,9 @@ def read_rows(files: list[str], tokenizer, stops: set[int], vocab_size: int, max
         for number, record in enumerate(read_table(file)):
             place = f"{file} row {number + 1}"
             tokens, mask = encode_record(record, tokenizer, stops, place)
-            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-                raise UserError(f"{place}: found token id {max(tokens)}, expected 0..{vocab_size - 1}")
+            wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
+            if wrong is not None:
+                raise UserError(f"{place}: found token id {wrong}, expected 0..{vocab_size - 1}")
             row = Row(tokens[:max_length], mask[:max_length])
             if sum(row.mask) >= 2:
                 rows.append(row)
@@ -72,6 +73,8 @@ def read_rows(files: list[str], tokenizer, stops: set[int], vocab_size: int, max
 def encode_record(record: dict, tokenizer, stops: set[int], place: str) -> tuple[list[int], list[int]]:
     if record.get("tokens") is not None:
         start = record.get("prompt_length")
+        if not isinstance(record["tokens"], list) or not all(isinstance(t, int) for t in record["tokens"]):
+            raise UserError(f"{place}: tokens: expected a list of integers")
         if not isinstance(start, int) or not 0 < start <= len(record["tokens"]):
             raise UserError(f"{place}: prompt_length: found {start!r}, expected 1..{len(record['tokens'])}")
         return record["tokens"], [0] * start + [1] * (len(record["tokens"]) - start)
@@ -102,9 +105,10 @@ def epoch_batches(rows: list[Row], batch_rows: int, world: int, seed: int, epoch
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(rows), generator=generator).tolist()
     size, batches = batch_rows * world, []
+    order = order[:len(order) // size * size]
     for start in range(0, len(order), size * WINDOW):
         window = sorted(order[start:start + size * WINDOW], key=lambda i: len(rows[i].tokens))
-        batches += [window[i:i + size] for i in range(0, len(window) - size + 1, size)]
+        batches += [window[i:i + size] for i in range(0, len(window), size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

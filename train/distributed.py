@@ -14,13 +14,15 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start() -> tuple[int, int]:
-    """Initialises DeepSpeed's process group (once) and returns (rank, world size)."""
-    alone = "RANK" not in os.environ
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    if alone:
-        os.environ["MASTER_PORT"] = str(free_port())
+@contextlib.contextmanager
+def processes():
+    """Initialises DeepSpeed's process group and yields (rank, world size, device); takes it down again.
+
+    Without a launcher (no RANK in the environment) this process is the only one, and the environment is left as it was.
+    """
+    before = dict(os.environ)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     import torch
 
     if not torch.cuda.is_available():
@@ -30,15 +32,22 @@ def start() -> tuple[int, int]:
         import deepspeed
         from deepspeed import comm
     except ImportError:
-        raise UserError("training needs the package deepspeed, found none; pip install 'draftsmith[deepspeed]'") from None
+        raise UserError("training needs the package deepspeed, found none; pip install 'draftsmith[train]'") from None
 
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         # The shared-memory op would be compiled at start-up and leaves large files in /dev/shm; gloo is enough here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    if not comm.is_initialized():
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return comm.get_rank(), comm.get_world_size()
+    accelerator, local = deepspeed.get_accelerator(), int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    try:
+        yield comm.get_rank(), comm.get_world_size(), torch.device(accelerator.device_name(local))
+    finally:
+        comm.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def engine_config(zero_stage: int, dtype: str, batch_rows: int, accumulation: int, clip: float) -> dict:

@@ -49,12 +49,18 @@ def rate_scale(step: int, total: int, warmup: float) -> float:
 
 def train(recipe: DrafterRecipe, report=print) -> Path:
     """Trains a drafter and returns its directory, `output/drafter`. `output/log.jsonl` holds one line per step."""
-    rank, world = distributed.start()
+    with distributed.processes() as (rank, world, device):
+        return run(recipe, rank, world, device, report if rank == 0 else (lambda line: None))
+
+
+def run(recipe: DrafterRecipe, rank: int, world: int, device: torch.device, say) -> Path:
+    """The training of one process. Every rank sees the same rows and takes its share of each batch; rank 0 writes."""
     import deepspeed
 
     spec = recipe.optimization
-    say = report if rank == 0 else (lambda line: None)
-    target, tokenizer = TextTarget.load(recipe.target), load_tokenizer(recipe.target)
+    target, tokenizer = TextTarget.load(recipe.target, device=device), load_tokenizer(recipe.target)
+    if recipe.data.max_length > target.context_length:
+        raise UserError(f"data.max_length: found {recipe.data.max_length}, expected at most the target's {target.context_length}")
     stops = stop_ids(target, tokenizer)
     rows = data.read_rows(recipe.data.files, tokenizer, stops, target.vocab_size, recipe.data.max_length)
     per_epoch = len(rows) // (spec.batch_rows * world * spec.accumulation)
@@ -92,6 +98,8 @@ def train(recipe: DrafterRecipe, report=print) -> Path:
             if world > 1:
                 deepspeed.comm.all_reduce(figures)
                 figures /= world
+            if not math.isfinite(figures[0]):
+                raise UserError(f"step {step}: loss is {float(figures[0])}, expected a finite number; lower optimization.lr or muon_lr")
             if rank == 0:
                 line = progress(step, total, epoch, tokens, time.time() - started, figures.tolist())
                 log.write(json.dumps(line) + "\n")

@@ -5,7 +5,6 @@ is checked here, after writing and before use. What only draftsmith reads stands
 """
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -36,11 +35,14 @@ def expected_shapes(config: Eagle3Config, target_hidden: int) -> dict[str, tuple
 
 
 def check_tensors(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], place: str) -> None:
-    """Raises UserError with the first differences between found and expected keys and shapes."""
+    """Raises UserError with the first differences between found and expected keys, shapes and dtypes."""
     differences = [f"{k}: missing" for k in sorted(shapes.keys() - tensors.keys())]
     differences += [f"{k}: unknown key" for k in sorted(tensors.keys() - shapes.keys())]
     differences += [f"{k}: found {tuple(tensors[k].shape)}, expected {shape}" for k, shape in shapes.items()
                     if k in tensors and tuple(tensors[k].shape) != shape]
+    kinds = {"d2t": torch.int64, "t2d": torch.bool}
+    differences += [f"{k}: found {v.dtype}, expected {kinds.get(k, 'a floating type')}" for k, v in tensors.items()
+                    if (v.dtype != kinds[k] if k in kinds else not v.is_floating_point())]
     if differences:
         raise UserError(f"{place}: {len(differences)} differences: {'; '.join(differences[:4])}")
 
@@ -66,6 +68,9 @@ def to_config(config: Eagle3Config, dtype: torch.dtype) -> dict:
 def from_config(stored: dict, place: str) -> Eagle3Config:
     if stored.get("architectures") != ["LlamaForCausalLMEagle3"]:
         raise UserError(f"{place}: architectures: found {stored.get('architectures')}, expected ['LlamaForCausalLMEagle3']")
+    for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "mlp_bias", "logit_scale"):
+        if stored.get(flag):
+            raise UserError(f"{place}: {flag}: found {stored[flag]}, expected false (this head computes something else)")
     try:
         return Eagle3Config(
             **{k: stored[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
@@ -98,9 +103,15 @@ def save_drafter(head: Eagle3Head, folder: str | Path, about: dict, dtype: torch
                 raise RuntimeError(f"{name} differs after reloading")
         if not torch.equal(again.ids.cpu(), head.ids.cpu()):
             raise RuntimeError("draft vocabulary differs after reloading")
+        old = Path(temporary) / "old"
         if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        shutil.move(new, folder)
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     return folder
 
 
@@ -122,8 +133,9 @@ def load_drafter(folder: str | Path, embedding: torch.Tensor, taps_below: int | 
         raise UserError(f"{folder}/config.json: vocab_size: found {config.vocab_size}, expected the target's {vocab}")
     if config.hidden_size != hidden:
         raise UserError(f"{folder}/config.json: hidden_size: found {config.hidden_size}, expected the target's {hidden}")
-    if taps_below is not None and max(config.taps) >= taps_below:
-        raise UserError(f"{folder}/config.json: eagle_aux_hidden_state_layer_ids: found {max(config.taps)}, the target has {taps_below} layers")
+    if not config.taps or list(config.taps) != sorted({k for k in config.taps if 0 < k < (taps_below or max(config.taps) + 1)}):
+        raise UserError(f"{folder}/config.json: eagle_aux_hidden_state_layer_ids: found {list(config.taps)}, expected ascending numbers "
+                        f"from 1 to {(taps_below or 0) - 1}")
     try:
         tensors = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:

@@ -41,12 +41,11 @@ class _FlashStep(torch.autograd.Function):
         out0, lse0 = _flash(_scatter(query, rows, batch, length), key0, value0, 0.0, True, scale=scale)
         scores = [(query * k).sum(-1) * scale for k in keys]
         own = _gather(lse0, rows)
-        lse = torch.logsumexp(torch.stack([own, *scores]), 0) if scores else own
-        out = _gather(out0, rows)
-        if scores:
-            out = out * (own - lse).exp()[..., None]
-            for score, value in zip(scores, values):
-                out.addcmul_((score - lse).exp()[..., None], value)
+        lse = torch.logsumexp(torch.stack([own, *(s.to(own.dtype) for s in scores)]), 0)
+        out = _gather(out0, rows).to(own.dtype) * (own - lse).exp()[..., None]
+        for score, value in zip(scores, values):
+            out.addcmul_((score - lse).exp()[..., None], value.to(own.dtype))
+        out = out.to(query.dtype)
         ctx.scale, ctx.count = scale, len(keys)
         ctx.save_for_backward(query, key0, value0, rows, out, lse, lse0, *scores, *diagonals)
         return out
@@ -66,7 +65,7 @@ class _FlashStep(torch.autograd.Function):
         delta = (grad * out).sum(-1)
         grad_keys, grad_values = [], []
         for score, key, value in zip(scores, keys, values):
-            weight = (score - lse).exp()
+            weight = (score - lse).exp().to(query.dtype)
             slope = weight * ((grad * value).sum(-1) - delta) * ctx.scale
             grad_query = grad_query + slope[..., None] * key
             grad_keys.append(slope[..., None] * query)
@@ -77,6 +76,8 @@ class _FlashStep(torch.autograd.Function):
 def _block_step(query, key0, value0, rows, scale, keys, values, block: int = 128):
     """The same for any device: blocks of supervised rows against all keys, recomputed in backward."""
     length = key0.size(2)
+    if len(rows) == 0:
+        return query + 0 * (key0.sum() + value0.sum())  # stays connected to what it depends on
 
     def part(q, where, *diagonals):
         ks, vs = diagonals[:len(diagonals) // 2], diagonals[len(diagonals) // 2:]

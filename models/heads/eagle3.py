@@ -5,7 +5,7 @@ Row t consumes the target's features at x_t and the embedding of x_{t+1} and pre
 (training-time test). Embeddings are the target's, frozen; no bias anywhere; the rope is the target's.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,10 @@ class Eagle3Config:
 
     @classmethod
     def for_target(cls, config, intermediate_size: int | None = None, draft_vocab_size: int | None = None) -> "Eagle3Config":
-        """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3)."""
+        """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3). Raises UserError below 7 layers."""
         layers = config.num_hidden_layers
+        if layers < 7:
+            raise UserError(f"eagle3: found a target of {layers} layers, expected at least 7 (taps 2, n // 2, n - 3 must differ)")
         return cls(
             hidden_size=config.hidden_size,
             intermediate_size=intermediate_size or config.intermediate_size,
@@ -52,9 +54,6 @@ class Eagle3Config:
             draft_vocab_size=draft_vocab_size or config.vocab_size,
             taps=(2, layers // 2, layers - 3),
         )
-
-    def to_dict(self) -> dict:
-        return {**asdict(self), "taps": list(self.taps)}
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -135,7 +134,7 @@ class Context:
     for the next token (the last one waits for the root)."""
 
     cache: SlotCache
-    pending: Features
+    pending: Features | None
 
     def select(self, rows: torch.Tensor) -> None:
         self.cache.select(rows)
@@ -191,10 +190,18 @@ class Eagle3Head(nn.Module):
         return self.lm_head(self.norm(output))
 
     def _angles(self, positions: torch.Tensor):
-        """positions [...] -> cos, sin [..., 1, D / 2]."""
+        """positions [...] -> cos, sin [..., 1, D / 2] in the head's dtype."""
         frequencies, scaling = self._rope
-        angles = positions[..., None, None].float() * frequencies
-        return (angles.cos() * scaling).to(self.embedding.dtype), (angles.sin() * scaling).to(self.embedding.dtype)
+        angles = positions[..., None, None].float() * frequencies.to(positions.device)
+        return (angles.cos() * scaling).to(self.fc.weight.dtype), (angles.sin() * scaling).to(self.fc.weight.dtype)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Target ids [...] -> embeddings [..., h] in the head's dtype (which may differ from the target's)."""
+        return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
+
+    def _fuse(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Tapped states [..., taps * h] -> H of step 0."""
+        return self.fc(hidden.to(self.fc.weight.dtype))
 
     # Training
 
@@ -209,9 +216,9 @@ class Eagle3Head(nn.Module):
         attention, layer = self.midlayer.self_attn, self.midlayer
         flat_tokens, written = features.tokens.flatten(), self._written(features)
         following = F.pad(features.tokens[:, 1:], (0, 1))
-        hidden = self.fc(features.hidden)
+        hidden = self._fuse(features.hidden)
         positions = torch.arange(length, device=hidden.device)
-        u = layer.widen(F.embedding(following, self.embedding), hidden)
+        u = layer.widen(self._embed(following), hidden)
         cos, sin = self._angles(positions)
         key0, value0 = attention.key_value(u, cos, sin)
         key0, value0 = (attention.repeat(x.transpose(1, 2), 1).contiguous() for x in (key0, value0))
@@ -227,7 +234,7 @@ class Eagle3Head(nn.Module):
                     kept = kept.nonzero().flatten()
                     rows, t, h = rows[kept], t[kept], h[kept]
                     keys, values = [x[kept] for x in keys], [x[kept] for x in values]
-                u = layer.widen(F.embedding(flat_tokens[rows + 1 + k], self.embedding), h)
+                u = layer.widen(self._embed(flat_tokens[rows + 1 + k]), h)
             cos, sin = self._angles(t + k)
             if k > 0:
                 key, value = attention.key_value(u, cos, sin)
@@ -246,15 +253,15 @@ class Eagle3Head(nn.Module):
 
         loss = sum_k decay^k mean_rows( logsumexp(z) - <p, z> ), p = softmax(teacher[ids]) at x_{t+1+k}; rows whose teacher argmax lies
         outside the draft vocabulary give no gradient and count as misses in the metrics.
-        Returns (loss, {"accuracy": [K], "conditional": [K], "loss": [K], "rows": [K]}), metrics detached; `accuracy` counts a step as
+        Returns (loss, {"accuracy": [K], "conditional": [K], "loss": [K]}), metrics detached; `accuracy` counts a step as
         right only with all earlier steps right, `conditional` divides by the rows on which they were.
         """
-        total, metrics, alive, alive_rows = 0.0, {"accuracy": [], "conditional": [], "loss": [], "rows": []}, None, None
+        total, metrics, alive, alive_rows = 0.0, {"accuracy": [], "conditional": [], "loss": []}, None, None
         for k, (rows, logits) in enumerate(self.unroll(features, steps)):
             if k == 0:
                 best, probs, covered, where = self._teach(features, rows + 1)
                 starts = max(len(rows), 1)
-            at = where[rows + 1 + k]
+            at, logits = where[rows + 1 + k], logits.float()
             p, ok = probs[at], covered[at]
             per_row = torch.logsumexp(logits, -1) - (p * logits).sum(-1)
             step = (per_row * ok).sum() / ok.sum().clamp(min=1)
@@ -270,7 +277,6 @@ class Eagle3Head(nn.Module):
             metrics["accuracy"].append(alive.sum() / starts)
             metrics["conditional"].append(alive.sum() / before.sum().clamp(min=1))
             metrics["loss"].append(step.detach())
-            metrics["rows"].append(torch.tensor(float(len(rows)), device=rows.device))
         return total, {name: torch.stack(values) for name, values in metrics.items()}
 
     @torch.no_grad()
@@ -298,12 +304,12 @@ class Eagle3Head(nn.Module):
         """Keys and values of all rows whose next token is known; the last row of each request stays pending."""
         config, batch = self.config, len(features.tokens)
         cache = SlotCache(1, batch, config.num_key_value_heads, features.tokens.size(1) + 64, config.head_dim,
-                          features.hidden.dtype, features.hidden.device)
+                          self.fc.weight.dtype, features.hidden.device)
         last = (features.lengths - 1)[:, None]
         rows = torch.arange(batch, device=last.device)[:, None]
         if features.tokens.size(1) > 1:
-            hidden = self.fc(features.hidden[:, :-1])
-            u = self.midlayer.widen(F.embedding(features.tokens[:, 1:], self.embedding), hidden)
+            hidden = self._fuse(features.hidden[:, :-1])
+            u = self.midlayer.widen(self._embed(features.tokens[:, 1:]), hidden)
             key, value = self.midlayer.self_attn.key_value(u, *self._angles(torch.arange(u.size(1), device=u.device)))
             cache.place(u.size(1))
             cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
@@ -332,6 +338,8 @@ class Eagle3Head(nn.Module):
 
     def _commit_root(self, context: Context, root: torch.Tensor):
         pending, cache = context.pending, context.cache
+        if pending is None:
+            raise RuntimeError("this context has no pending row: a root was already expanded and nothing was observed since")
         batch, width = pending.tokens.shape
         last = (pending.lengths - 1)[:, None]
         following = torch.cat([pending.tokens[:, 1:], root], 1).scatter(1, last, root)
@@ -339,8 +347,8 @@ class Eagle3Head(nn.Module):
         positions = cache.lengths[:, None] + offsets
         cache.place(width)
         seen = torch.arange(cache.visible, device=root.device) <= positions[..., None]
-        output = self._attend(self.fc(pending.hidden), following, positions, cache, seen)
-        cache.lengths = cache.lengths + pending.lengths
+        output = self._attend(self._fuse(pending.hidden), following, positions, cache, seen)
+        cache.lengths, context.pending = cache.lengths + pending.lengths, None
         output = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
         empty = torch.zeros(batch, 1, 0, dtype=torch.bool, device=root.device)
         return output, Beam(context, output, empty, 1)
@@ -362,7 +370,7 @@ class Eagle3Head(nn.Module):
     def _attend(self, hidden, tokens, positions, cache: SlotCache, seen):
         """One layer over new rows [B, T] placed in the cache; seen [B, T, visible] -> layer output [B, T, h]."""
         attention = self.midlayer.self_attn
-        u = self.midlayer.widen(F.embedding(tokens, self.embedding), hidden)
+        u = self.midlayer.widen(self._embed(tokens), hidden)
         cos, sin = self._angles(positions)
         key, value = attention.key_value(u, cos, sin)
         keys, values = cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))

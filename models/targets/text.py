@@ -46,24 +46,25 @@ class TextTarget:
         self.model, self.name = model.eval().requires_grad_(False), name
         self.config = model.config.get_text_config()
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
+        if not hasattr(self.body, "layers") or self.head is None:
+            raise UserError(f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an output head")
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         self._taps: dict[int, torch.Tensor] = {}
-        for index, layer in enumerate(self.body.layers):
-            layer.register_forward_hook(lambda _m, _i, out, k=index + 1: self._keep(k, out))
-        self._wanted: frozenset = frozenset()
+        self._hooked: set[int] = set()
+        self._check_attention()
         self._check_projection()
 
     @classmethod
-    def load(cls, name: str | Path, dtype: torch.dtype | None = None, device: str | None = None, trust_remote_code: bool = False):
+    def load(cls, name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
         """A Hub id, a directory, or `bundled:NAME`. Default dtype: fp32 on a CPU, the checkpoint's own on an accelerator."""
         from draftsmith.models.targets import locate
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         place = locate(name)
         try:
-            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-            dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-            model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(place)
+            dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+            model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"target {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
         return cls(model.to(device), str(name))
@@ -118,13 +119,18 @@ class TextTarget:
         """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens and one tree)."""
         return TextSession(self, spec, batch, capacity)
 
-    def _keep(self, index: int, out):
-        if index in self._wanted:
+    def _hook(self, index: int) -> None:
+        """Keeps the state entering layer `index` (the output of the layer before) of every forward from now on."""
+        def keep(_module, _inputs, out):
             self._taps[index] = out[0] if isinstance(out, tuple) else out
+
+        self.body.layers[index - 1].register_forward_hook(keep)
+        self._hooked.add(index)
 
     def _forward(self, spec: FeatureSpec, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the body: (final states [B, T, h], tapped states [B, T, taps * h])."""
-        self._wanted = frozenset(k for k in spec.taps if k != "last")
+        for index in set(spec.taps) - self._hooked - {0, "last"}:
+            self._hook(index)
         final = self.body(**inputs).last_hidden_state
         taps = [final if k == "last" else self._embedded(inputs) if k == 0 else self._taps[k] for k in spec.taps]
         self._taps.clear()
@@ -132,6 +138,14 @@ class TextTarget:
 
     def _embedded(self, inputs):
         return self.model.get_input_embeddings()(inputs["input_ids"])
+
+    def _check_attention(self):
+        """Layers that see only a window of the context are refused where the window is shorter than the context."""
+        kinds, window = getattr(self.config, "layer_types", None), getattr(self.config, "sliding_window", None)
+        sliding = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
+        if sliding and (window or 0) < self.context_length:
+            found = f"layers {sorted(set(kinds))}" if kinds else f"a window of {window}"
+            raise UserError(f"target {self.name}: found {found}, expected full attention in every layer")
 
     @torch.no_grad()
     def _check_projection(self):

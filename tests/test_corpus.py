@@ -1,0 +1,77 @@
+"""Python source as questions and answers."""
+
+import json
+from pathlib import Path
+
+from draftsmith.launch.prompts import write_prompts
+from draftsmith.train import corpus
+from draftsmith.train.pretrain import train_tokenizer
+
+SOURCE = '''
+import os
+
+class A:
+    def plain(self, x):
+        return x + 1
+
+    @property
+    def documented(self,
+                   y: int = 2) -> int:
+        """Twice y.
+
+        More.
+        """
+        # why
+        if y:
+            y = 2 * y
+        return y
+
+def only_doc():
+    """Nothing else."""
+
+def one_line(): return 1
+
+async def wait(): 
+    "Short doc."
+    await os.sleep()
+'''
+
+
+def functions(text=SOURCE):
+    return {f.name: f for f in corpus.cut_functions(corpus.SourceFile("p", "p/m.py", Path("m.py"), text))}
+
+
+def test_functions_are_cut_into_signature_with_docstring_and_body():
+    found = functions()
+    assert set(found) == {"plain", "documented", "wait"}
+    assert found["plain"].question == "def plain(self, x):" and found["plain"].answer == "    return x + 1" and not found["plain"].documented
+    assert found["documented"].question == ('def documented(self,\n               y: int = 2) -> int:\n    """Twice y.\n\n    More.\n    """')
+    assert found["documented"].answer == "    # why\n    if y:\n        y = 2 * y\n    return y" and found["documented"].documented
+    assert found["wait"].answer == "    await os.sleep()" and found["wait"].question.endswith('"""Short doc."""')
+
+
+def test_unparsable_files_give_nothing_and_equal_bodies_count_once():
+    assert functions("def f(:") == {}
+    files = [corpus.SourceFile("p", f"p/{n}.py", Path(n), SOURCE) for n in "ab"]
+    assert {f.module for f in corpus.unique_functions(files)} == {"p/a.py"}
+
+
+def test_split_depends_on_the_module_path_alone():
+    assert [corpus.is_held_out(f"p/{n}.py", 0.5) for n in range(8)] == [corpus.is_held_out(f"p/{n}.py", 0.5) for n in range(8)]
+    share = sum(corpus.is_held_out(f"p/{n}.py", 0.2) for n in range(2000)) / 2000
+    assert abs(share - 0.2) < 0.04
+
+
+def test_installed_sources_are_found_with_version_and_licence():
+    files = corpus.find_sources(["rich", "a-package-that-is-not-installed"])
+    assert files and all(f.module.startswith("rich/") for f in files)
+    listed = corpus.manifest(files)["rich"]
+    assert "MIT" in listed["licence"] and len(listed["files"]) == len(files) and listed["version"][0].isdigit()
+
+
+def test_prompts_of_the_two_splits_are_disjoint(tmp_path):
+    tokenizer = train_tokenizer([SOURCE], 300)
+    read = lambda name, held: [json.loads(line)["name"] for line in write_prompts(  # noqa: E731
+        ["rich", "typer", "omegaconf", "pluggy"], str(tmp_path / name), 40, 0, tokenizer, held, max_question=900, max_answer=2000).read_text().splitlines()]
+    train, held = read("train.jsonl", False), read("held.jsonl", True)
+    assert train and not {n.rsplit(":", 1)[0] for n in train} & {n.rsplit(":", 1)[0] for n in held}
