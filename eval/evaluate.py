@@ -46,8 +46,8 @@ def evaluate(target: TextTarget, heads: dict, prompts: list[list[int]], stops: s
     for name in heads:
         figures = summary(timed[name], plain, timed_plain=timed["plain"])
         results[name] |= {key: figures[key] for key in ("speedup", "accounted_speedup", "ideal_speedup")}
-        results[name] |= {"tree": str(fastest[name][0]), "timed": figures, "plain": summary(timed["plain"], plain, timed_plain=timed["plain"]), "sweep": fastest[name][1],
-                          "sampled": {}}
+        results[name] |= {"tree": str(fastest[name][0]), "sweep": fastest[name][1], "timed": figures,
+                          "plain": summary(timed["plain"], plain, timed_plain=timed["plain"]), "sampled": {}}
     for temperature in plan.temperatures:
         sampling = Sampling(temperature, seed=plan.seed)
         plain = decode(f"plain, T={temperature}", NoDrafter(), sampling)

@@ -17,7 +17,7 @@ from draftsmith.models.targets import TextTarget
 from draftsmith.train import data, distributed, main
 from draftsmith.train.loop import rate_scale
 from draftsmith.train.muon import orthogonalise
-from draftsmith.train.pretrain import grow, train_tokenizer
+from draftsmith.train.pretrain import TargetRecipe, grow, pretrain, train_tokenizer
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 from tests.conftest import tiny_target
 
@@ -126,6 +126,16 @@ def test_recipe_files(tmp_path):
             read_recipe(bad, DrafterRecipe)
     with pytest.raises(UserError, match="no such recipe"):
         read_recipe(tmp_path / "none.yaml", DrafterRecipe)
+
+
+def test_target_recipe_is_checked_before_anything_runs(tmp_path):
+    recipe = ROOT / "recipes" / "targets" / "code.yaml"
+    assert read_recipe(recipe, TargetRecipe).stages[-1].layers >= 20
+    with pytest.raises(UserError, match="found 4 layers before 6, expected a multiple"):
+        one = "length: 8, batch: 1, tokens: 8"
+        read_recipe(recipe, TargetRecipe, [f"stages=[{{layers: 4, {one}}}, {{layers: 6, {one}}}]"])
+    with pytest.raises(UserError, match="exists; expected a new place"):
+        pretrain(read_recipe(recipe, TargetRecipe, [f"output={tmp_path}"]))
 
 
 def test_rate_rises_and_falls_linearly():

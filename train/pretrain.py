@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from draftsmith.models.errors import UserError
 from draftsmith.train import corpus
 from draftsmith.train.muon import MuonAdamW
 from draftsmith.train.recipe import Strict
@@ -34,10 +36,10 @@ CHAT_TEMPLATE = (
 
 class Corpus(Strict):
     packages: list[str]
-    text_share: float
-    max_question: int
-    max_answer: int
-    held_out: float
+    text_share: float = Field(ge=0, lt=1)
+    max_question: int = Field(gt=0)
+    max_answer: int = Field(gt=0)
+    held_out: float = Field(gt=0, lt=1)
 
 
 class Architecture(Strict):
@@ -52,18 +54,18 @@ class Architecture(Strict):
 
 
 class Stage(Strict):
-    layers: int
-    length: int
-    batch: int
-    tokens: int
+    layers: int = Field(gt=0)
+    length: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    tokens: int = Field(gt=0)
 
 
 class Optimizer(Strict):
-    muon_lr: float
-    adam_lr: float
-    warmup: int
-    decay: float
-    clip: float
+    muon_lr: float = Field(gt=0)
+    adam_lr: float = Field(gt=0)
+    warmup: int = Field(gt=0)
+    decay: float = Field(gt=0, le=1)
+    clip: float = Field(gt=0)
 
 
 class TargetRecipe(Strict):
@@ -73,8 +75,15 @@ class TargetRecipe(Strict):
     stages: list[Stage]
     optimizer: Optimizer
     compile: bool
-    save_minutes: float
+    save_minutes: float = Field(gt=0)
     output: str
+
+    @model_validator(mode="after")
+    def _depths_grow(self):
+        for before, after in zip(self.stages, self.stages[1:]):
+            if after.layers % before.layers:
+                raise ValueError(f"stages: found {before.layers} layers before {after.layers}, expected a multiple")
+        return self
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -182,12 +191,15 @@ def make_optimizer(model, spec: Optimizer) -> MuonAdamW:
 
 
 def pretrain(recipe: TargetRecipe, log=print) -> Path:
-    """Runs all stages and saves bf16 safetensors, tokenizer, corpus manifest and held-out figures under `recipe.output`.
+    """Runs all stages; `recipe.output` appears when complete: bf16 safetensors, tokenizer, corpus manifest, held-out figures.
 
-    A checkpoint (fp32 weights, `output/checkpoint`) is written every `save_minutes`; it is for looking at, not for resuming.
+    Until then everything is in `output.partial`, with a snapshot of the weights (`checkpoint`, fp32) every `save_minutes`; it is for looking
+    at, a killed run starts anew. Raises UserError when `output` exists or the loss stops being finite.
     """
+    if Path(recipe.output).exists():
+        raise UserError(f"output: {recipe.output} exists; expected a new place")
     torch.manual_seed(recipe.seed)
-    folder = Path(recipe.output)
+    folder = Path(f"{recipe.output}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     documents = Documents(recipe, folder)
@@ -224,17 +236,16 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
             optimizer.zero_grad(set_to_none=True)
             seen, steps = seen + stage.batch * stage.length, steps + 1
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise UserError(f"step {steps}: loss is {losses[-1]}, expected a finite number; lower optimizer.muon_lr or adam_lr")
             if steps % 100 == 0:
-                minutes = (time.time() - started) / 60
-                log(f"layers {stage.layers} step {steps} tokens {seen / 1e6:.2f}M epoch {epoch} loss {sum(losses[-100:]) / len(losses[-100:]):.3f} "
-                    f"lr x{scale:.2f} {minutes:.1f} min")
+                log(f"layers {stage.layers} step {steps} tokens {seen / 1e6:.2f}/{total / 1e6:.2f}M epoch {epoch} "
+                    f"loss {sum(losses[-100:]) / len(losses[-100:]):.3f} lr x{scale:.2f} {(time.time() - started) / 60:.1f} min")
             if time.time() - saved > recipe.save_minutes * 60:
                 saved = time.time()
                 nats, per_byte = loss_per_byte(model, documents.tokenizer, documents.held_out, device, 100)
                 log(f"held-out loss {nats:.3f} per token, {per_byte:.4f} per byte")
                 model.save_pretrained(folder / "checkpoint")
-        if not math.isfinite(losses[-1]):
-            raise RuntimeError(f"loss became {losses[-1]} at step {steps}")
     model.eval()
     nats, per_byte = loss_per_byte(model, documents.tokenizer, documents.held_out, device)
     model.config.use_cache = True
@@ -243,4 +254,4 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
                "parameters": sum(p.numel() for p in model.parameters())}
     (folder / "training.json").write_text(json.dumps(figures, indent=1))
     log(json.dumps(figures))
-    return folder
+    return folder.rename(recipe.output)

@@ -52,6 +52,8 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if not key:  # a rule between keys
+            raise UserError(f"{path}: {first['msg'].removeprefix('Value error, ')}") from None
         if first["type"] == "extra_forbidden":
             raise UserError(f"{path}: {key}: unknown key") from None
         if first["type"] == "missing":
