@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from draftsmith.models.chat import encode_prompt, encode_row
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.targets import TextTarget
-from draftsmith.train import data, distributed, main
+from draftsmith.train import data, distributed, loop, main
 from draftsmith.train.loop import rate_scale
 from draftsmith.train.muon import orthogonalise
 from draftsmith.train.pretrain import TargetRecipe, grow, pretrain, train_tokenizer
@@ -192,6 +194,54 @@ def test_deepspeed_launch_with_two_processes_equals_one(folder):
     losses = [[line["loss"] for line in log_of(folder / name)] for name in ("single", "double")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4), losses
     assert losses[0][-1] < losses[0][0]
+
+
+class Killed(Exception):
+    pass
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "drafter" / "model.safetensors")
+
+
+@pytest.mark.parametrize("engine", [["optimization.name=muon"], ["optimization.name=adamw", "engine.zero_stage=2"],
+                                    ["optimization.name=adamw", "engine.zero_stage=1", "engine.dtype=bf16"]], ids=["muon", "zero2", "bf16"])
+def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, monkeypatch, engine):
+    arguments = [str(folder / "recipe.yaml"), *engine, "engine.checkpoint_minutes=0"]
+    assert main([*arguments, f"output={tmp_path}/whole"]) == 0
+    whole = log_of(tmp_path / "whole")
+    write = loop.Log.write
+
+    def killed_at_8(log, line):
+        if line["step"] == 8:
+            raise Killed
+        write(log, line)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop.Log, "write", killed_at_8)
+        main([*arguments, f"output={tmp_path}/cut"])
+    (tmp_path / "cut" / "checkpoints" / ".step-9").mkdir()  # a checkpoint that was never completed
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-7"] and not (tmp_path / "cut" / "drafter").exists()
+    assert main([*arguments, "seed=5", f"output={tmp_path}/cut"]) == 2  # the checkpoint of another recipe
+    assert main([*arguments, f"output={tmp_path}/cut"]) == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values()))
+    assert [line["loss"] for line in log_of(tmp_path / "cut")] == [line["loss"] for line in whole]
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def test_termination_saves_and_the_same_command_resumes(folder, tmp_path, monkeypatch):
+    arguments = [str(folder / "recipe.yaml"), f"output={tmp_path}/out"]
+    write = loop.Log.write
+
+    def terminated_at_3(log, line):
+        write(log, line)
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Log, "write", terminated_at_3)
+    assert main(arguments) == 143
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-4"]
+    assert main(arguments) == 0 and len(log_of(tmp_path / "out")) == 12
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -15,9 +15,13 @@ def main(arguments: list[str]) -> int:
         from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
         recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
-        from draftsmith.train.loop import train
+        from draftsmith.train.loop import Terminated, train
 
-        train(recipe, lambda line: print(line, flush=True))
+        try:
+            train(recipe, lambda line: print(line, flush=True))
+        except Terminated as reason:
+            print(reason, file=sys.stderr)
+            return 143
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import torch
 
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import save_drafter
+from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.heads.vocabulary import most_frequent
 from draftsmith.models.targets import TextTarget
 from draftsmith.train import data, distributed
+from draftsmith.train.checkpoint import Checkpoints, termination
 from draftsmith.train.muon import MuonAdamW
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.step import TrainingStep
@@ -48,7 +50,10 @@ def rate_scale(step: int, total: int, warmup: float) -> float:
 
 
 def train(recipe: DrafterRecipe, report=print) -> Path:
-    """Trains a drafter and returns its directory, `output/drafter`. `output/log.jsonl` holds one line per step."""
+    """Trains a drafter and returns its directory, `output/drafter`. `output/log.jsonl` holds one line per step.
+
+    A killed or terminated run goes on from its last checkpoint when called again (`Terminated` is raised after SIGTERM).
+    """
     with distributed.processes() as (rank, world, device):
         return run(recipe, rank, world, device, report if rank == 0 else (lambda line: None))
 
@@ -68,6 +73,13 @@ def run(recipe: DrafterRecipe, rank: int, world: int, device: torch.device, say)
     if total < 1:
         raise UserError(f"data.files: found {len(rows)} rows, expected at least one batch of {spec.batch_rows * world * spec.accumulation}")
     head, coverage = build_head(recipe, target, rows, stops)
+    checkpoints = Checkpoints(Path(recipe.output) / "checkpoints", recipe.model_dump(mode="json", exclude={"output", "engine"}), rank, world)
+    place = checkpoints.latest()
+    if place is not None and checkpoints.read(place)["world_size"] != world:
+        warm = load_drafter(place / "drafter", target.embedding, target.layers)
+        head.load_state_dict(warm.state_dict())
+        say(f"{place} was written by {checkpoints.read(place)['world_size']} processes, this run has {world}: its weights are a warm start, "
+            "optimizer and schedule begin anew")
     optimizer = build_optimizer(recipe, head)
     engine, *_ = deepspeed.initialize(
         model=TrainingStep(head, recipe.objective.steps, recipe.objective.decay), model_parameters=head.parameters(), optimizer=optimizer,
@@ -76,51 +88,83 @@ def run(recipe: DrafterRecipe, rank: int, world: int, device: torch.device, say)
     say(f"{len(rows)} rows, {sum(len(r.tokens) for r in rows):,} tokens, {sum(sum(r.mask) for r in rows):,} written by the target; "
         f"head {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters, draft vocabulary covers {coverage:.2%}; "
         f"{total} steps on {world} process{'es' * (world > 1)}")
-    log = open_log(Path(recipe.output)) if rank == 0 else None
-    step, tokens, started, shown = 0, 0, time.time(), 0.0
-    for epoch in range(math.ceil(spec.epochs)):
-        batches = data.epoch_batches(rows, spec.batch_rows, world, recipe.seed, epoch)
-        for first in range(0, len(batches) - spec.accumulation + 1, spec.accumulation):
-            if step >= total:
-                break
-            scale = rate_scale(step, total, spec.warmup)
+    output, about = Path(recipe.output), {"target": recipe.target, "recipe": recipe.model_dump(), "world_size": world, "draft_vocab_coverage": coverage}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0}
+    if place is not None and checkpoints.read(place)["world_size"] == world:
+        checkpoints.load(engine, place)
+        state = checkpoints.read(place)
+        say(f"resumed at step {state['step']}")
+    log = Log(output / "log.jsonl", state["step"]) if rank == 0 else None
+    started, saved, tokens, shown = time.time() - state["seconds"], time.time(), state["tokens"], 0.0
+    with termination() as terminated:
+        for step, epoch, batches in schedule(recipe, rows, world, state["step"], total):
+            scale, figures = rate_scale(step - 1, total, spec.warmup), 0.0
             for group, rate in zip(engine.optimizer.param_groups, rates):
                 group["lr"] = rate * scale
-            figures = 0.0
-            for batch in batches[first:first + spec.accumulation]:
+            for batch in batches:
                 features = target.features(*data.collate([rows[i] for i in batch[rank::world]], target.device), head.feature_spec)
                 loss, metrics = engine(features)
                 engine.backward(loss)
                 engine.step()
                 tokens += sum(len(rows[i].tokens) for i in batch)
                 figures = figures + torch.cat([loss.detach()[None], metrics["conditional"], metrics["accuracy"]]) / spec.accumulation
-            step += 1
+            due = rank == 0 and time.time() - saved > recipe.engine.checkpoint_minutes * 60
+            asked = figures.new_tensor([float(due), float(terminated())])
             if world > 1:
                 deepspeed.comm.all_reduce(figures)
+                deepspeed.comm.all_reduce(asked)
                 figures /= world
             if not math.isfinite(figures[0]):
                 raise UserError(f"step {step}: loss is {float(figures[0])}, expected a finite number; lower optimization.lr or muon_lr")
+            seconds = time.time() - started
             if rank == 0:
-                line = progress(step, total, epoch, tokens, time.time() - started, figures.tolist())
-                log.write(json.dumps(line) + "\n")
+                line = progress(step, total, epoch, tokens, seconds, figures.tolist())
+                log.write(line)
                 if time.time() - shown > 10 or step == total:
                     shown = time.time()
-                    log.flush()
                     say(format_progress(line))
-    folder = Path(recipe.output) / "drafter"
+            if bool(asked.any()) and step < total:
+                written = {"tokens": tokens, "seconds": seconds}
+                checkpoints.save(engine, step, written, lambda folder, s=step: save_drafter(head, folder, {**about, "steps": s, **written}, torch.float32))
+                saved = time.time()
+                if asked[1] > 0:
+                    raise Terminated(f"terminated; step {step} is saved in {checkpoints.folder}, the same command resumes there")
+    folder = output / "drafter"
     if rank == 0:
-        about = {"target": recipe.target, "recipe": recipe.model_dump(), "steps": step, "tokens": tokens, "seconds": round(time.time() - started, 1),
-                 "world_size": world, "draft_vocab_coverage": coverage}
-        save_drafter(head, folder, about)
+        save_drafter(head, folder, {**about, "steps": total, "tokens": tokens, "seconds": round(time.time() - started, 1)})
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
         say(f"drafter saved in {folder}")
-        log.close()
     deepspeed.comm.barrier()
     return folder
 
 
-def open_log(folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    return (folder / "log.jsonl").open("w")
+class Terminated(Exception):
+    """The run was asked to stop and saved its state."""
+
+
+def schedule(recipe: DrafterRecipe, rows: list[data.Row], world: int, done: int, total: int):
+    """Yields (step, epoch, global micro-batches of row numbers) for steps done + 1 .. total."""
+    spec, step = recipe.optimization, 0
+    for epoch in range(math.ceil(spec.epochs)):
+        batches = data.epoch_batches(rows, spec.batch_rows, world, recipe.seed, epoch)
+        for first in range(0, len(batches) - spec.accumulation + 1, spec.accumulation):
+            step += 1
+            if done < step <= total:
+                yield step, epoch, batches[first:first + spec.accumulation]
+
+
+class Log:
+    """log.jsonl, one line per step; lines behind the step that a run resumes from are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_text().splitlines()[:step] if step and path.exists() else []
+        self.file = path.open("w")
+        self.file.writelines(line + "\n" for line in kept)
+
+    def write(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
 
 
 def progress(step: int, total: int, epoch: int, tokens: int, seconds: float, figures: list[float]) -> dict:

@@ -93,6 +93,7 @@ class Optimization(Strict):
 class Engine(Strict):
     zero_stage: Literal[0, 1, 2]
     dtype: Literal["fp32", "bf16"]
+    checkpoint_minutes: float = Field(ge=0)
 
 
 class DrafterRecipe(Strict):

@@ -1,0 +1,73 @@
+"""Checkpoints of a run: complete or invisible, exact to resume at equal world size.
+
+DeepSpeed writes its files under a hidden name; rank 0 adds `state.json` and the consolidated drafter, then one rename makes the directory
+`step-N` appear. Data order, schedule and batches follow from the step alone, so the step is all that a resumed run needs beside the engine.
+"""
+
+import json
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+from draftsmith.models.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints below `folder`. settings: what must agree between the run that wrote one and the run that resumes it."""
+
+    def __init__(self, folder: Path, settings: dict, rank: int, world: int):
+        self.folder, self.settings, self.rank, self.world = folder, settings, rank, world
+
+    def latest(self) -> Path | None:
+        found = [p for p in self.folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+        return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+
+    def read(self, place: Path) -> dict:
+        """state.json of a checkpoint. Raises UserError when it belongs to another recipe."""
+        state = json.loads((place / "state.json").read_text("utf-8"))
+        different = sorted(k for k in self.settings if state["settings"].get(k) != self.settings[k])
+        if different:
+            raise UserError(f"{place}: found a checkpoint of another recipe ({', '.join(different)} differ); remove it or choose another output")
+        return state
+
+    def save(self, engine, step: int, progress: dict, save_drafter) -> None:
+        """All ranks call this. `save_drafter(folder)` writes the consolidated drafter (rank 0 only). The newest checkpoint alone is kept."""
+        import deepspeed
+
+        hidden, shown = self.folder / f".step-{step}", self.folder / f"step-{step}"
+        if self.rank == 0:
+            for stale in self.folder.glob(".step-*"):
+                shutil.rmtree(stale)
+        deepspeed.comm.barrier()
+        engine.save_checkpoint(str(self.folder), tag=hidden.name, save_latest=False)
+        deepspeed.comm.barrier()
+        if self.rank == 0:
+            save_drafter(hidden / "drafter")
+            (hidden / "state.json").write_text(json.dumps({"settings": self.settings, "world_size": self.world, "step": step, **progress}))
+            older = [p for p in self.folder.glob("step-*") if p != shown]
+            hidden.rename(shown)
+            for place in older:
+                shutil.rmtree(place)
+        deepspeed.comm.barrier()
+
+    def load(self, engine, place: Path) -> None:
+        """Restores weights and optimizer of all ranks."""
+        loaded, _ = engine.load_checkpoint(str(self.folder), tag=place.name)
+        if loaded is None:
+            raise UserError(f"{place}: the engine's files cannot be read; remove it to start anew")
+
+
+@contextmanager
+def termination():
+    """Yields a function that tells whether SIGTERM arrived; the signal then no longer kills."""
+    received = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    except ValueError:  # not the main thread: nothing is caught
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)
