@@ -74,10 +74,10 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
             if len(going) < len(active):
                 if not going:
                     break
-                rows = torch.tensor(going, device=target.device)
-                session.select(rows)
-                drafter.select(rows)
-                active = [active[i] for i in going]
+                rows = fill_gaps(going)
+                session.select(torch.tensor(rows, device=target.device))
+                drafter.select(torch.tensor(rows, device=target.device))
+                active = [active[i] for i in rows]
             with clock.phase("draft"):
                 tree = drafter.propose()
             with clock.phase("verify"):
@@ -93,6 +93,12 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
             with clock.phase("draft"):
                 drafter.observe(verified.features(tree, accepted.path, accepted.counts), accepted.next_token)
     return [traces[r] for r in order]
+
+
+def fill_gaps(going: list[int]) -> list[int]:
+    """The rows that go on, ordered so that most stay in place: rows from the end take the places of finished ones."""
+    tail = iter([i for i in going if i >= len(going)])
+    return [i if i in going else next(tail) for i in range(len(going))]
 
 
 def distribution(logits, tree, sampling, active, histories):

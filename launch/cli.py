@@ -27,6 +27,17 @@ def train(recipe: str, overrides: Annotated[list[str], typer.Argument(help="sect
 
 
 @app.command()
+def inspect(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None, samples: Count = 3):
+    """Show a recipe's training rows, the tokens that the target wrote in green."""
+    from rich.console import Console
+
+    from draftsmith.launch.inspect import inspect
+    from draftsmith.train.recipe import DrafterRecipe, read_recipe
+
+    inspect(read_recipe(recipe, DrafterRecipe, overrides or []), samples, Console())
+
+
+@app.command()
 def pretrain(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
     """Train a bundled reference target by its recipe."""
     from draftsmith.train.pretrain import TargetRecipe, pretrain

@@ -12,6 +12,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.targets import locate
 
 TARGET, SHIPPED, PROMPTS = "bundled:targets/code", "bundled:drafters/eagle3-code", "bundled:prompts/code.jsonl"
+PACKAGES = ["python", "sympy", "pandas"]  # installed beside draftsmith; their held-out modules are among the evaluation prompts
 COUNT, TEMPERATURES, MAX_NEW_TOKENS, SEED = 2600, [0.0, 0.8], 160, 0
 
 
@@ -20,8 +21,8 @@ def demo(output: Path, report=print) -> None:
 
     started = time.time()
     stage = lambda number, text: report(f"\n[{number}/4, {(time.time() - started) / 60:.1f} min] {text}")  # noqa: E731
-    stage(1, f"draftsmith prompts {output}/prompts.jsonl --count {COUNT}")
-    write_prompts(["python"], f"{output}/prompts.jsonl", COUNT, SEED, load_tokenizer(TARGET), held_out=False)
+    stage(1, f"draftsmith prompts {output}/prompts.jsonl --count {COUNT} " + " ".join(f"--package {p}" for p in PACKAGES))
+    write_prompts(PACKAGES, f"{output}/prompts.jsonl", COUNT, SEED, load_tokenizer(TARGET), held_out=False)
     stage(2, f"draftsmith regenerate {TARGET} {output}/prompts.jsonl {output}/answers.jsonl " + " ".join(f"--temperature {t}" for t in TEMPERATURES))
     regenerate(TARGET, f"{output}/prompts.jsonl", f"{output}/answers.jsonl", TEMPERATURES, MAX_NEW_TOKENS, 96, None, SEED, report)
     recipe = str(Path(locate("bundled:targets")).parent / "eagle3-code.yaml")

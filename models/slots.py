@@ -50,10 +50,12 @@ class SlotCache(Cache):
     def __init__(self, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype, device):
         self.store = torch.zeros(2 * layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._bind()
+        super().__init__(layers=[SlotLayer(self, self.store[2 * i], self.store[2 * i + 1]) for i in range(layers)])
 
     def _bind(self):
-        super().__init__(layers=[SlotLayer(self, self.store[2 * i], self.store[2 * i + 1]) for i in range(self.store.size(0) // 2)])
+        """Points the layers at the store after it was replaced or cut."""
+        for i, layer in enumerate(self.layers):
+            layer.keys, layer.values = self.store[2 * i], self.store[2 * i + 1]
 
     @property
     def capacity(self) -> int:
@@ -91,6 +93,9 @@ class SlotCache(Cache):
         self.lengths = self.lengths + counts
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps only the given batch rows."""
-        self.store, self.lengths = self.store[:, rows].contiguous(), self.lengths[rows]
+        """Keeps only the given batch rows, in this order; rows that stay in place are not copied."""
+        moved, used = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten(), int(self.lengths.max())
+        if len(moved):
+            self.store[:, moved, :, :used] = self.store[:, rows[moved], :, :used]
+        self.store, self.lengths = self.store[:, :len(rows)], self.lengths[rows]
         self._bind()

@@ -1,7 +1,9 @@
 """Recipes, rows and their masks, and training by DeepSpeed in one and two real processes."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
+from draftsmith.launch.inspect import inspect, spans
 from draftsmith.models.chat import encode_prompt, encode_row
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter
@@ -74,6 +78,18 @@ def test_rows_as_regenerate_writes_them_and_plain_text(tmp_path, tokenizer):
     file.write_text(json.dumps({"text": "import os"}) + "\n")
     row = data.read_rows([str(file)], tokenizer, {2}, 300, 64)[0]
     assert tokenizer.decode(row.tokens) == "import os" and all(row.mask)
+
+
+def test_spans_cut_where_the_mask_changes():
+    assert spans([1, 1, 0, 1]) == [(0, 2, 1), (2, 3, 0), (3, 4, 1)] and spans([0]) == [(0, 1, 0)]
+
+
+def test_inspect_shows_the_mask(folder):
+    console = Console(record=True, width=200, file=io.StringIO())
+    inspect(read_recipe(folder / "recipe.yaml", DrafterRecipe), 1, console)
+    text, html = console.export_text(clear=False), console.export_html()
+    assert text.startswith("24 rows") and "a draft vocabulary of 200 covers 100.00%" in text
+    assert "return" in re.search(r"<span class=\"r\d\">(\s*return[^<]*)</span>", html).group(1)
 
 
 def test_parquet_rows_equal_jsonl_rows(folder, tmp_path, tokenizer):
