@@ -20,11 +20,11 @@ from draftsmith.models.targets import TextTarget, locate
 
 LARGE_TREE = "dynamic:10x7x60"
 CHAIN_DEPTH = 5
-SWEEP = ("dynamic:4x3x8", "dynamic:4x4x12", "dynamic:6x4x16", "dynamic:6x5x24")
+SWEEP = ("dynamic:4x4x12", "dynamic:6x4x16", "dynamic:6x5x24")
 
 
 def measure_drafters(drafters: dict[str, str], target_name: str | None, prompts_file: str, output: Path, tree: str | None,
-                     temperatures: list[float], max_new_tokens: int, limit: int | None, seed: int, report=print, sweep_prompts: int = 12) -> dict:
+                     temperatures: list[float], max_new_tokens: int, limit: int | None, seed: int, report=print, sweep_prompts: int = 8) -> dict:
     """drafters {name: directory}; without `tree` the fastest of a small sweep is timed. Writes {first drafter's keys, other names: theirs}."""
     check_writable(output.parent)
     folders = {name: Path(bundled(folder)) for name, folder in drafters.items()}
