@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from draftsmith.eval.sampling import Sampling, choose, margin, process, seen_tokens
+from draftsmith.eval.sampling import Sampling, perturb, process, seen_tokens
 from draftsmith.eval.verify import match
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.errors import UserError
@@ -37,7 +37,7 @@ class Trace:
 
     accepted: drafted tokens accepted in each verify pass, before any cut; drafted: drafted levels of its tree.
     emitted: tokens that count for each pass (after the cut). margins: how far each emitted token was from being another one
-    (`sampling.margin`); filled only on request, since it costs time. The token from the prefill has none.
+    (top-2 gap of the scores); filled only on request, since it costs time. The token from the prefill has none.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -61,8 +61,7 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
     session = target.open(drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size)
     prefill = session.prefill(prompts)
     start = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=target.device))
-    logits = distribution(prefill.logits[:, None], start, sampling, active, histories)
-    root = choose(logits, sampling, active, session.lengths[:, None])[:, 0]
+    root = scores(prefill.logits[:, None], start, session.lengths[:, None], sampling, active, histories)[:, 0].argmax(-1)
     with clock.phase("draft"):
         drafter.begin(prefill.features, root)
     for request, token in zip(active, root.tolist()):
@@ -83,13 +82,12 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
             with clock.phase("verify"):
                 verified = session.verify(tree)
             with clock.phase("overhead"):
-                logits = distribution(verified.logits, tree, sampling, active, histories)
-                chosen = choose(logits, sampling, active, session.lengths[:, None] + tree.depths + 1)
-                accepted = match(tree, chosen)
+                logits = scores(verified.logits, tree, session.lengths[:, None] + tree.depths + 1, sampling, active, histories)
+                accepted = match(tree, logits.argmax(-1))
                 session.commit(accepted.path, accepted.counts)
                 record(traces, histories, active, tree, accepted, max_new_tokens, eos)
             if margins:
-                note_margins(traces, active, tree, logits, chosen, accepted, sampling, session.lengths)
+                note_margins(traces, active, logits, accepted)
             with clock.phase("draft"):
                 drafter.observe(verified.features(tree, accepted.path, accepted.counts), accepted.next_token)
     return [traces[r] for r in order]
@@ -101,12 +99,12 @@ def fill_gaps(going: list[int]) -> list[int]:
     return [i if i in going else next(tail) for i in range(len(going))]
 
 
-def distribution(logits, tree, sampling, active, histories):
-    """Processed logits [B, N, V] of every node, with each request's own history."""
+def scores(logits, tree, positions, sampling, active, histories):
+    """[B, N, V] whose argmax is what the target emits behind each node, at positions [B, N]: processed logits and their keyed noise."""
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = seen_tokens([histories[r] for r in active], logits.size(-1), logits.device)
-    return process(logits, sampling, seen, tree)
+    return perturb(process(logits, sampling, seen, tree), sampling, active, positions)
 
 
 def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
@@ -126,14 +124,12 @@ def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
         trace.emitted.append(len(kept))
 
 
-def note_margins(traces, active, tree, logits, chosen, accepted, sampling, lengths):
-    """Appends the margins of the tokens emitted in this pass (after `record`; lengths [B] are those after the commit)."""
-    rows = torch.arange(len(active), device=tree.tokens.device)[:, None]
-    steps = torch.arange(accepted.path.size(1), device=tree.tokens.device)
-    positions = lengths[:, None] - accepted.counts[:, None] + 1 + steps
-    found = margin(logits[rows, accepted.path], chosen[rows, accepted.path], sampling, active, positions).tolist()
-    for request, values in zip(active, found):
-        traces[request].margins += values[:traces[request].emitted[-1]]
+def note_margins(traces, active, logits, accepted):
+    """Appends the top-2 gaps of the scores at the tokens emitted in this pass (after `record`)."""
+    rows = torch.arange(len(active), device=logits.device)[:, None]
+    top = logits[rows, accepted.path].topk(2).values
+    for request, gaps in zip(active, (top[..., 0] - top[..., 1]).tolist()):
+        traces[request].margins += gaps[:traces[request].emitted[-1]]
 
 
 def check_prompts(target: TextTarget, prompts: list[list[int]], max_new_tokens: int, tree_size: int) -> None:

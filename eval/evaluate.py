@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from draftsmith.eval.measure import NEAR_BORDER, Run, decode_batches, interleaved, summary
+from draftsmith.eval.measure import Run, decode_batches, interleaved, summary
 from draftsmith.eval.predict import predicted_chain_tau
 from draftsmith.eval.progress import Progress
 from draftsmith.eval.sampling import Sampling
@@ -53,7 +53,7 @@ def evaluate(target: TextTarget, heads: dict, prompts: list[list[int]], stops: s
         plain = decode(f"plain, T={temperature}", NoDrafter(), sampling)
         for name, head in heads.items():
             traces = decode(f"{name} {plan.tree}, T={temperature}", HeadDrafter(head, plan.tree), sampling)
-            results[name]["sampled"][str(temperature)] = summary(traces, plain, NEAR_BORDER)
+            results[name]["sampled"][str(temperature)] = summary(traces, plain)
     for result in results.values():
         parts = [*result["greedy"].values(), result["timed"], *result["sampled"].values()]
         result["lossless"] = all(part["lossless"] for part in parts)

@@ -12,8 +12,7 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import Drafter, NoDrafter
 from draftsmith.models.targets import TextTarget
 
-NEAR_TIE = 1e-4  # greedy: a divergence is tolerated only where the top-2 gap of the plain logits is below this
-NEAR_BORDER = 1e-5  # sampled: only where the uniform lies nearer than this to a border of the chosen token's CDF interval
+NEAR_TIE = 1e-4  # a divergence is tolerated only where the top-2 gap of the plain scores (logits and keyed noise) is below this
 
 
 @dataclass
@@ -50,14 +49,14 @@ def acceptance_by_depth(traces: list[Trace]) -> list[float]:
     return rates
 
 
-def divergences(plain: list[Trace], other: list[Trace], tolerance: float = NEAR_TIE) -> list[dict]:
+def divergences(plain: list[Trace], other: list[Trace]) -> list[dict]:
     """Prompts whose texts differ: first differing token and the margin of the plain choice there (NaN where it was not recorded)."""
     found = []
     for row, (a, b) in enumerate(zip(plain, other)):
         if a.tokens != b.tokens:
             at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y), min(len(a.tokens), len(b.tokens)))
             margin = a.margins[at - 1] if 0 < at <= len(a.margins) else float("nan")
-            found.append({"prompt": row, "token": at, "margin": margin, "tolerated": margin < tolerance})
+            found.append({"prompt": row, "token": at, "margin": margin, "tolerated": margin < NEAR_TIE})
     return found
 
 
@@ -89,10 +88,10 @@ def interleaved(target: TextTarget, drafters: dict[str, Drafter], prompts: list[
     return runs
 
 
-def summary(run: Run, plain: Run, tolerance: float = NEAR_TIE, timed_plain: Run | None = None) -> dict:
+def summary(run: Run, plain: Run, timed_plain: Run | None = None) -> dict:
     """All figures of one method against plain decoding (with margins); timing keys only beside a timed plain run."""
     passes = sum(len(t.emitted) for t in run.traces)
-    different = divergences(plain.traces, run.traces, tolerance)
+    different = divergences(plain.traces, run.traces)
     figures = {
         "tau": tau(run.traces), "macro_tau": macro_tau(run.traces),
         "accepted_per_pass": tau(run.traces) - 1,

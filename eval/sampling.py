@@ -28,10 +28,11 @@ class Sampling:
             raise UserError(f"sampling: found {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
 
 
-def keyed_uniform(seed: int, request: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its key."""
+def keyed_gumbel(seed: int, request: int, position: int, vocab_size: int) -> torch.Tensor:
+    """[V] fp32 standard Gumbel noise that depends on nothing but its key."""
     digest = hashlib.blake2b(f"{seed}/{request}/{position}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return -torch.empty(vocab_size).exponential_(generator=generator).log_()
 
 
 def seen_tokens(history: list[list[int]], vocab_size: int, device) -> torch.Tensor:
@@ -71,33 +72,16 @@ def process(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None,
     return logits
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, requests: list[int], positions: torch.Tensor) -> torch.Tensor:
-    """The token that follows each node: argmax, or the inverse CDF at the uniform of (seed, request, position).
+def perturb(logits: torch.Tensor, sampling: Sampling, requests: list[int], positions: torch.Tensor) -> torch.Tensor:
+    """Processed logits [B, N, V], plus at temperature > 0 the Gumbel noise of (seed, request, position [B, N]); nodes of one depth share theirs.
 
-    logits [B, N, V] processed, positions [B, N] of the chosen token -> [B, N] int64.
+    The argmax of the result is a sample of softmax(logits) (Gumbel-max). Unlike an inverse CDF, whose intervals in a long tail are as
+    narrow as rounding errors, it changes only where two perturbed logits nearly tie.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    at = noise(sampling.seed, requests, positions) * cdf[..., -1]
-    return torch.searchsorted(cdf, at[..., None], right=True)[..., 0].clamp(max=logits.size(-1) - 1)
-
-
-def noise(seed: int, requests: list[int], positions: torch.Tensor) -> torch.Tensor:
-    """Keyed uniforms for positions [B, N] -> [B, N] fp64; nodes of one depth share theirs."""
+        return logits
     rows = positions.tolist()
-    table = {key: keyed_uniform(seed, *key) for key in {(request, p) for request, row in zip(requests, rows) for p in row}}
-    return torch.tensor([[table[request, p] for p in row] for request, row in zip(requests, rows)], dtype=torch.float64, device=positions.device)
-
-
-def margin(logits: torch.Tensor, chosen: torch.Tensor, sampling: Sampling, requests: list[int], positions: torch.Tensor) -> torch.Tensor:
-    """How far the choice was from another one: the top-2 gap of the logits at temperature 0, otherwise the distance of the uniform from the
-    nearer border of the chosen token's CDF interval. Shapes as in `choose`, chosen [B, N] -> [B, N]."""
-    if sampling.temperature == 0:
-        top = logits.topk(2).values
-        return top[..., 0] - top[..., 1]
-    probs = logits.double().softmax(-1)
-    cdf = probs.cumsum(-1)
-    at = noise(sampling.seed, requests, positions) * cdf[..., -1]
-    upper = cdf.gather(-1, chosen[..., None])[..., 0]
-    return torch.minimum(upper - at, at - (upper - probs.gather(-1, chosen[..., None])[..., 0])).abs()
+    keys = sorted({(request, p) for request, row in zip(requests, rows) for p in row})
+    number = {key: i for i, key in enumerate(keys)}
+    noise = torch.stack([keyed_gumbel(sampling.seed, *key, logits.size(-1)) for key in keys]).to(logits.device)
+    return logits + noise[torch.tensor([[number[request, p] for p in row] for request, row in zip(requests, rows)], device=logits.device)]

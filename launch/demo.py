@@ -13,7 +13,7 @@ from draftsmith.models.targets import locate
 
 TARGET, SHIPPED, PROMPTS = "bundled:targets/code", "bundled:drafters/eagle3-code", "bundled:prompts/code.jsonl"
 PACKAGES = ["python", "sympy", "pandas"]  # installed beside draftsmith; their held-out modules are among the evaluation prompts
-COUNT, TEMPERATURES, ANSWER_TOKENS, SEED = 1400, [0.0, 0.8], 128, 0
+COUNT, TEMPERATURES, ANSWER_TOKENS, SEED = 1900, [0.0, 0.8], 128, 0
 EVALUATED, NEW_TOKENS, SAMPLED = 64, 64, [0.6, 1.0]
 
 

@@ -50,4 +50,4 @@ def test_shipped_drafter_is_lossless_and_useful(code, sampling, tree):
     plain = decode_batches(target, NoDrafter(), prompts[:8], sampling, 48, stops, 4)
     drafted = decode_batches(target, HeadDrafter(head, parse_tree(tree)), prompts[:8], sampling, 48, stops, 3)
     assert [t.tokens for t in drafted] == [t.tokens for t in plain]
-    assert tau(drafted) > 1.5
+    assert tau(drafted) > (1.8 if sampling.temperature == 0 else 1.2)

