@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import load_drafter, save_drafter
+from draftsmith.models.formats import load_drafter, load_speculators, save_drafter, save_speculators
 from tests.conftest import tiny_head, tiny_target
 from tests.test_heads import features_of
 
@@ -27,6 +27,26 @@ def test_reload_gives_identical_logits(tmp_path, target, draft_vocab):
     for (rows, a), (same, b) in zip(head.unroll(features, 3), again.unroll(features, 3)):
         assert torch.equal(rows, same) and torch.equal(a, b)
     assert ("d2t" in load_file(folder / "model.safetensors")) == (draft_vocab is not None)
+
+
+@pytest.mark.parametrize("draft_vocab", [40, None])
+def test_speculators_directory_gives_identical_logits(tmp_path, target, draft_vocab):
+    head = tiny_head(target, draft_vocab)
+    for parameter in head.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    folder = save_speculators(head, tmp_path / "spec", "some/target", "LlamaForCausalLM", 3)
+    again, features = load_speculators(folder, target.embedding), features_of(target, head)
+    for (_, a), (_, b) in zip(head.unroll(features, 3), again.unroll(features, 3)):
+        assert torch.equal(a, b)
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    assert "model_type" not in config and config["norm_before_residual"] is False and config["architectures"] == ["Eagle3Speculator"]
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "some/target"
+    assert "layers.0.self_attn.q_proj.weight" in tensors and not any(k.startswith("midlayer") for k in tensors)
+    with pytest.raises(UserError, match="exists"):
+        save_speculators(head, folder, "some/target", "LlamaForCausalLM", 3)
+    (folder / "config.json").write_text(json.dumps({**config, "norm_before_residual": None}))
+    with pytest.raises(UserError, match="norm_before_residual: found None, expected false"):
+        load_speculators(folder, target.embedding)
 
 
 def test_directory_is_what_the_engines_read(saved, head, target):
