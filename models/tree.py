@@ -74,6 +74,3 @@ class DraftTree:
         real = self.parents >= 0
         real[:, 0] = True
         return real
-
-    def select(self, rows: torch.Tensor) -> "DraftTree":
-        return DraftTree(self.tokens[rows], self.parents[rows], self.kind[rows])

@@ -245,6 +245,28 @@ def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, monkeypatch,
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
+def test_checkpoint_of_another_world_size_is_a_warm_start_and_of_another_engine_is_refused(folder, tmp_path, monkeypatch, capsys):
+    arguments = [str(folder / "recipe.yaml"), f"output={tmp_path}/out"]
+    write = loop.Log.write
+
+    def killed_at_5(log, line):
+        if line["step"] == 5:
+            raise Killed
+        write(log, line)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop.Log, "write", killed_at_5)
+        main([*arguments, "engine.checkpoint_minutes=0"])
+    first = log_of(tmp_path / "out")[0]["loss"]
+    assert main([*arguments, "optimization.name=adamw", "engine.zero_stage=1"]) == 2
+    assert "engine, optimization differ" in capsys.readouterr().err
+    state = tmp_path / "out" / "checkpoints" / "step-4" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "world_size": 2}))
+    assert main(arguments) == 0
+    assert "warm start" in capsys.readouterr().out
+    assert len(log_of(tmp_path / "out")) == 12 and log_of(tmp_path / "out")[0]["loss"] < first
+
+
 def test_termination_saves_and_the_same_command_resumes(folder, tmp_path, monkeypatch):
     arguments = [str(folder / "recipe.yaml"), f"output={tmp_path}/out"]
     write = loop.Log.write

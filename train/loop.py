@@ -73,7 +73,8 @@ def run(recipe: DrafterRecipe, rank: int, world: int, device: torch.device, say)
     if total < 1:
         raise UserError(f"data.files: found {len(rows)} rows, expected at least one batch of {spec.batch_rows * world * spec.accumulation}")
     head, coverage = build_head(recipe, target, rows, stops)
-    checkpoints = Checkpoints(Path(recipe.output) / "checkpoints", recipe.model_dump(mode="json", exclude={"output", "engine"}), rank, world)
+    settings = recipe.model_dump(mode="json", exclude={"output": True, "engine": {"checkpoint_minutes"}})
+    checkpoints = Checkpoints(Path(recipe.output) / "checkpoints", settings, rank, world)
     place = checkpoints.latest()
     if place is not None and checkpoints.read(place)["world_size"] != world:
         warm = load_drafter(place / "drafter", target.embedding, target.layers)

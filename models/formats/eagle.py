@@ -120,14 +120,26 @@ def load_drafter(folder: str | Path, embedding: torch.Tensor, taps_below: int | 
 
     Raises UserError naming the file and the key when something is missing, unknown or of another target.
     """
+    stored, tensors = read_files(folder)
+    return build(from_config(stored, f"{folder}/config.json"), tensors, embedding, taps_below, folder)
+
+
+def read_files(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json and the tensors of a drafter directory, of any layout."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing; expected a drafter directory")
     try:
-        config = from_config(json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json")
+        return json.loads((folder / "config.json").read_text("utf-8")), load_file(folder / "model.safetensors")
     except json.JSONDecodeError as error:
         raise UserError(f"{folder}/config.json: not valid JSON ({error})") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}/model.safetensors: cannot be read ({error})") from None
+
+
+def build(config: Eagle3Config, tensors: dict[str, torch.Tensor], embedding: torch.Tensor, taps_below: int | None, folder: str | Path) -> Eagle3Head:
+    """A head from checked tensors (`midlayer.*` keys), for a target with this embedding."""
     vocab, hidden = embedding.shape
     if config.vocab_size != vocab:
         raise UserError(f"{folder}/config.json: vocab_size: found {config.vocab_size}, expected the target's {vocab}")
@@ -135,15 +147,9 @@ def load_drafter(folder: str | Path, embedding: torch.Tensor, taps_below: int | 
         raise UserError(f"{folder}/config.json: hidden_size: found {config.hidden_size}, expected the target's {hidden}")
     if not config.taps or list(config.taps) != sorted({k for k in config.taps if 0 < k < (taps_below or max(config.taps) + 1)}):
         raise UserError(f"{folder}/config.json: eagle_aux_hidden_state_layer_ids: found {list(config.taps)}, expected ascending numbers "
-                        f"from 1 to {(taps_below or 0) - 1}")
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}/model.safetensors: cannot be read ({error})") from None
+                        f"from 1 to {taps_below - 1 if taps_below else 'the number of layers less one'}")
     check_tensors(tensors, expected_shapes(config, hidden), f"{folder}/model.safetensors")
-    ids = None
-    if "d2t" in tensors:
-        ids = from_offsets(tensors.pop("d2t"), tensors.pop("t2d"), vocab)
+    ids = from_offsets(tensors.pop("d2t"), tensors.pop("t2d"), vocab) if "d2t" in tensors else None
     head = Eagle3Head(config, embedding, ids)
     head.load_state_dict({name: value.to(embedding) for name, value in tensors.items()}, assign=True)
     return head.eval()

@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats.eagle import check_tensors, expected_shapes, from_config, to_config
+from draftsmith.models.formats.eagle import build, from_config, read_files, to_config
 from draftsmith.models.heads import Eagle3Head
-from draftsmith.models.heads.vocabulary import from_offsets, to_offsets
+from draftsmith.models.heads.vocabulary import to_offsets
 
 LAYER_KEYS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
               "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "vocab_size",
@@ -51,20 +51,13 @@ def save_speculators(head: Eagle3Head, folder: str | Path, verifier: str, verifi
     return folder
 
 
-def load_speculators(folder: str | Path, embedding: torch.Tensor) -> Eagle3Head:
-    """Reads such a directory for a target with this embedding [V, h]. Raises UserError as `load_drafter` does."""
-    place = f"{folder}/config.json"
-    stored = json.loads(Path(place).read_text("utf-8"))
+def load_speculators(folder: str | Path, embedding: torch.Tensor, taps_below: int | None = None) -> Eagle3Head:
+    """Reads such a directory for a target with this embedding [V, h]; arguments and errors as in `load_drafter`."""
+    (stored, tensors), place = read_files(folder), f"{folder}/config.json"
     if stored.get("speculators_model_type") != "eagle3":
         raise UserError(f"{place}: speculators_model_type: found {stored.get('speculators_model_type')!r}, expected 'eagle3'")
     if stored.get("norm_before_residual") is not False:
         raise UserError(f"{place}: norm_before_residual: found {stored.get('norm_before_residual')}, expected false")
-    flat = {**stored["transformer_layer_config"], **stored, "architectures": ["LlamaForCausalLMEagle3"]}
-    config, tensors = from_config(flat, place), load_file(Path(folder) / "model.safetensors")
-    tensors.pop("embed_tokens.weight", None)
-    tensors = {name.replace("layers.0.", "midlayer."): value for name, value in tensors.items()}
-    check_tensors(tensors, expected_shapes(config, embedding.size(1)), f"{folder}/model.safetensors")
-    ids = from_offsets(tensors.pop("d2t"), tensors.pop("t2d"), config.vocab_size) if "d2t" in tensors else None
-    head = Eagle3Head(config, embedding, ids)
-    head.load_state_dict({name: value.to(embedding) for name, value in tensors.items()}, assign=True)
-    return head.eval()
+    flat = {**stored.get("transformer_layer_config", {}), **stored, "architectures": ["LlamaForCausalLMEagle3"]}
+    tensors = {name.replace("layers.0.", "midlayer."): value for name, value in tensors.items() if name != "embed_tokens.weight"}
+    return build(from_config(flat, place), tensors, embedding, taps_below, folder)

@@ -78,10 +78,6 @@ class TextTarget:
         return self.head.weight.dtype
 
     @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
     def vocab_size(self) -> int:
         return self.head.weight.size(0)
 
