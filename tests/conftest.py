@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny random Llama as target and a tiny random EAGLE-3 head for it, fp32, seeded."""
 
 import os
+from itertools import accumulate
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import NoDrafter
+from draftsmith.models.features import Packing, TrainingFeatures
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.targets import TextTarget
 
@@ -37,16 +39,21 @@ def tiny_head(target: TextTarget, draft_vocab: int | None = None, seed: int = 1,
     return head.eval()
 
 
+def pack(target: TextTarget, head, rows: list[list[int]], starts: list[int]) -> TrainingFeatures:
+    """Rows of ids as one packed row; of row i the target wrote what stands from starts[i] on."""
+    mask = torch.cat([torch.arange(len(row)) >= start for row, start in zip(rows, starts)])
+    packing = Packing((0, *accumulate(map(len, rows))), mask)
+    return target.features(torch.tensor([token for row in rows for token in row]), packing, head.feature_spec)
+
+
 def trained_head(target: TextTarget, draft_vocab: int | None = None) -> Eagle3Head:
     """A tiny head trained for a moment on the target's own greedy text: right now and then, so that walks of every length occur."""
     head, prompts = tiny_head(target, draft_vocab), [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
     rows = [p + t.tokens for p, t in zip(prompts, generate(target, NoDrafter(), prompts, Sampling(), 40))]
-    width = max(map(len, rows))
-    tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-    features = target.features(tokens, torch.tensor([len(r) for r in rows]), torch.ones_like(tokens, dtype=torch.bool), head.feature_spec)
+    features = pack(target, head, rows, [0] * len(rows))
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
     for _ in range(25):
-        loss, _ = head.loss(features, steps=4)
+        loss, _ = head.loss(features, steps=4, decay=0.8)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features, FeatureSpec, Teacher
+from draftsmith.models.features import Features, FeatureSpec, Packing, Teacher, TrainingFeatures
 from draftsmith.models.slots import SlotCache
 from draftsmith.models.tree import DraftTree
 
@@ -104,12 +104,17 @@ class TextTarget:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @torch.no_grad()
-    def features(self, tokens: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor, spec: FeatureSpec) -> Features:
-        """Training features of right-padded rows: tokens [B, S], lengths [B], mask [B, S] bool (the token mask)."""
-        positions = torch.arange(tokens.size(1), device=tokens.device)
-        inside = (positions < lengths[:, None]).long()
-        final, hidden = self._forward(spec, input_ids=tokens, attention_mask=inside, use_cache=False)
-        return Features(tokens, hidden, lengths, mask, Teacher(final, self.project))
+    def features(self, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec) -> TrainingFeatures:
+        """Training features of one packed row of documents, tokens [T] on this target's device. The target itself reads the documents
+        as right-padded rows, each from position 0, so that every architecture sees what it sees in decoding."""
+        lengths, places = torch.tensor(packing.borders).diff(), packing.positions.to(tokens.device)
+        numbers = torch.arange(len(lengths)).repeat_interleave(lengths).to(tokens.device)
+        padded = tokens.new_zeros(len(lengths), int(lengths.max()))
+        padded[numbers, places] = tokens
+        inside = (torch.arange(padded.size(1)) < lengths[:, None]).long().to(tokens.device)
+        final, hidden = self._forward(spec, input_ids=padded, attention_mask=inside, use_cache=False)
+        taught = packing.rows.to(tokens.device) + 1
+        return TrainingFeatures(tokens, hidden[numbers, places], packing, Teacher(final[numbers[taught], places[taught]], self.project))
 
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
         """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens and one tree)."""
