@@ -48,7 +48,9 @@ class TextTarget:
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         if not hasattr(self.body, "layers") or self.head is None:
             raise UserError(f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an output head")
+        self.vocab_size = self.head.weight.size(0)  # a partitioned weight no longer tells
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        self._shared: torch.Tensor | None = None
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
         self._check_attention()
@@ -78,8 +80,8 @@ class TextTarget:
         return self.head.weight.dtype
 
     @property
-    def vocab_size(self) -> int:
-        return self.head.weight.size(0)
+    def generation_config(self):
+        return getattr(self.model, "generation_config", None)
 
     @property
     def layers(self) -> int:
@@ -92,7 +94,7 @@ class TextTarget:
     @property
     def embedding(self) -> torch.Tensor:
         """[V, h], the frozen input embedding that heads share."""
-        return self.model.get_input_embeddings().weight
+        return self._shared if self._shared is not None else self.model.get_input_embeddings().weight
 
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`."""
@@ -119,6 +121,11 @@ class TextTarget:
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
         """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens and one tree)."""
         return TextSession(self, spec, batch, capacity)
+
+    def shard(self, spread) -> None:
+        """Lets `spread(model)` partition the weights of this target over processes; the embedding that heads share stays whole."""
+        self._shared = self.embedding.clone()
+        self.sharded = spread(self.model)
 
     def _hook(self, index: int) -> None:
         """Keeps the state entering layer `index` (the output of the layer before) of every forward from now on."""
