@@ -37,7 +37,7 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.measurement import CHAIN_DEPTH, LARGE_TREE, bundled, check_writable, write_json
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
-from draftsmith.models.features import Features, FeatureSpec, Teacher
+from draftsmith.models.features import FeatureSpec, Packing, Teacher, TrainingFeatures
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import chain, parse_tree
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
@@ -154,17 +154,18 @@ def random_tokens(scale: Scale, count: int) -> list[int]:
     return torch.randint(3, scale.shape["vocab_size"], (count,), device="cpu").tolist()
 
 
-def random_features(scale: Scale, head: Eagle3Head, output: torch.Tensor, length: int) -> Features:
-    """One training sequence written by the target throughout; output [V, h] stands for its output head."""
+def random_features(scale: Scale, head: Eagle3Head, output: torch.Tensor, length: int) -> TrainingFeatures:
+    """One training document written by the target throughout; output [V, h] stands for its output head."""
     device, dtype = output.device, output.dtype
-    tokens = torch.randint(3, scale.shape["vocab_size"], (1, length), device=device)
-    hidden = torch.randn(1, length, head.fc.in_features, device=device, dtype=dtype)
-    final = torch.randn(1, length, output.size(1), device=device, dtype=dtype)
+    packing = Packing((0, length), torch.ones(length, dtype=torch.bool))
+    tokens = torch.randint(3, scale.shape["vocab_size"], (length,), device=device)
+    hidden = torch.randn(length, head.fc.in_features, device=device, dtype=dtype)
+    final = torch.randn(len(packing.rows), output.size(1), device=device, dtype=dtype)
 
     def project(states, ids):
         return torch.nn.functional.linear(states, output if ids is None else output[ids])
 
-    return Features(tokens, hidden, torch.tensor([length], device=device), torch.ones_like(tokens, dtype=torch.bool), Teacher(final, project))
+    return TrainingFeatures(tokens, hidden, packing, Teacher(final, project))
 
 
 # Sections
@@ -280,7 +281,7 @@ def training(scale: Scale, device: torch.device) -> dict:
     optimizer = torch.optim.AdamW(copies, lr=1e-5)
 
     def step(features):
-        head.loss(features, scale.steps)[0].backward()
+        head.loss(features, scale.steps, 0.8)[0].backward()
         for parameter, copy in zip(head.parameters(), copies):
             parameter.grad, copy.grad = None, parameter.grad.float()
         optimizer.step()
