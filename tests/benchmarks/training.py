@@ -13,17 +13,21 @@ target at the timed shapes, so that all rows are supervised for all three. `1x25
 `half` is 2x512 with the second half of each supervised. Workers take turns, one step each; medians of CPU time.
 
 Each package runs in the fastest configuration that works on a CPU (the others are timed without --quick); FlexAttention, the default of
-both, has no backward there.
-  specforge    attention `sdpa`, TORCHDYNAMO_DISABLE=1, teacher from full logits. [1] `specforge.core.loss`, a Triton kernel, is replaced by
-               the same loss with the same closed-form gradient in plain torch. Embeddings frozen, as its trainer does.
-  speculators  attention `sdpa`, loss `kl_div` in its own eager form, documents packed in one row. [2] The output head, which it freezes,
-               is unfrozen. Its teacher computes only the 2,048 draft columns; the other two also need the argmax over the vocabulary.
+both, has no backward there. torch 2.13 and transformers 5.19, which specforge pins lower.
+  specforge    attention `sdpa`, TORCHDYNAMO_DISABLE=1 (compiled is no faster at 1x256 and 10 to 15 % slower at 2x512), teacher from full
+               logits (its compact teacher multiplies the draft columns twice: 3 % slower). [1] `specforge.core.loss`, a Triton kernel, is
+               replaced before the import by the same loss with the same closed-form gradient in plain torch (as fast as or faster than
+               autograd through log_softmax). The embeddings are frozen, as its trainer does.
+  speculators  attention `sdpa` (eager is 6 % slower at 1x256 and 2.7 times at 2x512), loss `kl_div` in the eager form that the package
+               offers, documents packed in one row. [2] The output head, which it freezes, is unfrozen. Its teacher computes only the 2,048
+               draft columns; the other two also find the argmax over the vocabulary.
 
 Same work: all three start from the same weights, and the losses of the first step at 1x256 are compared. specforge divides by all rows,
 we by the supervised ones; speculators' KL is our cross-entropy less the teacher's entropy.
 
-Memory: growth of the peak resident size over one step after a step of 64 tokens, a fresh process per length, one document or documents
-of 512 tokens; the exponent is the slope of log growth over log length, the larger of the two layouts.
+Memory: growth of the peak resident size over one step that follows a step of 64 tokens, a fresh process per length, one document or
+documents of 512 tokens; the exponent is the slope of log growth over log length, the larger of the two layouts. The column `peak MiB` of the
+table is the growth since the worker was ready, optimizer state included.
 """
 
 import argparse
@@ -48,42 +52,55 @@ from draftsmith.models.targets import TextTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv-peers"
-PEERS = {"specforge": "specforge==0.2.0", "speculators": "speculators==0.9.0"}
-REQUIREMENTS = ["transformers>=5.17,<5.20", "pydantic>=2", "pydantic-settings>=2", "loguru", "openai>=2", "datasets>=4,<=5.1", "hs-connectors==0.9.0"]
+SHARED = ["transformers>=5.17,<5.20"]
+PEERS = {  # the package, and what its training core imports beyond torch and transformers
+    "specforge": ["specforge==0.2.0"],
+    "speculators": ["speculators==0.9.0", "pydantic>=2", "pydantic-settings>=2", "loguru", "openai>=2", "datasets>=4,<=5.1", "hs-connectors==0.9.0"],
+}
+NOTES = {
+    "draftsmith": "head.loss, attention of models/heads/attention.py",
+    "specforge": "sdpa, TORCHDYNAMO_DISABLE=1, full-vocabulary teacher; [1] its Triton loss kernel replaced by the same formula in plain torch",
+    "specforge-compiled": "the same with its torch.compile helpers; [1]",
+    "specforge-compact": "as specforge, with its compact teacher; [1]",
+    "speculators": "sdpa, its eager kl_div, documents packed in one row; [2] its output head unfrozen",
+    "speculators-eager": "as speculators, with eager attention; [2]",
+}
 OTHERS = {"specforge": ["specforge-compiled", "specforge-compact"], "speculators": ["speculators-eager"]}
 TIMED = {"1x256": (1, 256), "half": (2, 512), "2x512": (2, 512), "1x2048": (1, 2048)}  # documents, tokens of each
 ONE_DOCUMENT = {"1x512": (1, 512), "1x1024": (1, 1024), "1x2048": (1, 2048), "1x4096": (1, 4096)}
 PACKED = {"1x512": (1, 512), "2x512": (2, 512), "4x512": (4, 512), "8x512": (8, 512)}
 WARM = {"1x64": (1, 64)}
-ROUNDS = {"1x256": 15, "half": 7, "2x512": 7, "1x2048": 3}
+ROUNDS = {"1x256": 15, "half": 5, "2x512": 7, "1x2048": 3}
 
 
 def install() -> list[str]:
-    """Makes the peers' environment once; returns the peers that are installed in it."""
+    """Makes the peers' environment once; returns the peers that are installed in it. What cannot be installed is named in one line."""
     python, stamp = VENV / "bin" / "python", VENV / ".draftsmith"
-    wanted = hashlib.sha256(json.dumps([sys.version_info[:2], REQUIREMENTS, PEERS]).encode()).hexdigest()
-    if stamp.exists() and stamp.read_text().split()[0] == wanted:
-        return stamp.read_text().split()[1:]
+    wanted = hashlib.sha256(json.dumps([sys.version_info[:2], SHARED, PEERS]).encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return list(PEERS)
 
     def pip(*arguments):
+        """None, or why nothing was installed."""
         done = subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "-q", "install", *arguments], capture_output=True, text=True)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        return None if done.returncode == 0 else (errors or ["pip failed"])[0]
+        return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["pip failed"])[-1]
 
+    print(f"making {VENV.name}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True)
     index = ["--index-url", os.environ["TORCH_INDEX_URL"]] if os.environ.get("TORCH_INDEX_URL") else []
-    error = pip("torch==2.13.0", *index) and pip("torch>=2.6,<2.14", *index) or pip(*REQUIREMENTS)
+    error = (pip("torch==2.13.0", *index) and pip("torch>=2.6,<2.14", *index)) or pip(*SHARED)
     if error:
-        sys.exit(f"error: {VENV.name}: {error}")
+        print(f"torch and transformers: not installed ({error})")
+        return []
     installed = []
-    for name, requirement in PEERS.items():
-        error = pip("--no-deps", requirement)
+    for name, (package, *needs) in PEERS.items():
+        error = (pip(*needs) if needs else None) or pip("--no-deps", package)
         if error:
             print(f"{name}: not installed ({error})")
         else:
             installed.append(name)
     if len(installed) == len(PEERS):
-        stamp.write_text(" ".join([wanted, *installed]))
+        stamp.write_text(wanted)
     return installed
 
 
@@ -210,7 +227,7 @@ def grow_memory(name: str, shapes: dict[str, tuple[int, int]], folder: Path) -> 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one configuration per peer, fewer rounds, memory of ours only (about 5 minutes)")
+    parser.add_argument("--quick", action="store_true", help="one configuration per peer, fewer rounds, memory of ours only (4 to 8 minutes)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     clock = time.perf_counter()
@@ -228,7 +245,7 @@ def main():
         part("target and cached features")
         names = ["draftsmith", *peers, *([] if arguments.quick else [other for peer in peers for other in OTHERS[peer]])]
         workers = [worker for worker in (Worker(name, folder) for name in names) if worker.alive]
-        rates = time_steps(workers, entropy, 1 if arguments.quick else 3)
+        rates = time_steps(workers, entropy, 1 if arguments.quick else 2)
         for worker in workers:
             worker.close()
         part("timing, interleaved")
@@ -243,7 +260,8 @@ def main():
     for shape in ("1x256", "2x512", "1x2048", "half"):
         best = max((rate for name, rate in rates[shape].items() if name != "draftsmith"), default=None)
         ratio[shape] = best and round(rates[shape]["draftsmith"] / best, 2)
-    print("specforge: [1] its Triton loss kernel is replaced by the same formula in plain torch. speculators: [2] its output head is unfrozen.")
+    for name in names:
+        print(f"{name}: {NOTES[name]}")
     print(json.dumps({"ratio": ratio, "memory_exponent": round(max(exponents), 2)}))
 
 
