@@ -14,10 +14,10 @@ target at the timed shapes, so that all rows are supervised for all three. `1x25
 
 Each package runs in the fastest configuration that works on a CPU (the others are timed without --quick); FlexAttention, the default of
 both, has no backward there. torch 2.13 and transformers 5.19, which specforge pins lower.
-  specforge    attention `sdpa`, TORCHDYNAMO_DISABLE=1 (compiled is no faster at 1x256 and 10 to 15 % slower at 2x512), teacher from full
-               logits (its compact teacher multiplies the draft columns twice: 3 % slower). [1] `specforge.core.loss`, a Triton kernel, is
-               replaced before the import by the same loss with the same closed-form gradient in plain torch (as fast as or faster than
-               autograd through log_softmax). The embeddings are frozen, as its trainer does.
+  specforge    attention `sdpa`, TORCHDYNAMO_DISABLE=1 (compiled is no faster and compiles for half a minute), teacher from full logits (its
+               compact teacher is no faster here). [1] `specforge.core.loss`, a Triton kernel, is replaced before the import by the same
+               loss with the same closed-form gradient in plain torch (as fast as or faster than autograd through log_softmax). The
+               embeddings are frozen, as its trainer does.
   speculators  attention `sdpa` (eager is 6 % slower at 1x256 and 2.7 times at 2x512), loss `kl_div` in the eager form that the package
                offers, documents packed in one row. [2] The output head, which it freezes, is unfrozen. Its teacher computes only the 2,048
                draft columns; the other two also find the argmax over the vocabulary.
