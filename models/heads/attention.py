@@ -52,7 +52,7 @@ class FlashOnCPU:
     """torch's flash kernel for CPUs. It computes whole blocks of 512 keys, so that a strip's keys are given in two pieces: those before the
     strip, seen by all its rows, and the strip's own, seen causally."""
 
-    block = 64
+    block = 128
 
     @staticmethod
     def _pieces(strip: Strip):
