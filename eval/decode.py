@@ -114,14 +114,17 @@ def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
     path_tokens = tree.tokens[rows, accepted.path].tolist()
     for i, (request, count, token) in enumerate(zip(active, accepted.counts.tolist(), accepted.next_token.tolist())):
         trace, emitted = traces[request], [*path_tokens[i][1:count], token]
-        kept = emitted[:max_new_tokens - len(trace.tokens)]
-        ends = next((j + 1 for j, t in enumerate(kept) if t in eos), len(kept))
-        kept = kept[:ends]
+        kept = cut(emitted, max_new_tokens - len(trace.tokens), eos)
         trace.tokens += kept
         histories[request] += kept
         trace.accepted.append(count - 1)
         trace.drafted.append(depth[i])
         trace.emitted.append(len(kept))
+
+
+def cut(tokens: list[int], room: int, eos: set[int]) -> list[int]:
+    """At most `room` tokens, none behind the first of `eos`."""
+    return tokens[:next((i + 1 for i, token in enumerate(tokens[:room]) if token in eos), room)]
 
 
 def note_margins(traces, active, logits, accepted):

@@ -66,12 +66,21 @@ def regenerate(target: str, prompts: str, output: str, temperature: list[float] 
 
 
 @app.command(name="eval")
-def evaluate(drafter: str, prompts: str = "bundled:prompts/code.jsonl", target: str = None, output: str = "runs/eval", tree: str = None,
-             temperature: list[float] = [0.6, 1.0], max_new_tokens: Count = 128, limit: Count = None, seed: int = 0):
-    """Measure a drafter: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json."""
-    from draftsmith.launch.measurement import measure_drafters
+def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), lookup, hf-generate, hf-lookup, "
+                                                               "hf-assisted; plain decoding is always there")],
+             suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = ["bundled:prompts/code.jsonl"],
+             target: Annotated[str, typer.Option(help="default: the one that the drafters name")] = None,
+             assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini", output: str = "runs/eval",
+             tree: Annotated[str, typer.Option(help="tree to time: auto, chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE or eagle")] = "auto",
+             temperature: list[float] = [0.0, 0.6, 1.0],
+             time_at: Annotated[list[float], typer.Option(help="temperatures at which speed is measured; default: all")] = None,
+             batch: Annotated[list[int], typer.Option(min=1)] = [1], max_new_tokens: Annotated[int, typer.Option(min=2)] = 128, limit: Count = None,
+             skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False, seed: int = 0):
+    """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a killed one goes on."""
+    from draftsmith.launch.measurement import Request, measure
 
-    measure_drafters({"drafter": drafter}, target, prompts, Path(output) / "result.json", tree, temperature, max_new_tokens, limit, seed, say)
+    measure(Request(methods, Path(output), tuple(suite), target, assistant, tree, tuple(temperature), tuple(time_at) if time_at else None,
+                    tuple(batch), max_new_tokens, limit, skip_long, seed), say)
 
 
 @app.command()

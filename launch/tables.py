@@ -1,0 +1,69 @@
+"""The tables that `draftsmith eval`, `sweep` and `verify` print."""
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 130
+
+
+def show(document: dict) -> None:
+    """The drafters side by side, then every timed cell."""
+    first, conditions = document["conditions"]["first"], document["conditions"]
+    if first is not None:
+        names = list(conditions["drafters"])
+        Console(width=WIDTH).print(drafters_table({name: document if name == first else document[name] for name in names}, conditions))
+    Console(width=WIDTH).print(cells_table([cell for cell in document["cells"] if "speedup" in cell]))
+
+
+def drafters_table(results: dict[str, dict], conditions: dict) -> Table:
+    """Documented keys, one column a drafter."""
+    large = conditions["tree_of_tree_tau"]
+    table = Table(title=f"acceptance length tau = tokens / verify passes ({large} unless said)")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    row = lambda label, value: table.add_row(label, *[value(r) for r in results.values()])  # noqa: E731
+    row("tau, tree, T=0", lambda r: f"{r['tree_tau']:.2f}")
+    chained = next(tree for tree in next(iter(results.values()))["greedy"] if tree != large)
+    row(f"tau, {chained}, T=0", lambda r: f"{r['chain_tau']:.2f}")
+    row("  predicted from teacher forcing", lambda r: f"{r['predicted_chain_tau']:.2f}")
+    for temperature in next(iter(results.values()))["sampled"]:
+        row(f"tau, tree, T={temperature}", lambda r: f"{r['sampled'][temperature]['tau']:.2f}")
+    row("acceptance by depth, tree, T=0", lambda r: " ".join(f"{a:.2f}" for a in r["greedy"][large]["acceptance_by_depth"]))
+    row("timed tree", lambda r: r["tree"])
+    row("  tau", lambda r: f"{r['timed']['tau']:.2f}")
+    row("  tokens/s, plain -> with drafter", lambda r: f"{r['plain']['tokens_per_second']:.0f} -> {r['timed']['tokens_per_second']:.0f}")
+    row("  speedup (wall)", lambda r: f"{r['speedup']:.2f}x")
+    row("  speedup (accounted)", lambda r: f"{r['accounted_speedup']:.2f}x")
+    row("  speedup (ideal)", lambda r: f"{r['ideal_speedup']:.2f}x")
+    row("  ms per pass: draft, verify, overhead", lambda r: " ".join(f"{r['timed']['ms_per_pass'][k]:.1f}" for k in ("draft", "verify", "overhead")))
+    row("texts identical to plain decoding", lambda r: r["identical"])
+    row("lossless", lambda r: "yes" if r["lossless"] else "NO")
+    return table
+
+
+def interval(cell: dict, key: str) -> str:
+    low, high = cell[f"{key}_interval"]
+    return f"{cell[key]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def cells_table(cells: list[dict]) -> Table:
+    """One row a timed cell; intervals are 95 % bootstrap over prompts (speed: over batches)."""
+    table = Table(title="timed, interleaved; [95 % intervals]; lossless: texts identical to plain decoding, - where the library's own random "
+                        "numbers are used")
+    for name, justify in (("suite", "left"), ("T", "right"), ("batch", "right"), ("method", "left"), ("tau", "right"), ("tau, no loops", "right"),
+                          ("tokens/s", "right"), ("speedup", "right"), ("acc.", "right"), ("ms draft+verify+over", "right"), ("lossless", "right")):
+        table.add_column(name, justify=justify)
+    before = None
+    for cell in cells:
+        place = (cell["suite"], cell["temperature"], cell["batch"])
+        if before not in (None, place):
+            table.add_section()
+        split, rest = cell["ms_per_pass"], cell["not_looping"]
+        same = f"{cell['identical']}/{cell['prompts']}" + ("" if cell["lossless"] else " NO") if "identical" in cell else "-"
+        table.add_row(*((cell["suite"], f"{cell['temperature']:g}", str(cell["batch"])) if place != before else ("", "", "")),
+                      cell["method"] + (f" {cell['tree']}" if cell["tree"] else ""), interval(cell, "tau"), interval(rest, "tau") if rest else "-",
+                      f"{cell['tokens_per_second']:.0f}", interval(cell, "speedup"), f"{cell['accounted_speedup']:.2f}",
+                      f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}", same)
+        before = place
+    return table
