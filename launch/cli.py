@@ -84,6 +84,30 @@ def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter director
 
 
 @app.command()
+def verify(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), lookup")],
+           suite: str = "bundled:prompts/code.jsonl", target: Annotated[list[str], typer.Option(help="default: the one that the drafters name")] = None,
+           dtype: Annotated[list[str], typer.Option(help="fp32, bf16, fp16; identity is claimed in fp32")] = ["fp32"],
+           tree: list[str] = ["chain:5", "dynamic:4x4x12", "dynamic:10x7x60"], batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],
+           temperature: list[float] = [0.0, 1.0], max_new_tokens: Annotated[int, typer.Option(min=2)] = 64, limit: Count = 16, seed: int = 0,
+           output: str = "runs/verify"):
+    """Prove that decoding with a drafter changes no text: trees, batch sizes, sampling, dtypes. Exit code 1 when one does in fp32."""
+    from draftsmith.launch.proof import verify
+
+    if not verify(methods, suite, target or [], dtype, tree, batch, temperature, max_new_tokens, limit, seed, Path(output), say):
+        raise SystemExit(1)
+
+
+@app.command()
+def sweep(drafter: str, suite: str = "bundled:prompts/code.jsonl", target: str = None,
+          tree: Annotated[list[str], typer.Option(help="trees to time; default: a map of depths, sizes and widths")] = None, temperature: float = 0.0,
+          batch: Count = 1, max_new_tokens: Annotated[int, typer.Option(min=2)] = 64, limit: Count = 8, seed: int = 0, output: str = "runs/sweep"):
+    """Time many trees of a drafter beside the one that `--tree auto` chooses. Writes OUTPUT/sweep.json."""
+    from draftsmith.launch.sweep import sweep
+
+    sweep(drafter, suite, target, tree, temperature, batch, max_new_tokens, limit, seed, Path(output), say)
+
+
+@app.command()
 def demo(output: str = "runs/demo"):
     """Train a drafter for the bundled target on its own answers, measure it beside the shipped one, check losslessness."""
     from draftsmith.launch.demo import demo

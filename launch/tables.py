@@ -3,7 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 130
+from draftsmith.eval.lossless import Comparison, describe
+
+WIDTH = 150
 
 
 def show(document: dict) -> None:
@@ -44,16 +46,16 @@ def drafters_table(results: dict[str, dict], conditions: dict) -> Table:
 
 def interval(cell: dict, key: str) -> str:
     low, high = cell[f"{key}_interval"]
-    return f"{cell[key]:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{cell[key]:.2f}" + (f" ({low:.2f}-{high:.2f})" if high > low else "")
 
 
 def cells_table(cells: list[dict]) -> Table:
     """One row a timed cell; intervals are 95 % bootstrap over prompts (speed: over batches)."""
-    table = Table(title="timed, interleaved; [95 % intervals]; lossless: texts identical to plain decoding, - where the library's own random "
-                        "numbers are used")
-    for name, justify in (("suite", "left"), ("T", "right"), ("batch", "right"), ("method", "left"), ("tau", "right"), ("tau, no loops", "right"),
-                          ("tokens/s", "right"), ("speedup", "right"), ("acc.", "right"), ("ms draft+verify+over", "right"), ("lossless", "right")):
-        table.add_column(name, justify=justify)
+    table = Table(title="timed, interleaved (95 % intervals); identical: texts equal to plain decoding, - where the library draws its own random numbers")
+    for name in ("suite", "method", "tree"):
+        table.add_column(name, no_wrap=True)
+    for name in ("T", "batch", "tau", "tau, no loops", "tokens/s", "speedup", "accounted", "ms draft+verify+rest", "identical"):
+        table.add_column(name, justify="right", no_wrap=True)
     before = None
     for cell in cells:
         place = (cell["suite"], cell["temperature"], cell["batch"])
@@ -61,9 +63,42 @@ def cells_table(cells: list[dict]) -> Table:
             table.add_section()
         split, rest = cell["ms_per_pass"], cell["not_looping"]
         same = f"{cell['identical']}/{cell['prompts']}" + ("" if cell["lossless"] else " NO") if "identical" in cell else "-"
-        table.add_row(*((cell["suite"], f"{cell['temperature']:g}", str(cell["batch"])) if place != before else ("", "", "")),
-                      cell["method"] + (f" {cell['tree']}" if cell["tree"] else ""), interval(cell, "tau"), interval(rest, "tau") if rest else "-",
-                      f"{cell['tokens_per_second']:.0f}", interval(cell, "speedup"), f"{cell['accounted_speedup']:.2f}",
-                      f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}", same)
+        table.add_row(cell["suite"], cell["method"], cell["tree"] or "", f"{cell['temperature']:g}", str(cell["batch"]), interval(cell, "tau"),
+                      interval(rest, "tau") if rest else "-", f"{cell['tokens_per_second']:.0f}", interval(cell, "speedup"),
+                      f"{cell['accounted_speedup']:.2f}", f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}", same)
         before = place
     return table
+
+
+def show_proof(found: list[Comparison]) -> None:
+    """One row a comparison, then every divergence."""
+    table = Table(title="texts identical to plain decoding, one prompt at a time")
+    for name in ("target", "dtype", "method", "sampling"):
+        table.add_column(name, no_wrap=True)
+    for name in ("batch", "identical", "tolerated near-ties", "lossless"):
+        table.add_column(name, justify="right")
+    for c in found:
+        tolerated = sum(d["tolerated"] for d in c.differences)
+        table.add_row(c.target, c.dtype, c.method, describe(c.sampling), str(c.batch), f"{c.texts - len(c.differences)}/{c.texts}", str(tolerated),
+                      ("yes" if c.lossless else "NO") if c.claimed else "not claimed")
+    console = Console(width=WIDTH)
+    console.print(table)
+    for c in found:
+        for d in c.differences:
+            margin = "unknown" if d["margin"] is None else f"{d['margin']:.2e}"
+            console.print(f"{c.dtype} {c.method}, {describe(c.sampling)}, batch {c.batch}: prompt {d['prompt']} token {d['token']}: plain {d['plain']}, "
+                          f"found {d['found']}, gap {margin}", highlight=False)
+
+
+def show_sweep(result: dict) -> None:
+    """Trees by measured speed, and what was expected of them."""
+    table = Table(title=f"auto {result['auto']}, best {result['best']}, auto / best {result['auto_over_best']:.3f}")
+    table.add_column("tree")
+    for name in ("tau", "expected", "tokens/s", "speedup", "expected", "ms draft+verify+rest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
+    for tree, f in sorted(result["trees"].items(), key=lambda item: -item[1]["speedup"]):
+        split = f["ms_per_pass"]
+        table.add_row(tree, number(f["tau"]), number(f["expected_tau"]), f"{f['tokens_per_second']:.0f}", interval(f, "speedup"),
+                      number(f["expected_speedup"]), f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}")
+    Console(width=WIDTH).print(table)
