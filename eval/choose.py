@@ -5,8 +5,8 @@ Since decoding is lossless, the text that follows each root is then known, so th
 every root t can be read off, and its tau by walking t <- t + m_t + 1, without decoding with it. (A narrower search is cut out of the wide
 one; where it would have met a node that the wide one dropped, the node counts as not drafted.)
 
-Costs: a few trees are timed in the decode loop. Verify and overhead are interpolated over the tree's size, drafting is fitted as
-a + (depth - 1) * (b + c * top_k). Expected speedup = tau * plain / (draft + verify + overhead).
+Costs: a few trees are timed in the decode loop; lines are laid through the medians of verify and overhead over the tree's size and of
+drafting over its depth and width. Expected speedup = tau * plain / (draft + verify + overhead).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from draftsmith.eval.decode import Trace
-from draftsmith.eval.measure import Looped, Run, interleaved
+from draftsmith.eval.measure import Looped, Run, interleaved, median_pass
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.grow import Candidates, DynamicTree, TreePolicy, chain
@@ -150,53 +150,41 @@ def expected_tau(recording: Recording) -> dict[TreePolicy, float]:
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds of a pass. flat [(size, verify + overhead)], ascending; chain and dynamic: coefficients of drafting."""
+    """Milliseconds of a pass. plain: of plain decoding; flat (a, b): a + b * size for verify and overhead together; chain (a, b): a + b *
+    (depth - 1) for drafting a chain; dynamic (a, b, c): a + (depth - 1) * (b + c * top_k) for a dynamic tree."""
 
-    flat: list[tuple[int, float]]
+    plain: float
+    flat: tuple[float, float]
     chain: tuple[float, float]
     dynamic: tuple[float, float, float]
 
-    @property
-    def plain(self) -> float:
-        return self.flat[0][1]
-
     def of(self, tree: TreePolicy) -> float:
-        sizes, costs = zip(*self.flat)
-        at = min(max(1, sum(size < tree.size for size in sizes)), len(sizes) - 1)
-        slope = (costs[at] - costs[at - 1]) / (sizes[at] - sizes[at - 1])
-        flat = costs[at - 1] + slope * (tree.size - sizes[at - 1])
+        flat, levels = self.flat[0] + self.flat[1] * tree.size, tree.depth - 1
         if isinstance(tree, DynamicTree):
             a, b, c = self.dynamic
-            return flat + a + (tree.depth - 1) * (b + c * tree.top_k)
-        return flat + self.chain[0] + (tree.depth - 1) * self.chain[1]
+            return flat + a + levels * (b + c * tree.top_k)
+        return flat + self.chain[0] + levels * self.chain[1]
 
 
 def fit(runs: dict[TreePolicy | None, Run]) -> Costs:
-    """Costs from timed runs; None is plain decoding. Each figure is the median over the run's batches."""
-    each = {tree: {phase: median([1e3 * s[phase] / max(len(run.traces[r].emitted) for r in unit) for unit, s in zip(run.units, run.seconds)
-                                  if any(run.traces[r].emitted for r in unit)])
-                   for phase in ("draft", "verify", "overhead")} for tree, run in runs.items()}
-    flat = {}
-    for tree, cost in each.items():
-        flat.setdefault(tree.size if tree else 1, []).append(cost["verify"] + cost["overhead"])
-    highest, rising = 0.0, []
-    for size, costs in sorted(flat.items()):  # more rows never cost less: what says so is noise
-        highest = max(highest, sum(costs) / len(costs))
-        rising.append((size, highest))
-    lines = lambda kind, row: torch.linalg.lstsq(  # noqa: E731
-        torch.tensor([row(t) for t in each if isinstance(t, kind)], dtype=torch.float64),
-        torch.tensor([each[t]["draft"] for t in each if isinstance(t, kind)], dtype=torch.float64)[:, None]).solution.flatten().tolist()
-    static = type(chain(1))
-    return Costs(rising, tuple(lines(static, lambda t: [1, t.depth - 1])), tuple(lines(DynamicTree, lambda t: [1, t.depth - 1, (t.depth - 1) * t.top_k])))
+    """Costs from timed runs, least squares through the median passes; None is plain decoding."""
+    draft = {tree: median_pass(run, "draft") for tree, run in runs.items()}
+    flat = {tree: median_pass(run, "verify") + median_pass(run, "overhead") for tree, run in runs.items()}
+    trees = [tree for tree in runs if tree is not None]
+    dynamic = [tree for tree in trees if isinstance(tree, DynamicTree)]
+    static = [tree for tree in trees if tree not in dynamic]
+
+    def line(chosen: list, row, cost: dict) -> tuple[float, ...]:
+        rows, costs = [row(tree) for tree in chosen], [[cost[tree]] for tree in chosen]
+        # gelsd: some grids leave a coefficient open
+        return tuple(torch.linalg.lstsq(torch.tensor(rows, dtype=torch.float64), torch.tensor(costs, dtype=torch.float64),
+                                        driver="gelsd").solution.flatten().tolist())
+
+    return Costs(draft[None] + flat[None], line(trees, lambda t: [1.0, t.size], flat), line(static, lambda t: [1.0, t.depth - 1], draft),
+                 line(dynamic, lambda t: [1.0, t.depth - 1, (t.depth - 1) * t.top_k], draft))
 
 
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
-def measure_costs(target: TextTarget, head, prompts: list[list[int]], stops: set[int], batch: int, max_new_tokens: int = 24,
+def measure_costs(target: TextTarget, head, prompts: list[list[int]], stops: set[int], batch: int, max_new_tokens: int = 32,
                   progress=lambda done: None) -> Costs:
     """Times `TIMED` and plain decoding interleaved, greedy, in batches of `batch` prompts."""
     decoders = {None: Looped(target, NoDrafter())} | {tree: Looped(target, HeadDrafter(head, tree)) for tree in TIMED}

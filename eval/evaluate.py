@@ -151,7 +151,7 @@ class Suite:
 
     def cost(self, name: str, batch: int) -> Costs:
         if (name, batch) not in self.costs:
-            some = self.prompts[:max(batch, self.plan.choice_prompts // 2)]
+            some = self.prompts[:max(2 * batch, self.plan.choice_prompts)]
             self.costs[name, batch] = measure_costs(self.target, self.heads[name], some, self.stops, batch)
         return self.costs[name, batch]
 

@@ -6,6 +6,7 @@ speedup = tau * t_plain / (t_verify + t_draft + t_overhead) per pass, the same a
 leaves the overhead out.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -165,6 +166,12 @@ def summary(run: Run, plain: list[Trace] | None, timed_plain: Run | None = None,
             "ms_per_pass": {phase: 1e3 * seconds / run.cycles for phase, seconds in split.items()},
         }
     return figures
+
+
+def median_pass(run: Run, phase: str) -> float:
+    """Milliseconds of a pass over a batch: the median of the batches, which a neighbour's load on the machine hardly moves."""
+    passes = [max(len(run.traces[row].emitted) for row in unit) for unit in run.units]
+    return 1e3 * statistics.median(seconds[phase] / count for seconds, count in zip(run.seconds, passes) if count)
 
 
 def rate(run: Run) -> float:

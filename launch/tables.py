@@ -94,11 +94,11 @@ def show_sweep(result: dict) -> None:
     """Trees by measured speed, and what was expected of them."""
     table = Table(title=f"auto {result['auto']}, best {result['best']}, auto / best {result['auto_over_best']:.3f}")
     table.add_column("tree")
-    for name in ("tau", "expected", "tokens/s", "speedup", "expected", "ms draft+verify+rest"):
+    for name in ("tau", "expected", "speedup", "expected", "wall speedup", "tokens/s", "ms draft+verify+rest"):
         table.add_column(name, justify="right", no_wrap=True)
     number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
     for tree, f in sorted(result["trees"].items(), key=lambda item: -item[1]["speedup"]):
         split = f["ms_per_pass"]
-        table.add_row(tree, number(f["tau"]), number(f["expected_tau"]), f"{f['tokens_per_second']:.0f}", interval(f, "speedup"),
-                      number(f["expected_speedup"]), f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}")
+        table.add_row(tree, number(f["tau"]), number(f["expected_tau"]), number(f["speedup"]), number(f["expected_speedup"]),
+                      number(f["wall_speedup"]), f"{f['tokens_per_second']:.0f}", f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}")
     Console(width=WIDTH).print(table)

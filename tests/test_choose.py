@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from draftsmith.eval.choose import Costs, expected_tau, fit, measure_costs, ranking, record, walk
+from draftsmith.eval.choose import Costs, expected_tau, fit, ranking, record, walk
 from draftsmith.eval.decode import Trace
 from draftsmith.eval.interval import difference_interval, quotient_interval, ratio_interval
 from draftsmith.eval.measure import Run, decode_batches, tau
 from draftsmith.eval.sampling import Sampling
+from draftsmith.eval.sweep import sweep
 from draftsmith.models.drafter import HeadDrafter
 from draftsmith.models.grow import DynamicTree, chain
 from tests.conftest import tiny_target, trained_head
@@ -40,24 +41,25 @@ def test_costs_are_read_off_timed_runs():
 
     drafting = lambda t: 2 + (t.depth - 1) * (1 + 0.1 * t.top_k)  # noqa: E731
     dynamic = [DynamicTree(3, 2, 5), DynamicTree(4, 4, 12), DynamicTree(10, 7, 60)]
-    runs = {None: run(0, 10, 1), chain(2): run(1.5, 12, 1), chain(6): run(5.5, 11, 1)} | {t: run(drafting(t), 10 + t.size / 4, 1) for t in dynamic}
-    costs = fit(runs)
-    assert costs.plain == pytest.approx(11) and costs.flat[1:4] == [(3, pytest.approx(13)), (5, pytest.approx(13)), (7, pytest.approx(13))]
-    assert costs.of(DynamicTree(8, 5, 36)) == pytest.approx(2 + 4 * 1.8 + 14 + 24 / 48 * 12)
-    assert costs.of(chain(4)) == pytest.approx(13 + 3.5)
-    assert costs.of(DynamicTree(10, 7, 80)) > costs.of(DynamicTree(10, 7, 60))  # goes on behind the largest timed tree
+    runs = {None: run(0, 10, 1)} | {t: run(0.5 + t.depth, 12 + t.size / 4, 1) for t in (chain(2), chain(6))}
+    costs = fit(runs | {t: run(drafting(t), 12 + t.size / 4, 1) for t in dynamic})
+    assert costs.plain == pytest.approx(11)
+    assert costs.of(DynamicTree(8, 5, 36)) == pytest.approx(2 + 4 * 1.8 + 12 + 9 + 1)
+    assert costs.of(chain(4)) == pytest.approx(4.5 + 12 + 5 / 4 + 1)
 
 
 def test_ranking_prefers_tokens_a_second_over_tokens_a_pass():
-    costs = Costs([(1, 10.0), (60, 69.0)], (1.0, 1.0), (1.0, 1.0, 0.0))
+    costs = Costs(10.0, (9.0, 1.0), (1.0, 1.0), (1.0, 1.0, 0.0))
     best, *rest = ranking({chain(2): 2.0, DynamicTree(10, 7, 60): 4.0}, costs)
     assert best == (chain(2), 2.0, pytest.approx(20 / 14)) and rest[0][2] == pytest.approx(40 / 76)
 
 
-def test_costs_of_a_real_head(target):
+def test_sweep_times_the_chosen_tree_among_the_others(target):
     head = trained_head(target, 50)
-    costs = measure_costs(target, head, PROMPTS[:2], {7}, 2, 12)
-    assert [size for size, _ in costs.flat] == [1, 3, 5, 7, 12, 24, 40, 60] and costs.of(DynamicTree(10, 7, 60)) > costs.plain > 0
+    result = sweep(target, head, PROMPTS[:3], {7}, [chain(2), DynamicTree(3, 2, 6)], Sampling(), 2, 12, lambda line: None)
+    assert result["auto"] in result["trees"] and {"chain:2", "dynamic:3x2x6"} <= result["trees"].keys() and 0 < result["auto_over_best"] <= 1
+    for figures in result["trees"].values():
+        assert figures["expected_tau"] == pytest.approx(figures["tau"], rel=0.02) and figures["speedup"] > 0
 
 
 def test_intervals_cover_the_true_ratio_and_pairing_narrows_differences():
