@@ -1,8 +1,7 @@
 """Pictures of a measurement. Every function draws one file from figures of result.json, sweep.json or a training log; matplotlib, no display.
 
-Error bars are 95 % bootstrap intervals. A method keeps its colour in all pictures of a report.
+Error bars are 95 % bootstrap intervals. `paint` {name: colour} is that of the report: a method keeps its colour from picture to picture.
 """
-
 
 from pathlib import Path
 
@@ -30,9 +29,14 @@ def tidy(axes, **labels: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def beside(axes) -> None:
+    """A legend that covers nothing."""
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
 def acceptance_by_depth(curves: list[tuple[str, float, list[float]]], path: Path) -> None:
     """curves: (drafter and tree, temperature, conditional acceptance of depth 1, 2, ...)."""
-    figure, ((axes,),) = canvas(8, 4.6)
+    figure, ((axes,),) = canvas(10, 4.6)
     paint = colours(list(dict.fromkeys(name for name, _, _ in curves)))
     styles = dict(zip(sorted({t for _, t, _ in curves}), ("-", "--", ":", "-.")))
     for name, temperature, rates in curves:
@@ -40,13 +44,13 @@ def acceptance_by_depth(curves: list[tuple[str, float, list[float]]], path: Path
     tidy(axes, xlabel="depth of the drafted token (1 = right behind the root)", ylabel="accepted, given its parent was", ylim=(0, 1.02),
          title="Acceptance by depth")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8)
+    beside(axes)
     figure.savefig(path)
 
 
 def time_split(bars: list[tuple[str, dict[str, float]]], place: str, path: Path) -> None:
     """bars: (method, {"draft", "verify", "overhead"} in ms of a cycle)."""
-    figure, ((axes,),) = canvas(8, 1.4 + 0.42 * len(bars))
+    figure, ((axes,),) = canvas(9, 1.4 + 0.42 * len(bars))
     for row, (_, split) in enumerate(bars):
         left = 0.0
         for phase, colour in PHASES.items():
@@ -57,15 +61,15 @@ def time_split(bars: list[tuple[str, dict[str, float]]], place: str, path: Path)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     tidy(axes, xlabel="milliseconds of one cycle (draft, verify, accept)", title=f"Where a cycle's time goes ({place})")
-    axes.legend(fontsize=8, loc="lower right")
+    beside(axes)
     figure.savefig(path)
 
 
-def points_by_place(cells: list[tuple[str, str, float, list[float]]], ylabel: str, title: str, path: Path) -> None:
+def points_by_place(cells: list[tuple[str, str, float, list[float]]], paint: dict[str, str], ylabel: str, title: str, path: Path) -> None:
     """cells: (place, method, value, [low, high]); places on the x axis, methods side by side, a line at 1 (plain decoding)."""
     places, names = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
     figure, ((axes,),) = canvas(max(7, 1.9 + 0.28 * len(names) * len(places)), 4.6)
-    paint, step = colours(names), 0.8 / len(names)
+    step = 0.8 / len(names)
     for name in names:
         mine = [(places.index(place), value, *bounds) for place, method, value, bounds in cells if method == name]
         x = [at + (names.index(name) - (len(names) - 1) / 2) * step for at, *_ in mine]
@@ -77,15 +81,14 @@ def points_by_place(cells: list[tuple[str, str, float, list[float]]], ylabel: st
     axes.set_xticks(range(len(places)), places)
     tidy(axes, ylabel=ylabel, title=title)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    beside(axes)
     figure.savefig(path)
 
 
-def by_batch(cells: list[tuple[float, str, int, float, list[float], float]], path: Path) -> None:
+def by_batch(cells: list[tuple[float, str, int, float, list[float], float]], paint: dict[str, str], path: Path) -> None:
     """cells: (temperature, method, batch size, tau, [low, high], tokens a second)."""
     temperatures, names = sorted({c[0] for c in cells}), list(dict.fromkeys(c[1] for c in cells))
-    figure, grid = canvas(9.5, 0.4 + 3 * len(temperatures), len(temperatures), 2)
-    paint = colours(names)
+    figure, grid = canvas(10.5, 0.4 + 3.2 * len(temperatures), len(temperatures), 2)
     for (left, right), temperature in zip(grid, temperatures):
         for name in names:
             mine = sorted(c[2:] for c in cells if c[:2] == (temperature, name))
@@ -99,10 +102,10 @@ def by_batch(cells: list[tuple[float, str, int, float, list[float], float]], pat
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted({c[2] for c in cells}), sorted({c[2] for c in cells}))
         tidy(left, xlabel="batch size (prompts)", ylabel="tokens per second, all rows", title=f"Throughput, T={temperature:g}")
-        tidy(right, xlabel="batch size (prompts)", ylabel="acceptance length tau (tokens per pass)", title=f"Acceptance length, T={temperature:g}")
+        tidy(right, xlabel="batch size (prompts)", ylabel="tau (tokens per pass)", title=f"Acceptance length, T={temperature:g}")
         left.set_ylim(bottom=0)
         right.set_ylim(bottom=0)
-    grid[0][1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    beside(grid[0][1])
     figure.savefig(path)
 
 
@@ -157,13 +160,14 @@ def coloured_sample(samples: dict[str, list[str]], path: Path) -> None:
     """samples {method: text of each cycle}: the same text, a new colour with every pass of the target."""
     pages = {name: page(pieces) for name, pieces in samples.items()}
     heights = [max(line for line, *_ in cells) + 1 for cells in pages.values()]
-    figure = Figure(figsize=(11, 0.6 * len(pages) + 0.2 * sum(heights)), dpi=130, layout="constrained")
+    width = max(60, *(column + 1 for cells in pages.values() for _, column, *_ in cells))
+    figure = Figure(figsize=(0.082 * width + 0.2, 0.45 * len(pages) + 0.17 * sum(heights)), dpi=130, layout="constrained")
     grid = figure.subplots(len(pages), 1, squeeze=False, height_ratios=[h + 2 for h in heights])
     for (axes,), (name, cells), height in zip(grid, pages.items(), heights):
         for line, column, cycle, character in cells:
             axes.add_patch(Rectangle((column, line), 1, 1, color=PALETTE[cycle % 6], alpha=0.32, lw=0))
             axes.text(column + 0.5, line + 0.55, character, family="monospace", fontsize=8, ha="center", va="center", parse_math=False)
-        axes.set(xlim=(0, COLUMNS), ylim=(height, 0))
+        axes.set(xlim=(0, width), ylim=(height, 0))
         passes = len(samples[name]) - 1
         axes.set_title(f"{name}: {passes} passes behind the prompt's; a colour is what one pass emitted", fontsize=9, loc="left")
         axes.axis("off")

@@ -108,6 +108,14 @@ def sweep(drafter: str, suite: str = "bundled:prompts/code.jsonl", target: str =
 
 
 @app.command()
+def report(output: Annotated[str, typer.Argument(help="the --output of a finished eval")] = "runs/eval"):
+    """Make the report (Markdown and pictures) of a finished measurement anew."""
+    from draftsmith.launch.report import report
+
+    report(Path(output), say)
+
+
+@app.command()
 def demo(output: str = "runs/demo"):
     """Train a drafter for the bundled target on its own answers, measure it beside the shipped one, check losslessness."""
     from draftsmith.launch.demo import demo

@@ -1,6 +1,7 @@
 """`draftsmith eval`: measures methods over suites, temperatures and batch sizes, shows the tables and writes result.json and the report."""
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from draftsmith.eval.evaluate import ACCEPTANCE_BATCH, Plan, Suite
 from draftsmith.eval.journal import Journal
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import ASSISTANT, Methods, bundled, check_writable, write_json
+from draftsmith.launch.report import report as write_report_of
 from draftsmith.launch.tables import show
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import chain, parse_tree
@@ -83,6 +85,10 @@ def measure(request: Request, report=print) -> dict:
     journal.path.replace(request.output / "runs.jsonl")
     show(document)
     report(f"result in {request.output / 'result.json'}")
+    if importlib.util.find_spec("matplotlib") is None:
+        report("no report: matplotlib is not installed (pip install 'draftsmith[report]')")
+    else:
+        write_report_of(request.output, report)
     return document
 
 
