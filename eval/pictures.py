@@ -111,7 +111,7 @@ def by_batch(cells: list[tuple[float, str, int, float, list[float], float]], pai
 
 def training_curve(logs: dict[str, list[dict]], path: Path) -> None:
     """logs {drafter: lines of log.jsonl}: loss, and conditional accuracy of the first, a middle and the last step."""
-    figure, ((left, right),) = canvas(10, 4)
+    figure, ((left, right),) = canvas(10, 4, 1, 2)
     paint = colours(list(logs))
     for name, lines in logs.items():
         steps = [line["step"] for line in lines]

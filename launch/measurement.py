@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class Request:
         """Raises UserError for values that contradict each other."""
         timed = self.temperatures if self.timed is None else self.timed
         for temperature in (*self.temperatures, *timed):
+            if not math.isfinite(temperature):
+                raise UserError(f"temperature: found {temperature}, expected a finite number")
             Sampling(temperature)
         for name, values in (("temperatures", self.temperatures), ("timed temperatures", timed), ("batch sizes", self.batches)):
             if len(set(values)) < len(values) or not values:
