@@ -1,7 +1,8 @@
 """The measurement of methods on one suite of prompts: acceptance length, prediction, tree choice, speed, losslessness, temperatures, batches.
 
 A cell is one method at one temperature and batch size: {"method", "drafter", "tree", "suite", "temperature", "batch", figures of `summary`,
-"looping" and "not_looping": acceptance of the prompts whose plain greedy continuation does or does not repeat itself}.
+"looping" and "not_looping": acceptance of the prompts whose plain greedy continuation does or does not repeat itself; "categories": acceptance
+by the suite's own categories, where it has several}.
 """
 
 from collections.abc import Iterable
@@ -40,12 +41,14 @@ class Plan:
 
 
 class Suite:
-    """One suite being measured with one plan. heads {name: trained head}; baselines {name: decoder}, timed beside plain decoding."""
+    """One suite being measured with one plan. heads {name: trained head}; baselines {name: decoder}, timed beside plain decoding; categories:
+    one of each prompt, or none at all."""
 
     def __init__(self, name: str, target: TextTarget, heads: dict, baselines: dict[str, Decoder], prompts: list[list[int]], stops: set[int],
-                 plan: Plan, journal: Journal | None = None, report=print):
+                 plan: Plan, journal: Journal | None = None, report=print, categories: list[str] = ()):
         self.name, self.target, self.heads, self.baselines, self.prompts, self.stops = name, target, heads, baselines, prompts, stops
         self.plan, self.journal, self.report = plan, journal, report
+        self.categories = {c: [row for row, other in enumerate(categories) if other == c] for c in dict.fromkeys(categories)}
         self.costs: dict[tuple[str, int], Costs] = {}
         self.recordings: dict[tuple[str, float], Recording] = {}
 
@@ -96,7 +99,9 @@ class Suite:
         split = {key: [t for t, loops in zip(run.traces, self.loops) if loops == which] for key, which in (("looping", True), ("not_looping", False))}
         return {"method": method, "drafter": drafter, "tree": tree and str(tree), "suite": self.name, "temperature": temperature, "batch": batch,
                 **summary(run, self.plain[temperature] if ours else None, timed_plain, self.plan.seed),
-                **{key: acceptance(traces, self.plan.seed) if traces else None for key, traces in split.items()}}
+                **{key: acceptance(traces, self.plan.seed) if traces else None for key, traces in split.items()},
+                "categories": {category: acceptance([run.traces[row] for row in rows], self.plan.seed)
+                               for category, rows in self.categories.items() if len(self.categories) > 1}}
 
     def acceptance_cell(self, name: str, policy: TreePolicy, temperature: float) -> dict:
         method = f"{name} {policy}"

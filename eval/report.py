@@ -12,7 +12,7 @@ def write_report(document: dict, folder: Path, sweep: dict | None = None, logs: 
     folder.mkdir(parents=True, exist_ok=True)
     timed = [cell for cell in document["cells"] if "speedup" in cell]
     parts = ["# Measurement\n", conditions(document["conditions"]), MEANING]
-    parts += ["## All timed cells\n", table(timed), ahead(timed, document["conditions"]["first"]), "## Acceptance of the reported trees\n",
+    parts += ["## All timed cells\n", table(timed), ahead(timed, document["conditions"]["first"]), by_category(timed), "## Acceptance of the reported trees\n",
               acceptance_table([cell for cell in document["cells"] if "speedup" not in cell]), "## Losslessness\n", losslessness(document["cells"]),
               "## Pictures\n"]
     parts += draw_all(document["cells"], timed, document["samples"], folder)
@@ -89,6 +89,15 @@ def ahead(cells: list[dict], first: str | None) -> str:
         return ""
     return "\n".join([f"By how much the tau of {first} is ahead (paired over prompts):\n", "| suite | T | batch | of | all prompts | not looping |",
                       "|-|-|-|-|-|-|", *rows]) + "\n"
+
+
+def by_category(cells: list[dict]) -> str:
+    """tau by the suites' own categories, smallest batch only."""
+    rows = [f"| {c['suite']} | {c['temperature']:g} | {c['method']} | {category} | {figures['prompts']} | {span(figures, 'tau')} |"
+            for c in cells if c["batch"] == min(other["batch"] for other in cells) and c["method"] != "plain" for category, figures in c["categories"].items()]
+    if not rows:
+        return ""
+    return "\n".join(["Acceptance length by category:\n", "| suite | T | method | category | prompts | tau |", "|-|-|-|-|-|-|", *rows]) + "\n"
 
 
 def lead(cell: dict, key: str) -> str:

@@ -73,7 +73,8 @@ def measure(request: Request, report=print) -> dict:
     journal = Journal(request.output / "runs.jsonl.partial", json.loads(json.dumps(settings)))
     cells, documents, samples = [], {}, {}
     for name, found in prompts.items():
-        suite = Suite(name, methods.target, methods.heads, methods.baselines, [p.tokens for p in found], methods.stops, plan, journal, report)
+        suite = Suite(name, methods.target, methods.heads, methods.baselines, [p.tokens for p in found], methods.stops, plan, journal, report,
+                      [p.category for p in found])
         results, more, traces = suite.measure()
         cells += more
         documents = documents or results  # the documented keys are those of the first suite

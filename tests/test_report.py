@@ -31,7 +31,8 @@ def place(tmp_path_factory):
     save_drafter(trained_head(target), root / "run" / "drafter", {"target": str(root / "target")})
     lines = [{"step": i + 1, "loss": 5 - i / 20, "conditional": [0.1 + i / 100] * 3, "accuracy": [0.1] * 3, "tokens_per_second": 9} for i in range(60)]
     (root / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')
-    (root / "chat.jsonl").write_text('{"question_id": 1, "turns": ["add", "sub"]}\n{"question_id": 2, "turns": ["mul"]}\n{"prompt": "' + "x" * 200 + '"}\n')
+    rows = [{"question_id": 1, "category": "sum", "turns": ["add", "sub"]}, {"question_id": 2, "category": "product", "turns": ["mul"]}, {"prompt": "x" * 200}]
+    (root / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
@@ -55,8 +56,10 @@ def test_from_the_command_line_to_the_report(place, monkeypatch, capsys):
         assert cell["accounted_speedup"] >= cell["speedup"] * 0.999  # what is accounted is at most the whole
         assert ("identical" in cell) == (cell["temperature"] == 0 or cell["method"] in ours)
         assert ("tau_behind_first" in cell) == (cell["method"] != "run")
+        assert {name: figures["prompts"] for name, figures in cell["categories"].items()} == {"sum": 2, "product": 1}
     report = (out / "report" / "README.md").read_text()
-    assert sum(line.startswith("| chat |") for line in report.splitlines()) == len(document["cells"]) + len(timed) - 8
+    assert sum(line.endswith(" |") and ("| sum |" in line or "| product |" in line) for line in report.splitlines()) == 2 * 2 * 5
+    assert sum(line.startswith("| chat |") for line in report.splitlines()) == len(document["cells"]) + len(timed) - 8 + 20
     assert "No sweep map" in report and "training.png" in report
     monkeypatch.setattr(sys, "argv", [
         "draftsmith", "sweep", str(place / "run" / "drafter"), "--suite", str(place / "chat.jsonl"), "--tree", "chain:2", "--tree", "dynamic:3x2x6", "--tree",
