@@ -34,7 +34,7 @@ class Emissions(BaseStreamer):
 
 
 class Stopwatch:
-    """Forwards of a model while it is entered: (start, end, tokens a row) of each, devices synchronised."""
+    """Forwards of a model while it is entered: (start, end, tokens a row, the thread's own seconds at the end) of each, devices synchronised."""
 
     def __init__(self, model):
         self.model, self.forwards = model, []
@@ -45,11 +45,11 @@ class Stopwatch:
         def before(_module, inputs, options):
             ids = options.get("input_ids", inputs[0] if inputs else None)
             self.sync()
-            self.forwards.append([time.perf_counter(), 0.0, ids.size(1)])
+            self.forwards.append([time.perf_counter(), 0.0, ids.size(1), 0.0])
 
         def after(_module, _inputs, _output):
             self.sync()
-            self.forwards[-1][1] = time.perf_counter()
+            self.forwards[-1][1], self.forwards[-1][3] = time.perf_counter(), time.thread_time()
 
         self.hooks = [self.model.register_forward_pre_hook(before, with_kwargs=True), self.model.register_forward_hook(after)]
         return self
@@ -71,7 +71,8 @@ class Generate:
 
     @torch.inference_mode()
     def __call__(self, prompts: list[list[int]], requests: list[int], sampling: Sampling, max_new_tokens: int, stops: set[int]):
-        """Traces and seconds {"draft", "verify", "overhead", "total"}; `draft` counts the assistant's forwards only."""
+        """Traces and seconds {"draft", "verify", "overhead", "total"} (on a CPU also the thread's own: {"busy": {"total"}}); `draft` counts the
+        assistant's forwards only."""
         width, device = max(map(len, prompts)), self.target.device
         tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -85,13 +86,15 @@ class Generate:
                 tokens, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops) or None, pad_token_id=0, use_cache=True,
                 repetition_penalty=sampling.repetition_penalty, streamer=emissions, **law, **self.options)[:, width:].tolist()
             verifying.sync()
-            ended = time.perf_counter()
-        began = verifying.forwards[0][1]
-        seconds = {"draft": sum(end - start for start, end, _ in drafting.forwards if start > began) if drafting else 0.0,
-                   "verify": sum(end - start for start, end, _ in verifying.forwards[1:]), "total": ended - began}
+            ended, ran = time.perf_counter(), time.thread_time()
+        _, began, _, busy = verifying.forwards[0]
+        seconds = {"draft": sum(end - start for start, end, *_ in drafting.forwards if start > began) if drafting else 0.0,
+                   "verify": sum(end - start for start, end, *_ in verifying.forwards[1:]), "total": ended - began}
         seconds["overhead"] = seconds["total"] - seconds["verify"] - seconds["draft"]
+        if device.type == "cpu":
+            seconds["busy"] = {"total": ran - busy}
         if self.one_at_a_time:
-            return [speculative_trace(emissions.passes, [rows - 1 for _, _, rows in verifying.forwards[1:]], max_new_tokens, stops)], seconds
+            return [speculative_trace(emissions.passes, [rows - 1 for _, _, rows, _ in verifying.forwards[1:]], max_new_tokens, stops)], seconds
         return [plain_trace(text, stops) for text in texts], seconds
 
 

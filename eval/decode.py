@@ -16,19 +16,25 @@ from draftsmith.models.tree import DraftTree
 
 class Clock:
     """Seconds by phase, devices synchronised at every border. `total` covers the loop and the drafter's own prefill, not the target's;
-    `overhead` is choosing tokens, accepting, committing and bookkeeping. What the three phases leave of the total is the loop's own."""
+    `overhead` is choosing tokens, accepting, committing and bookkeeping. What the three phases leave of the total is the loop's own.
+
+    On a CPU `busy` has the seconds that the decoding thread itself ran: on a quiet machine the same, on a loaded one without the waiting.
+    """
 
     def __init__(self, device: torch.device):
         self.seconds = {"draft": 0.0, "verify": 0.0, "overhead": 0.0, "total": 0.0}
+        self.busy = dict(self.seconds) if device.type == "cpu" else None
         self.sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
     @contextmanager
     def phase(self, name: str):
         self.sync()
-        start = time.perf_counter()
+        start, ran = time.perf_counter(), time.thread_time()
         yield
         self.sync()
         self.seconds[name] += time.perf_counter() - start
+        if self.busy is not None:
+            self.busy[name] += time.thread_time() - ran
 
 
 @dataclass

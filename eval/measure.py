@@ -3,7 +3,7 @@
 tau = tokens emitted / verify passes, bonus token included (plain = 1), micro-averaged; the token sampled from the prefill counts in
 neither. Speedup = plain seconds / speculative seconds of the loops (per token, which only matters where a baseline samples other texts). Accounted
 speedup = tau * t_plain / (t_verify + t_draft + t_overhead) per pass, the same as tokens / accounted seconds / plain rate; ideal speedup
-leaves the overhead out.
+leaves the overhead out. Busy speedup is that of the decoding thread's own seconds: what the wall's would be on a quiet CPU.
 """
 
 import statistics
@@ -34,12 +34,14 @@ class Looped:
 
     def __call__(self, prompts, requests, sampling, max_new_tokens, stops):
         clock = Clock(self.target.device)
-        return generate(self.target, self.drafter, prompts, sampling, max_new_tokens, stops, requests, clock, self.margins), clock.seconds
+        traces = generate(self.target, self.drafter, prompts, sampling, max_new_tokens, stops, requests, clock, self.margins)
+        return traces, clock.seconds | ({"busy": clock.busy} if clock.busy else {})
 
 
 @dataclass
 class Run:
-    """Traces of one method, one per prompt; units: the prompts decoded together; seconds {phase: ...} of each unit."""
+    """Traces of one method, one per prompt; units: the prompts decoded together; seconds {phase: ...} of each unit, on a CPU with "busy":
+    {phase: ...} as in `Clock`."""
 
     traces: list[Trace] = field(default_factory=list)
     units: list[list[int]] = field(default_factory=list)
@@ -165,13 +167,19 @@ def summary(run: Run, plain: list[Trace] | None, timed_plain: Run | None = None,
             "ideal_speedup": speedup(split["draft"] + split["verify"]),
             "ms_per_pass": {phase: 1e3 * seconds / run.cycles for phase, seconds in split.items()},
         }
+        if all("busy" in seconds for seconds in (*run.seconds, *timed_plain.seconds)):
+            mine, plains = (tokens_and_seconds(one, busy=True) for one in (run, timed_plain))
+            figures |= {"busy_speedup": sum(mine[0]) / sum(mine[1]) / (sum(plains[0]) / sum(plains[1])),
+                        "busy_speedup_interval": quotient_interval(mine, plains, seed)}
     return figures
 
 
-def median_pass(run: Run, phase: str) -> float:
-    """Milliseconds of a pass over a batch: the median of the batches, which a neighbour's load on the machine hardly moves."""
-    passes = [max(len(run.traces[row].emitted) for row in unit) for unit in run.units]
-    return 1e3 * statistics.median(seconds[phase] / count for seconds, count in zip(run.seconds, passes) if count)
+def median_pass(run: Run, phase: str, rows: set[int] | None = None) -> float:
+    """Milliseconds of a pass over a batch: the median of the batches (of those that hold prompts of `rows`), in busy time where there is one:
+    what a neighbour's load on the machine hardly moves."""
+    chosen = [(max(len(run.traces[row].emitted) for row in unit), seconds.get("busy", seconds))
+              for unit, seconds in zip(run.units, run.seconds) if rows is None or rows & set(unit)]
+    return 1e3 * statistics.median(seconds[phase] / passes for passes, seconds in chosen if passes)
 
 
 def rate(run: Run) -> float:
@@ -179,6 +187,7 @@ def rate(run: Run) -> float:
     return sum(tokens_and_seconds(run)[0]) / run.total("total")
 
 
-def tokens_and_seconds(run: Run) -> tuple[list[int], list[float]]:
-    """Per unit, for the bootstrap."""
-    return [sum(sum(run.traces[row].emitted) for row in unit) for unit in run.units], [seconds["total"] for seconds in run.seconds]
+def tokens_and_seconds(run: Run, busy: bool = False) -> tuple[list[int], list[float]]:
+    """Per unit, for the bootstrap; busy: the decoding thread's own seconds."""
+    return ([sum(sum(run.traces[row].emitted) for row in unit) for unit in run.units],
+            [(seconds["busy"] if busy else seconds)["total"] for seconds in run.seconds])

@@ -1,11 +1,12 @@
 """The tables that `draftsmith eval`, `sweep` and `verify` print."""
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from draftsmith.eval.lossless import Comparison, describe
 
-WIDTH = 150
+WIDTH = 170
 
 
 def show(document: dict) -> None:
@@ -36,6 +37,8 @@ def drafters_table(results: dict[str, dict], conditions: dict) -> Table:
     row("  tau", lambda r: f"{r['timed']['tau']:.2f}")
     row("  tokens/s, plain -> with drafter", lambda r: f"{r['plain']['tokens_per_second']:.0f} -> {r['timed']['tokens_per_second']:.0f}")
     row("  speedup (wall)", lambda r: f"{r['speedup']:.2f}x")
+    if all("busy_speedup" in r["timed"] for r in results.values()):
+        row("  speedup (busy: without waiting for the CPU)", lambda r: f"{r['timed']['busy_speedup']:.2f}x")
     row("  speedup (accounted)", lambda r: f"{r['accounted_speedup']:.2f}x")
     row("  speedup (ideal)", lambda r: f"{r['ideal_speedup']:.2f}x")
     row("  ms per pass: draft, verify, overhead", lambda r: " ".join(f"{r['timed']['ms_per_pass'][k]:.1f}" for k in ("draft", "verify", "overhead")))
@@ -51,10 +54,11 @@ def interval(cell: dict, key: str) -> str:
 
 def cells_table(cells: list[dict]) -> Table:
     """One row a timed cell; intervals are 95 % bootstrap over prompts (speed: over batches)."""
-    table = Table(title="timed, interleaved (95 % intervals); identical: texts equal to plain decoding, - where the library draws its own random numbers")
+    table = Table(box=SIMPLE, title="timed, interleaved (95 % intervals); identical: texts equal to plain decoding, - where the library draws its own "
+                                  "random numbers")
     for name in ("suite", "method", "tree"):
         table.add_column(name, no_wrap=True)
-    for name in ("T", "batch", "tau", "tau, no loops", "tokens/s", "speedup", "accounted", "ms draft+verify+rest", "identical"):
+    for name in ("T", "batch", "tau", "tau, no loops", "tokens/s", "speedup", "busy", "accounted", "ms draft+verify+rest", "identical"):
         table.add_column(name, justify="right", no_wrap=True)
     before = None
     for cell in cells:
@@ -65,14 +69,15 @@ def cells_table(cells: list[dict]) -> Table:
         same = f"{cell['identical']}/{cell['prompts']}" + ("" if cell["lossless"] else " NO") if "identical" in cell else "-"
         table.add_row(cell["suite"], cell["method"], cell["tree"] or "", f"{cell['temperature']:g}", str(cell["batch"]), interval(cell, "tau"),
                       interval(rest, "tau") if rest else "-", f"{cell['tokens_per_second']:.0f}", interval(cell, "speedup"),
-                      f"{cell['accounted_speedup']:.2f}", f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}", same)
+                      f"{cell['busy_speedup']:.2f}" if "busy_speedup" in cell else "-", f"{cell['accounted_speedup']:.2f}",
+                      f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}", same)
         before = place
     return table
 
 
 def show_proof(found: list[Comparison]) -> None:
     """One row a comparison, then every divergence."""
-    table = Table(title="texts identical to plain decoding, one prompt at a time")
+    table = Table(box=SIMPLE, title="texts identical to plain decoding, one prompt at a time")
     for name in ("target", "dtype", "method", "sampling"):
         table.add_column(name, no_wrap=True)
     for name in ("batch", "identical", "tolerated near-ties", "lossless"):
@@ -92,7 +97,7 @@ def show_proof(found: list[Comparison]) -> None:
 
 def show_sweep(result: dict) -> None:
     """Trees by measured speed, and what was expected of them."""
-    table = Table(title=f"auto {result['auto']}, best {result['best']}, auto / best {result['auto_over_best']:.3f}")
+    table = Table(box=SIMPLE, title=f"auto {result['auto']}, best {result['best']}, auto / best {result['auto_over_best']:.3f}")
     table.add_column("tree")
     for name in ("tau", "expected", "speedup", "expected", "wall speedup", "tokens/s", "ms draft+verify+rest"):
         table.add_column(name, justify="right", no_wrap=True)

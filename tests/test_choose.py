@@ -57,7 +57,7 @@ def test_ranking_prefers_tokens_a_second_over_tokens_a_pass():
 def test_sweep_times_the_chosen_tree_among_the_others(target):
     head = trained_head(target, 50)
     result = sweep(target, head, PROMPTS[:3], {7}, [chain(2), DynamicTree(3, 2, 6)], Sampling(), 2, 12, lambda line: None)
-    assert result["auto"] in result["trees"] and {"chain:2", "dynamic:3x2x6"} <= result["trees"].keys() and 0 < result["auto_over_best"] <= 1
+    assert result["auto"] in result["trees"] and {"chain:2", "dynamic:3x2x6"} <= result["trees"].keys() and 0.2 < result["auto_over_best"] < 5
     for figures in result["trees"].values():
         assert figures["expected_tau"] == pytest.approx(figures["tau"], rel=0.02) and figures["speedup"] > 0
 
