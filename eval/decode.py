@@ -24,7 +24,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self.seconds = {"draft": 0.0, "verify": 0.0, "overhead": 0.0, "total": 0.0}
         self.busy = dict(self.seconds) if device.type == "cpu" else None
-        self.sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+        self.sync = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
     @contextmanager
     def phase(self, name: str):

@@ -1,12 +1,15 @@
 """Predicted chain acceptance length: the drafter teacher-forced over the target's own greedy text.
 
-m_t = leading correct steps of the round whose root stands at t; walk t <- t + m_t + 1; tokens / steps. It must agree with the measured
-greedy chain of the same depth on the same prompts (averaging accuracies over all positions would be biased: cycles start after hard tokens).
+`chain_walk` over the leading correct steps of every round; it must agree with the measured greedy chain of the same depth on the same prompts.
 """
+
+from itertools import accumulate
 
 import torch
 
 from draftsmith.eval.decode import Trace
+from draftsmith.models.features import Packing
+from draftsmith.models.heads.distill import chain_walk
 from draftsmith.models.targets import TextTarget
 
 
@@ -16,21 +19,14 @@ def predicted_chain_tau(target: TextTarget, head, prompts: list[list[int]], trac
     tokens = passes = 0
     for start in range(0, len(prompts), batch):
         texts = [p + t.tokens for p, t in zip(prompts[start:start + batch], traces[start:start + batch])]
-        starts = [len(p) for p in prompts[start:start + batch]]
-        width = max(map(len, texts))
-        ids = torch.tensor([t + [0] * (width - len(t)) for t in texts], device=target.device)
-        lengths = torch.tensor([len(t) for t in texts], device=target.device)
-        positions = torch.arange(width, device=target.device)
-        mask = (positions >= torch.tensor(starts, device=target.device)[:, None]) & (positions < lengths[:, None])
-        features = target.features(ids, lengths, mask, head.feature_spec)
-        right = torch.zeros(len(texts) * width, dtype=torch.int64, device=target.device)  # leading correct steps of row t
-        for k, (rows, logits) in enumerate(head.unroll(features, depth)):
-            hit = head.ids[logits.argmax(-1)] == ids.flatten()[rows + 2 + k]
-            right[rows] += hit & (right[rows] == k)
-        for row, (first, text) in enumerate(zip(starts, texts)):
-            root, last = first, len(text) - 1
-            tokens += last - root
-            while root < last:
-                root += int(right[row * width + root - 1]) + 1
-                passes += 1
+        mask = torch.cat([torch.arange(len(text)) >= len(p) for text, p in zip(texts, prompts[start:start + batch])])
+        packing = Packing((0, *accumulate(map(len, texts))), mask)
+        ids = torch.tensor([token for text in texts for token in text], device=target.device)
+        features = target.features(ids, packing, head.feature_spec)
+        leading = torch.zeros_like(ids)
+        for k, (rows, output) in enumerate(head.unroll(features, depth)):
+            hit = head.ids[head.logits(output).argmax(-1)] == ids[rows + 2 + k]
+            leading[rows] += hit & (leading[rows] == k)
+        walked = chain_walk(packing, leading.tolist())
+        tokens, passes = tokens + walked[0], passes + walked[1]
     return tokens / max(passes, 1)

@@ -1,10 +1,12 @@
 """What a head asks of the target (`FeatureSpec`) and what it gets (`Features`), in training and in decoding alike.
 
-One definition on both sides is what keeps training accuracy and decoding acceptance equal.
+One definition on both sides is what keeps training accuracy and decoding acceptance equal. In decoding `Features` are right-padded rows of
+requests; in training they are one packed row of documents behind one another, without padding.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -19,8 +21,64 @@ class FeatureSpec:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Rows of processed tokens, right-padded: tokens [B, S] int64; hidden [B, S, taps * h] detached; lengths [B] int64, the real rows."""
+
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One packed row of T tokens. borders: (0, n1, n1 + n2, ..., T), where documents begin and the last one ends; mask [T] bool on the CPU,
+    the token mask (True = written by the target).
+
+    Row t of a document is the drafting round whose root is x_{t+1}; its step k predicts x_{t+2+k}. It takes part in step k while all of
+    x_{t+1} .. x_{t+2+k} lie in the document and were written by the target: the rounds that decoding can reach.
+    """
+
+    borders: tuple[int, ...]
+    mask: torch.Tensor
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[T] int64: the place of every token in its document."""
+        starts = torch.tensor(self.borders[:-1])
+        return torch.arange(len(self.mask)) - starts.repeat_interleave(torch.tensor(self.borders).diff())
+
+    @cached_property
+    def written(self) -> torch.Tensor:
+        """[T] int64: how many tokens from here on, inside the document, were written by the target without a gap."""
+        stop = ~self.mask
+        ends = torch.arange(len(self.mask))
+        # The next place at or behind t that was not written, or the end of the document.
+        bound = torch.tensor(self.borders[1:]).repeat_interleave(torch.tensor(self.borders).diff())
+        after = torch.where(stop, ends, torch.full_like(ends, len(self.mask)))
+        following = after.flip(0).cummin(0).values.flip(0)
+        return torch.minimum(following, bound) - ends
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """[P] int64: the rows of step 0, those of many steps first (equal ones ascending), so that each step's rows are the first ones."""
+        reach = self._reach
+        return torch.sort(-reach, stable=True).indices[:int((reach > 0).sum())]
+
+    @cached_property
+    def _reach(self) -> torch.Tensor:
+        """[T] int64: in how many steps each row takes part."""
+        reach = torch.cat([self.written[1:] - 1, torch.zeros(1, dtype=torch.int64)])
+        return torch.where(torch.cat([self.positions[1:], torch.zeros(1, dtype=torch.int64)]) > 0, reach, 0)
+
+    def counts(self, steps: int) -> list[int]:
+        """How many rows take part in each of the first `steps` steps."""
+        reach = self._reach
+        return [int((reach > k).sum()) for k in range(steps)]
+
+
+@dataclass(frozen=True)
 class Teacher:
-    """The target's own predictions for training. final [B, S, h]: states after the final norm.
+    """The target's own predictions where they are taught: final [P, h], the states after the final norm at tokens `packing.rows + 1`.
 
     `project(hidden [P, h], ids | None) -> logits [P, V or len(ids)]` applies the target's frozen output head.
     """
@@ -30,15 +88,10 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Features:
-    """Rows of processed tokens, right-padded.
-
-    tokens [B, S] int64; hidden [B, S, taps * h] detached; lengths [B] int64, the number of real rows.
-    Training only: mask [B, S] bool, the token mask (True = written by the target), and the teacher.
-    """
+class TrainingFeatures:
+    """One packed row: tokens [T] int64, hidden [T, taps * h] detached, what of it is trained on, and the teacher."""
 
     tokens: torch.Tensor
     hidden: torch.Tensor
-    lengths: torch.Tensor
-    mask: torch.Tensor | None = None
-    teacher: Teacher | None = None
+    packing: Packing
+    teacher: Teacher

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter, load_speculators, save_drafter, save_speculators
 from tests.conftest import tiny_head, tiny_target
-from tests.test_heads import features_of
+from tests.test_heads import packed
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def test_reload_gives_identical_logits(tmp_path, target, draft_vocab):
     for parameter in head.parameters():  # what is stored is bf16
         parameter.data = parameter.data.to(torch.bfloat16).float()
     folder = save_drafter(head, tmp_path / "drafter", {"target": "tiny"})
-    again, features = load_drafter(folder, target.embedding, target.layers), features_of(target, head)
+    again, features = load_drafter(folder, target.embedding, target.layers), packed(target, head)
     for (rows, a), (same, b) in zip(head.unroll(features, 3), again.unroll(features, 3)):
-        assert torch.equal(rows, same) and torch.equal(a, b)
+        assert torch.equal(rows, same) and torch.equal(head.logits(a), again.logits(b))
     assert ("d2t" in load_file(folder / "model.safetensors")) == (draft_vocab is not None)
 
 
@@ -35,9 +35,9 @@ def test_speculators_directory_gives_identical_logits(tmp_path, target, draft_vo
     for parameter in head.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).float()
     folder = save_speculators(head, tmp_path / "spec", "some/target", "LlamaForCausalLM", 3)
-    again, features = load_speculators(folder, target.embedding), features_of(target, head)
+    again, features = load_speculators(folder, target.embedding), packed(target, head)
     for (_, a), (_, b) in zip(head.unroll(features, 3), again.unroll(features, 3)):
-        assert torch.equal(a, b)
+        assert torch.equal(head.logits(a), again.logits(b))
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     assert "model_type" not in config and config["norm_before_residual"] is False and config["architectures"] == ["Eagle3Speculator"]
     assert config["speculators_config"]["verifier"]["name_or_path"] == "some/target"

@@ -1,47 +1,99 @@
 """EAGLE-3: training-time test equals drafting, attention equals its dense form, features equal hidden states."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features
+from draftsmith.models.features import Features, FeatureSpec, Packing
 from draftsmith.models.heads import attention as ttt
 from draftsmith.models.heads import vocabulary
-from tests.conftest import tiny_head, tiny_target
+from draftsmith.models.heads.distill import chain_walk
+from tests.conftest import pack, tiny_head, tiny_target
+
+LENGTHS = (14, 12, 10)
 
 
-def features_of(target, head, length=14, batch=3, seed=0, first=4):
-    """Random rows; tokens from `first` on were written by the target."""
+def documents(target, lengths=LENGTHS, seed=0):
     g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, target.vocab_size, (batch, length), generator=g)
-    lengths = torch.tensor([length - 2 * b for b in range(batch)])
-    mask = torch.arange(length).expand(batch, -1) >= first
-    return target.features(tokens, lengths, mask, head.feature_spec)
+    return [torch.randint(0, target.vocab_size, (n,), generator=g).tolist() for n in lengths]
+
+
+def packed(target, head, first=4, lengths=LENGTHS):
+    """Random documents in one packed row; tokens from `first` on were written by the target."""
+    return pack(target, head, documents(target, lengths), [first] * len(lengths))
+
+
+def features_of(target, head, lengths=LENGTHS):
+    """The same documents as right-padded rows, as decoding has them."""
+    rows, width = documents(target, lengths), max(lengths)
+    tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+    hidden = torch.zeros(len(rows), width, 96).type_as(target.embedding)
+    for b, row in enumerate(rows):
+        states = target.model(torch.tensor([row]), output_hidden_states=True).hidden_states
+        hidden[b, :len(row)] = torch.cat([states[k][0] for k in head.config.taps], -1)
+    return Features(tokens, hidden, torch.tensor(lengths))
 
 
 def cut(features, row, count):
     return Features(features.tokens[row:row + 1, :count], features.hidden[row:row + 1, :count], torch.tensor([count]))
 
 
+def place(features, row):
+    """Packed row number -> (document, position)."""
+    starts = features.packing.borders
+    b = max(i for i, start in enumerate(starts) if start <= row)
+    return b, row - starts[b]
+
+
 def test_training_step_k_row_t_equals_sequential_drafting(target, head):
-    features, length = features_of(target, head), 14
-    compared = 0
-    for k, (rows, logits) in enumerate(head.unroll(features, 4)):
-        for row, got in zip(rows.tolist(), logits):
-            b, t = divmod(row, length)
-            beam = head.roots(head.prefill(cut(features, b, t + 1)))
+    training, decoding, compared = packed(target, head), features_of(target, head), 0
+    for k, (rows, output) in enumerate(head.unroll(training, 4)):
+        for row, got in zip(rows.tolist(), head.logits(output)):
+            b, t = place(training, row)
+            beam = head.roots(head.prefill(cut(decoding, b, t + 1)))
             for step in range(k + 1):
-                token = features.tokens[b, t + 1 + step].view(1, 1)
+                token = decoding.tokens[b, t + 1 + step].view(1, 1)
                 want, beam = head.expand(beam, token, torch.zeros(1, 1, dtype=torch.long))
             torch.testing.assert_close(got.log_softmax(-1), want[0, 0], atol=1e-5, rtol=1e-5)
             compared += 1
     assert compared == sum(range(6, 10)) + sum(range(4, 8)) + sum(range(2, 6))  # answers of 10, 8 and 6 tokens
 
 
+def test_packing_counts_the_rounds_that_decoding_can_reach():
+    """Brute force over random masks and documents: row t takes part in step k iff x_{t+1} .. x_{t+2+k} are its document's and written."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(1, 9, (3,), generator=g).tolist()
+        borders = (0, *accumulate(lengths))
+        mask = torch.rand(borders[-1], generator=g) < 0.7
+        packing = Packing(borders, mask)
+        for k in range(4):
+            want = [t for a, b in zip(borders, borders[1:]) for t in range(a, b) if t + 2 + k < b and mask[t + 1:t + 3 + k].all()]
+            assert sorted(packing.rows[:packing.counts(4)[k]].tolist()) == want
+        assert packing.positions.tolist() == [i for n in lengths for i in range(n)]
+
+
+def test_packed_documents_equal_documents_alone(target, head):
+    """Loss sums and gradients of one packed row are those of its documents one by one."""
+    rows = documents(target)
+    together = pack(target, head, rows, [4, 0, 7])
+    counts = together.packing.counts(3)
+    loss, sums = head.loss(together, 3, 0.8)
+    want = torch.autograd.grad(loss, list(head.parameters()))
+    parts = [head.loss(pack(target, head, [row], [start]), 3, 0.8, counts) for row, start in zip(rows, [4, 0, 7])]
+    torch.testing.assert_close(sum(p[0] for p in parts), loss)
+    for name, value in sums.items():
+        torch.testing.assert_close(sum(p[1][name] for p in parts), value)
+    for a, b in zip(torch.autograd.grad(sum(p[0] for p in parts), list(head.parameters())), want):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_drafting_in_a_ragged_batch_equals_one_by_one(target, head):
     features = features_of(target, head)
-    context = head.prefill(Features(features.tokens, features.hidden, features.lengths))
+    context = head.prefill(features)
     root = torch.tensor([[5], [6], [7]])
     zero = torch.zeros(3, 1, dtype=torch.long)
     first, beam = head.expand(head.roots(context), root, zero)
@@ -57,7 +109,7 @@ def test_drafting_in_a_ragged_batch_equals_one_by_one(target, head):
 
 
 def test_context_after_a_round_equals_prefill_on_the_committed_tokens(target, head):
-    features = features_of(target, head, length=12, batch=1)
+    features = features_of(target, head, lengths=(12,))
     grown = head.prefill(cut(features, 0, 5))
     zero = torch.zeros(1, 1, dtype=torch.long)
     for start, stop in ((5, 8), (8, 9), (9, 12)):
@@ -70,27 +122,29 @@ def test_context_after_a_round_equals_prefill_on_the_committed_tokens(target, he
     torch.testing.assert_close(grown.cache.store[..., :12, :], fresh.cache.store[..., :12, :], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kernel", ["flash", "blocks"])
-def test_step_attention_equals_dense_masked_attention_with_its_gradients(kernel):
+def test_step_attention_equals_dense_masked_attention_with_its_gradients(kernel, groups):
     torch.manual_seed(0)
-    batch, heads, length, dim, steps, scale = 2, 2, 11, 8, 3, 0.3
-    rows = torch.tensor([1, 2, 5, 8, 11, 14, 21])
+    borders, heads, dim, steps, scale = (0, 11, 14, 22), 4, 8, 3, 0.3
+    rows = torch.tensor([21, 1, 2, 5, 8, 12, 14])
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
-    query, key0, value0 = make(len(rows), heads, dim), make(batch, heads, length, dim), make(batch, heads, length, dim)
-    keys, values = [make(len(rows), heads, dim) for _ in range(steps)], [make(len(rows), heads, dim) for _ in range(steps)]
+    query, key0, value0 = make(len(rows), heads, dim), make(22, heads, dim), make(22, heads, dim)
+    keys, values = ([make(len(rows), heads // groups, dim) for _ in range(steps)] for _ in range(2))
     leaves = [query, key0, value0, *keys, *values]
 
     def dense():
         out = []
         for p, row in enumerate(rows.tolist()):
-            b, t = divmod(row, length)
-            k = torch.cat([key0[b, :, :t + 1], *[x[p][:, None] for x in keys]], 1)
-            v = torch.cat([value0[b, :, :t + 1], *[x[p][:, None] for x in values]], 1)
-            out.append(((query[p][:, None] * k).sum(-1) * scale).softmax(-1)[..., None].mul(v).sum(1))
+            first = max(b for b in borders if b <= row)
+            k = torch.cat([key0[first:row + 1], *[x[p][None].repeat_interleave(groups, 1) for x in keys]])
+            v = torch.cat([value0[first:row + 1], *[x[p][None].repeat_interleave(groups, 1) for x in values]])
+            out.append(((query[p] * k).sum(-1) * scale).softmax(0)[..., None].mul(v).sum(0))
         return torch.stack(out)
 
-    run = {"flash": ttt._FlashStep.apply, "blocks": lambda q, k0, v0, r, s, *d: ttt._block_step(q, k0, v0, r, s, d[:steps], d[steps:], block=3)}
-    got, want, weight = run[kernel](query, key0, value0, rows, scale, *keys, *values), dense(), torch.randn(len(rows), heads, dim).double()
+    run = {"flash": lambda q, k0, v0, *d: ttt._FlashStep.apply(q, k0, v0, rows, borders, scale, *d),
+           "blocks": lambda q, k0, v0, *d: ttt._block_step(q, k0, v0, rows, borders, scale, d[:steps], d[steps:], block=3)}
+    got, want, weight = run[kernel](query, key0, value0, *keys, *values), dense(), torch.randn(len(rows), heads, dim).double()
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
     for a, b in zip(torch.autograd.grad((got * weight).sum(), leaves), torch.autograd.grad((want * weight).sum(), leaves)):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
@@ -101,7 +155,7 @@ def test_gradient_flows_through_all_steps():
     target = tiny_target()
     target.model.double()
     head = tiny_head(target).double()
-    features = features_of(target, head)
+    features = packed(target, head)
 
     def last(weight_shift):
         with torch.no_grad():
@@ -117,56 +171,59 @@ def test_gradient_flows_through_all_steps():
     assert (gradient * direction).sum().item() == pytest.approx(difference, rel=1e-5)
 
 
-def test_taps_equal_hidden_states_and_their_hooks(target):
-    tokens = torch.randint(0, target.vocab_size, (2, 9))
-    from draftsmith.models.features import FeatureSpec
-
-    n = target.layers
+def test_taps_equal_hidden_states_and_their_hooks(target, head):
+    target.model.double()  # packed documents run as one padded batch: other sums, other rounding
+    rows, n = documents(target), target.layers
     spec = FeatureSpec(taps=(2, n // 2, n - 3, 0, "last"))
+    packing = pack(target, head, rows, [0, 0, 0]).packing
+    got = target.features(torch.tensor([t for row in rows for t in row]), packing, spec).hidden
     outputs = {}
     handles = [target.body.layers[i].register_forward_hook(lambda m, a, o, i=i: outputs.update({i: o})) for i in (1, n // 2 - 1, n - 4)]
-    got = target.features(tokens, torch.tensor([9, 9]), torch.ones(2, 9, dtype=torch.bool), spec).hidden
+    for row, start, stop in zip(rows, packing.borders, packing.borders[1:]):
+        hidden = target.model(torch.tensor([row]), output_hidden_states=True).hidden_states
+        torch.testing.assert_close(got[start:stop], torch.cat([hidden[2], hidden[n // 2], hidden[n - 3], hidden[0], hidden[-1]], -1)[0])
+        torch.testing.assert_close(got[start:stop, :96], torch.cat([outputs[1], outputs[n // 2 - 1], outputs[n - 4]], -1)[0])
     for handle in handles:
         handle.remove()
-    hidden = target.model(tokens, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(got, torch.cat([hidden[2], hidden[n // 2], hidden[n - 3], hidden[0], hidden[-1]], -1))
-    torch.testing.assert_close(got[..., :96], torch.cat([outputs[1], outputs[n // 2 - 1], outputs[n - 4]], -1))
 
 
 def test_loss_equals_the_plain_formula(target, head):
-    features = features_of(target, head)
-    loss, metrics = head.loss(features, steps=3, decay=0.8)
-    teacher = target.model(features.tokens).logits.float()
-    want = 0.0
-    for k, (rows, logits) in enumerate(head.unroll(features, 3)):
+    features = packed(target, head)
+    loss, sums = head.loss(features, steps=3, decay=0.8)
+    teachers = [target.model(torch.tensor([row])).logits[0].float() for row in documents(target)]
+    want, right, leading = 0.0, {}, [0] * len(features.tokens)
+    for k, (rows, output) in enumerate(head.unroll(features, 3)):
         losses = []
-        for row, z in zip(rows.tolist(), logits):
-            b, t = divmod(row, features.tokens.size(1))
-            full = teacher[b, t + 1 + k]
-            if full.argmax() in head.ids:
-                losses.append(-(full[head.ids].softmax(-1) * z.log_softmax(-1)).sum())
+        for row, z in zip(rows.tolist(), head.logits(output)):
+            b, t = place(features, row)
+            full = teachers[b][t + 1 + k]
+            losses.append(-(full[head.ids].softmax(-1) * z.log_softmax(-1)).sum() if full.argmax() in head.ids else torch.zeros(()))
+            right.setdefault(row, []).append(bool(head.ids[z.argmax()] == full.argmax()))
         want = want + 0.8**k * torch.stack(losses).mean()
+        assert sums["loss"][k].item() == pytest.approx(sum(losses).item(), rel=1e-5)
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
-    right = {}
-    for k, (rows, logits) in enumerate(head.unroll(features, 3)):
-        for row, z in zip(rows.tolist(), logits):
-            b, t = divmod(row, features.tokens.size(1))
-            right.setdefault(row, []).append(bool(head.ids[z.argmax()] == teacher[b, t + 1 + k].argmax()))
     for k in range(3):
-        before = [r for r in right.values() if len(r) > k and all(r[:k])]
-        hits = sum(r[k] for r in before)
-        assert metrics["accuracy"][k].item() == pytest.approx(hits / len(right))
-        assert metrics["conditional"][k].item() == pytest.approx(hits / max(1, len(before)))
+        reached = [r for r in right.values() if len(r) > k]
+        before = [r for r in reached if all(r[:k])]
+        want = [len(reached), sum(r[k] for r in reached), len(before), sum(r[k] for r in before)]
+        assert [sums[name][k].item() for name in ("rows", "right", "tried", "kept")] == want
+    for row, r in right.items():
+        leading[row] = next((i for i, hit in enumerate(r) if not hit), len(r))
+    assert tuple(sums["walk"].tolist()) == chain_walk(features.packing, leading)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "blocks"])
-def test_loss_without_supervised_rows_is_zero_with_gradients(target, head, kernel, monkeypatch):
-    if kernel == "blocks":
-        monkeypatch.setattr("draftsmith.models.heads.eagle3.step_attention", lambda q, k0, v0, r, k, v, s: ttt._block_step(q, k0, v0, r, s, k, v))
-    features = features_of(target, head, first=14)
-    loss, _ = head.loss(features, steps=2)
+def test_chain_walk_visits_roots_only():
+    mask = torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1]).bool()
+    packing = Packing((0, 8, 12), mask)
+    leading = [0, 2, 9, 9, 1, 9, 0, 0, 1, 0, 0, 0]
+    # Document 1: roots 2 -> 5 (2 right) -> 6 (1 right, the text ends); document 2: its first token has no row before it: roots 9 -> 11.
+    assert chain_walk(packing, leading) == (4 + 2, 2 + 1)
+
+
+def test_loss_without_supervised_rows_is_zero_with_gradients(target, head):
+    loss, sums = head.loss(packed(target, head, first=14), steps=2, decay=0.8)
     loss.backward()
-    assert loss.item() == 0 and all(p.grad is not None for p in head.parameters())
+    assert loss.item() == 0 and all(p.grad is not None for p in head.parameters()) and sums["rows"].tolist() == [0, 0]
 
 
 def test_draft_vocabulary_round_trip_and_ties():
@@ -189,7 +246,7 @@ def test_draft_vocabulary_round_trip_and_ties():
 def test_full_draft_vocabulary_needs_no_map(target):
     head = tiny_head(target)
     assert torch.equal(head.ids, torch.arange(target.vocab_size))
-    loss, _ = head.loss(features_of(target, head), steps=2)
+    loss, _ = head.loss(packed(target, head), steps=2, decay=0.8)
     assert torch.isfinite(loss)
 
 
@@ -200,9 +257,10 @@ def test_rope_and_head_dim_come_from_the_target():
     assert torch.equal(head._rope[0], target.body.rotary_emb.inv_freq)
     cos, sin = target.body.rotary_emb(torch.zeros(1), torch.arange(9)[None])
     mine = head._angles(torch.arange(9))
-    torch.testing.assert_close(mine[0][:, 0], cos[0, :, :8])
-    torch.testing.assert_close(mine[1][:, 0], sin[0, :, :8])
+    torch.testing.assert_close(mine[0][:, 0], cos[0])
+    torch.testing.assert_close(mine[1][:, 0, 8:], sin[0, :, 8:])
+    torch.testing.assert_close(mine[1][:, 0, :8], -sin[0, :, :8])
     with pytest.raises(UserError, match="rope_type: found 'dynamic'"):
         tiny_head(tiny_target(rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}))
-    loss = F.softplus(head.loss(features_of(target, head), steps=2)[0])
+    loss = F.softplus(head.loss(packed(target, head), steps=2, decay=0.8)[0])
     assert torch.isfinite(loss)

@@ -14,8 +14,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features, FeatureSpec
+from draftsmith.models.features import Features, FeatureSpec, TrainingFeatures
 from draftsmith.models.heads.attention import step_attention
+from draftsmith.models.heads.distill import chain_walk, soft_cross_entropy, teach
 from draftsmith.models.slots import SlotCache
 
 
@@ -37,18 +38,26 @@ class Eagle3Config:
 
     @classmethod
     def for_target(cls, config, intermediate_size: int | None = None, draft_vocab_size: int | None = None) -> "Eagle3Config":
-        """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3). Raises UserError below 7 layers."""
+        """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3).
+
+        Where kinds of layer have ropes of their own (Gemma 3) it is that of full attention, since the head attends to all rows.
+        Raises UserError below 7 layers and without such a rope.
+        """
         layers = config.num_hidden_layers
         if layers < 7:
             raise UserError(f"eagle3: found a target of {layers} layers, expected at least 7 (taps 2, n // 2, n - 3 must differ)")
+        rope = getattr(config, "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope)
+        if "rope_theta" not in rope:
+            raise UserError(f"eagle3: rope_parameters: found {rope or 'none'}, expected one rope or one of full_attention")
         return cls(
             hidden_size=config.hidden_size,
             intermediate_size=intermediate_size or config.intermediate_size,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=dict(config.rope_parameters),
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),  # the head's own where the target has other norms
+            rope_parameters=dict(rope),
             max_position_embeddings=config.max_position_embeddings,
             vocab_size=config.vocab_size,
             draft_vocab_size=draft_vocab_size or config.vocab_size,
@@ -57,9 +66,8 @@ class Eagle3Config:
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in the half-split layout. x [..., H, D], cos and sin [..., 1, D / 2]."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    """Rotary embedding in the half-split layout. x [..., H, D]; cos and sin [..., 1, D], the first half of sin negated."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 def _frequencies(config: "Eagle3Config", device) -> tuple[torch.Tensor, float]:
@@ -67,9 +75,12 @@ def _frequencies(config: "Eagle3Config", device) -> tuple[torch.Tensor, float]:
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UserError(f"rope_type: found {kind!r}, expected default, linear, llama3 or yarn")
+    partial = config.rope_parameters.get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise UserError(f"partial_rotary_factor: found {partial}, expected 1 (the head turns all of a query)")
     rope = LlamaRotaryEmbedding(LlamaConfig(
         hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
-        rope_parameters=config.rope_parameters, max_position_embeddings=config.max_position_embeddings))
+        rope_parameters=dict(config.rope_parameters), max_position_embeddings=config.max_position_embeddings))
     return rope.inv_freq.to(device), rope.attention_scaling
 
 
@@ -92,6 +103,14 @@ class Attention(nn.Module):
         """u [..., 2h] -> keys (turned) and values [..., H_kv, D]."""
         key = _turn(self.k_proj(u).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
         return key, self.v_proj(u).unflatten(-1, (self.kv_heads, self.head_dim))
+
+    def weight(self):
+        """Query, key and value projections as one matrix [(H + 2 H_kv) D, 2h]."""
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+
+    def heads_of(self, x):
+        """[P, heads D] -> [P, heads, D]."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def repeat(self, x, dim: int):
         """Key/value heads to query heads."""
@@ -179,7 +198,10 @@ class Eagle3Head(nn.Module):
         self.lm_head.weight.copy_(target.head.weight[self.ids])
         norm = getattr(target.body, "norm", None)
         if norm is not None and norm.weight.shape == self.norm.weight.shape:
-            self.norm.weight.copy_(norm.weight)
+            signs = torch.ones_like(norm.weight)
+            signs[1::2] = -1
+            # The factor that the norm applies, not what it stores: some families store it less one (Gemma), some have a bias as well
+            self.norm.weight.copy_((norm(signs) - norm(-signs)) * signs / 2)
 
     @property
     def feature_spec(self) -> FeatureSpec:
@@ -190,10 +212,11 @@ class Eagle3Head(nn.Module):
         return self.lm_head(self.norm(output))
 
     def _angles(self, positions: torch.Tensor):
-        """positions [...] -> cos, sin [..., 1, D / 2] in the head's dtype."""
+        """positions [...] -> cos, sin [..., 1, D] for `_turn`, in the head's dtype."""
         frequencies, scaling = self._rope
         angles = positions[..., None, None].float() * frequencies.to(positions.device)
-        return (angles.cos() * scaling).to(self.fc.weight.dtype), (angles.sin() * scaling).to(self.fc.weight.dtype)
+        cos, sin = (x.to(self.fc.weight.dtype) for x in (angles.cos() * scaling, angles.sin() * scaling))
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Target ids [...] -> embeddings [..., h] in the head's dtype (which may differ from the target's)."""
@@ -205,98 +228,77 @@ class Eagle3Head(nn.Module):
 
     # Training
 
-    def unroll(self, features: Features, steps: int):
-        """Training-time test over the rounds that decoding can reach.
+    def unroll(self, features: TrainingFeatures, steps: int):
+        """Training-time test over the rounds that decoding can reach (`Packing`): teacher tokens, the head's own features.
 
-        Row t is the round whose root is x_{t+1}; step k predicts x_{t+2+k} from teacher tokens up to x_{t+1+k} and its own features.
-        A row takes part in step k while all of x_{t+1} .. x_{t+2+k} were written by the target. Yields for k = 0 .. steps - 1:
-        (rows [P_k] flat indices t of [B, S], ascending and nested, logits [P_k, Vd]).
+        Yields for k = 0 .. steps - 1, as long as any row takes part: (rows [P_k], the first ones of `packing.rows`, layer output [P_k, h]).
+        The attention's input is `[embedding, H]`; a token's embedding is the same in every step, so that its half of the projections is
+        computed once.
         """
-        batch, length = features.tokens.shape
-        attention, layer = self.midlayer.self_attn, self.midlayer
-        flat_tokens, written = features.tokens.flatten(), self._written(features)
-        following = F.pad(features.tokens[:, 1:], (0, 1))
+        attention, layer, packing = self.midlayer.self_attn, self.midlayer, features.packing
+        rows, positions = packing.rows.to(features.tokens.device), packing.positions.to(features.tokens.device)
+        table = self._angles(torch.arange(int(packing.positions.max()) + steps, device=rows.device))
         hidden = self._fuse(features.hidden)
-        positions = torch.arange(length, device=hidden.device)
-        u = layer.widen(self._embed(following), hidden)
-        cos, sin = self._angles(positions)
-        key0, value0 = attention.key_value(u, cos, sin)
-        key0, value0 = (attention.repeat(x.transpose(1, 2), 1).contiguous() for x in (key0, value0))
-        rows = (written[:, 1:-1] & written[:, 2:]) if length > 2 else written[:, :0]
-        rows = F.pad(rows, (0, length - rows.size(1))).flatten().nonzero().flatten()
-        u, h, keys, values = u.flatten(0, 1)[rows], hidden.flatten(0, 1)[rows], [], []
-        written = F.pad(written, (0, steps + 2))  # x_{t+2+k} may lie behind the end
-        for k in range(steps):
-            t = rows % length
+        for_embedding, for_hidden = attention.weight().split(hidden.size(-1), 1)
+        embedded = F.linear(layer.input_layernorm(self._embed(features.tokens)), for_embedding)
+        queries = attention.heads * attention.head_dim
+        whole = F.linear(layer.hidden_norm(hidden), for_hidden[queries:]) + embedded[:, queries:].roll(-1, 0)
+        key0, value0 = attention.heads_of(whole).chunk(2, 1)
+        key0 = attention.repeat(_turn(key0, *(x.index_select(0, positions) for x in table)), 1)
+        value0 = attention.repeat(value0, 1)
+        h, keys, values = hidden.index_select(0, rows), [], []
+        for k, count in enumerate(packing.counts(steps)):
+            if count == 0:
+                return
+            rows, h, keys, values = rows[:count], h[:count], [x[:count] for x in keys], [x[:count] for x in values]
+            angles = [x.index_select(0, positions[rows] + k) for x in table]
+            width = queries if k == 0 else None  # a row's keys and values of step 0 are in `key0`
+            new = F.linear(layer.hidden_norm(h), for_hidden[:width]) + embedded[:, :width].index_select(0, rows + 1 + k)
+            new, turned = attention.heads_of(new), attention.heads + (attention.kv_heads if k else 0)
+            mixed = _turn(new[:, :turned], *angles)
             if k > 0:
-                kept = written[rows // length, t + 1 + k] & written[rows // length, t + 2 + k]
-                if not bool(kept.all()):
-                    kept = kept.nonzero().flatten()
-                    rows, t, h = rows[kept], t[kept], h[kept]
-                    keys, values = [x[kept] for x in keys], [x[kept] for x in values]
-                u = layer.widen(self._embed(flat_tokens[rows + 1 + k]), h)
-            cos, sin = self._angles(t + k)
-            if k > 0:
-                key, value = attention.key_value(u, cos, sin)
-                keys, values = [*keys, attention.repeat(key, 1)], [*values, attention.repeat(value, 1)]
-            attended = step_attention(attention.query(u, cos, sin), key0, value0, rows, keys, values, attention.scale)
+                keys, values = [*keys, mixed[:, attention.heads:]], [*values, new[:, turned:]]
+            attended = step_attention(mixed[:, :attention.heads], key0, value0, rows, packing.borders, keys, values, attention.scale)
             h = layer.finish(h, attended)
-            yield rows, self.logits(h)
+            yield rows, h
 
-    @staticmethod
-    def _written(features: Features) -> torch.Tensor:
-        inside = torch.arange(features.tokens.size(1), device=features.tokens.device) < features.lengths[:, None]
-        return features.mask & inside
+    def loss(self, features: TrainingFeatures, steps: int, decay: float, counts: list[float] | None = None):
+        """Soft cross-entropy against the target restricted to the draft vocabulary (EAGLE-3), mean over each step's rows:
 
-    def loss(self, features: Features, steps: int = 7, decay: float = 0.8):
-        """Soft cross-entropy against the target restricted to the draft vocabulary (EAGLE-3; masked mean per step).
-
-        loss = sum_k decay^k mean_rows( logsumexp(z) - <p, z> ), p = softmax(teacher[ids]) at x_{t+1+k}; rows whose teacher argmax lies
-        outside the draft vocabulary give no gradient and count as misses in the metrics.
-        Returns (loss, {"accuracy": [K], "conditional": [K], "loss": [K]}), metrics detached; `accuracy` counts a step as
-        right only with all earlier steps right, `conditional` divides by the rows on which they were.
+        loss = sum_k decay^k / counts[k] sum_rows ( logsumexp(z) - <p, z> ), p = softmax(teacher[ids]) at x_{t+1+k}; rows whose teacher argmax
+        lies outside the draft vocabulary give no gradient and count as misses. counts: what to divide by where several packed rows make one
+        batch; by default this one's own rows per step.
+        Returns (loss, sums that add up over packed rows, detached: {"rows", "right", "tried", "kept", "loss": [K], "walk": [2]}): of the
+        `rows` of step k, `right` ones agree with the target; all earlier steps were right in `tried`, and step k too in `kept`; `walk` is
+        (tokens, rounds) of the greedy chain that this predicts.
         """
-        total, metrics, alive, alive_rows = 0.0, {"accuracy": [], "conditional": [], "loss": []}, None, None
-        for k, (rows, logits) in enumerate(self.unroll(features, steps)):
-            if k == 0:
-                best, probs, covered, where = self._teach(features, rows + 1)
-                starts = max(len(rows), 1)
-            at, logits = where[rows + 1 + k], logits.float()
-            p, ok = probs[at], covered[at]
-            per_row = torch.logsumexp(logits, -1) - (p * logits).sum(-1)
-            step = (per_row * ok).sum() / ok.sum().clamp(min=1)
-            total = total + decay**k * step
-            right = self.ids[logits.detach().argmax(-1)] == best[at]
-            if alive is not None:
-                before = torch.zeros(features.tokens.numel(), dtype=torch.bool, device=rows.device)
-                before[alive_rows] = alive
-                before = before[rows]
-            else:
-                before = torch.ones_like(right)
-            alive, alive_rows = right & before, rows
-            metrics["accuracy"].append(alive.sum() / starts)
-            metrics["conditional"].append(alive.sum() / before.sum().clamp(min=1))
-            metrics["loss"].append(step.detach())
-        return total, {name: torch.stack(values) for name, values in metrics.items()}
-
-    @torch.no_grad()
-    def _teach(self, features: Features, at: torch.Tensor, chunk: int = 1024):
-        """The teacher at flat positions `at`: argmax over V [P], probabilities over the draft vocabulary [P, Vd],
-        whether the argmax can be drafted [P], and the map from flat positions to P."""
-        final = features.teacher.final.flatten(0, 1)
-        where = torch.zeros(len(final), dtype=torch.int64, device=at.device)
-        where[at] = torch.arange(len(at), device=at.device)
-        inside = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=at.device)
-        inside[self.ids] = True
-        best, probs = [], []
-        for part in at.split(chunk):
-            logits = features.teacher.project(final[part], None).float()
-            best.append(logits.argmax(-1))
-            probs.append((logits if len(self.ids) == logits.size(-1) else logits[:, self.ids]).softmax(-1))
-        if not best:
-            return at, final.new_zeros(0, len(self.ids)), at.bool(), where
-        best = torch.cat(best)
-        return best, torch.cat(probs), inside[best], where
+        packing, device = features.packing, features.tokens.device
+        here = packing.counts(steps)
+        sums = {name: torch.zeros(steps, device=device) for name in ("right", "tried", "kept", "loss")}
+        sums |= {"rows": torch.tensor(here, dtype=torch.float32, device=device), "walk": torch.zeros(2, device=device)}
+        if here[0] == 0:
+            return sum(p.sum() * 0.0 for p in self.parameters()), sums
+        lesson, where = teach(features.teacher, self.ids), torch.empty(len(features.tokens), dtype=torch.int64, device=device)
+        first = packing.rows.to(device)
+        where[first + 1] = torch.arange(len(first), device=device)
+        outputs, at = [], []
+        for k, (rows, output) in enumerate(self.unroll(features, steps)):
+            outputs.append(self.norm(output))
+            at.append(where.index_select(0, rows + 1 + k))
+        shares = [torch.full((len(a),), decay**k / max(counts[k] if counts else here[k], 1), device=device) for k, a in enumerate(at)]
+        at = torch.cat(at)
+        covered = lesson.covered.index_select(0, at)
+        total, losses, right = soft_cross_entropy(torch.cat(outputs), self.lm_head.weight, lesson, at, torch.cat(shares) * covered)
+        right, losses = right & (covered > 0), losses * covered
+        alive, leading = torch.ones_like(first, dtype=torch.bool), torch.zeros_like(first)
+        for k, (hit, cost) in enumerate(zip(right.split(here[:len(outputs)]), losses.split(here[:len(outputs)]))):
+            alive = alive[:len(hit)]
+            sums["right"][k], sums["loss"][k], sums["tried"][k] = hit.sum(), cost.sum(), alive.sum()
+            alive = alive & hit
+            sums["kept"][k] = alive.sum()
+            leading[:len(hit)] += alive
+        sums["walk"] += torch.tensor(chain_walk(packing, where.zero_().index_copy_(0, first, leading).tolist()), device=device)
+        return total, sums
 
     # Decoding
 
