@@ -81,6 +81,13 @@ def test_the_same_measurement_asked_again_takes_what_is_there(place, tmp_path, m
     assert again["cells"] == first["cells"] and again["samples"] == first["samples"]
 
 
+def test_baselines_alone_need_no_drafter(place, tmp_path):
+    document = measure(Request(["lookup", "hf-generate"], tmp_path, (str(place / "chat.jsonl"),), str(place / "target"), temperatures=(0.5,),
+                               max_new_tokens=8, limit=1), lambda line: None)
+    assert [c["method"] for c in document["cells"]] == ["plain", "lookup", "hf-generate"] and document["conditions"]["first"] is None
+    assert "tree_tau" not in document and "| chat | 0.5 | 1 | lookup |" in (tmp_path / "report" / "README.md").read_text()
+
+
 def test_verify_proves_and_finds(place, tmp_path, monkeypatch, capsys):
     from draftsmith.eval import decode
     from tests.test_measure import match_wrongly
