@@ -8,6 +8,7 @@ by the suite's own categories, where it has several}.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from draftsmith.eval.baselines import Generate
 from draftsmith.eval.choose import Costs, Recording, expected_tau, measure_costs, ranking, record
 from draftsmith.eval.interval import difference_interval
 from draftsmith.eval.journal import Journal
@@ -95,7 +96,7 @@ class Suite:
 
     def cell(self, method: str, run: Run, temperature: float, batch: int, drafter: str | None = None, tree: TreePolicy | None = None,
              timed_plain: Run | None = None) -> dict:
-        ours = temperature == 0 or not method.startswith("hf-")
+        ours = temperature == 0 or not isinstance(self.baselines.get(method), Generate)  # the library samples by other random numbers
         split = {key: [t for t, loops in zip(run.traces, self.loops) if loops == which] for key, which in (("looping", True), ("not_looping", False))}
         return {"method": method, "drafter": drafter, "tree": tree and str(tree), "suite": self.name, "temperature": temperature, "batch": batch,
                 **summary(run, self.plain[temperature] if ours else None, timed_plain, self.plan.seed),
@@ -111,7 +112,7 @@ class Suite:
     def timed(self, temperature: float, batch: int) -> tuple[list[dict], dict, dict[str, Run]]:
         """(cells, {drafter: (its tree, its expected ranking)}, runs) of one interleaved comparison."""
         trees = {name: self.choice(name, temperature, batch) for name in self.heads}
-        methods = {name: (None, None) for name in self.baselines if batch == 1 or not getattr(self.baselines[name], "one_at_a_time", False)}
+        methods = {name: (None, None) for name in self.baselines if batch == 1 or not self.baselines[name].one_at_a_time}
         decoders = {"plain": Looped(self.target, NoDrafter())} | {name: self.baselines[name] for name in methods}
         methods = {"plain": (None, None)} | methods
         for name, (tree, _) in trees.items():

@@ -7,8 +7,8 @@ leaves the overhead out. Busy speedup is that of the decoding thread's own secon
 """
 
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 from draftsmith.eval.decode import Clock, Trace, generate
 from draftsmith.eval.interval import quotient_interval, ratio_interval
@@ -20,8 +20,13 @@ from draftsmith.models.targets import TextTarget
 NEAR_TIE = 1e-4  # a divergence is tolerated only where the top-2 gap of the plain scores (logits and keyed noise) is below this
 PHASES = ("draft", "verify", "overhead", "total")
 
-# decode(prompts, requests, sampling, max_new_tokens, stops) -> one trace a prompt, and the seconds of each phase for all of them
-Decoder = Callable[[list[list[int]], list[int], Sampling, int, set[int]], tuple[list[Trace], dict[str, float]]]
+class Decoder(Protocol):
+    """A method: decodes a batch. Returns one trace a prompt, and the seconds of each phase for all of them."""
+
+    one_at_a_time: bool  # refuses batches
+
+    def __call__(self, prompts: list[list[int]], requests: list[int], sampling: Sampling, max_new_tokens: int, stops: set[int],
+                 ) -> tuple[list[Trace], dict]: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Looped:
     target: TextTarget
     drafter: Drafter
     margins: bool = False
+    one_at_a_time = False
 
     def __call__(self, prompts, requests, sampling, max_new_tokens, stops):
         clock = Clock(self.target.device)

@@ -24,6 +24,7 @@ from draftsmith.models.lookup import LookupDrafter
 from draftsmith.models.targets import TextTarget, locate
 
 BASELINES = ("plain", "lookup", "hf-generate", "hf-lookup", "hf-assisted")  # every other method is a drafter's directory
+KEYS = ("speedup", "tree", "sweep", "timed", "plain", "greedy", "sampled", "lossless", "identical", "cells", "samples", "conditions")  # of result.json
 ASSISTANT = "bundled:targets/code-mini"
 ANSWER_BATCH = 16
 
@@ -121,6 +122,8 @@ def labels(folders: list[str]) -> dict[str, str]:
         if not said or "/" in name:
             parts = folder.removeprefix("bundled:").rstrip("/").split("/")
             name, place = parts[-2] if parts[-1] == "drafter" and len(parts) > 1 else parts[-1], folder
+        if name in KEYS:
+            raise UserError(f"drafter {folder}: found the name {name}, which result.json uses; expected another (NAME={place})")
         named[folder if name in named or name in BASELINES else name] = place
     return named
 

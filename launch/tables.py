@@ -58,7 +58,7 @@ def cells_table(cells: list[dict]) -> Table:
                                   "random numbers")
     for name in ("suite", "method", "tree"):
         table.add_column(name, no_wrap=True)
-    for name in ("T", "batch", "tau", "tau, no loops", "tokens/s", "speedup", "busy", "accounted", "ms draft+verify+rest", "identical"):
+    for name in ("T", "batch", "tau", "tau, no loops", "tokens/s", "speedup", "busy", "acc.", "ms draft+verify+rest", "identical"):
         table.add_column(name, justify="right", no_wrap=True)
     before = None
     for cell in cells:

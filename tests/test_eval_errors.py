@@ -138,6 +138,7 @@ METHODS = {
     "no assistant": (["{place}/drafter", "hf-assisted", "--assistant", "{place}/none"], "target {place}/none: cannot be loaded"),
     "an assistant of another vocabulary": (["{place}/drafter", "hf-assisted", "--assistant", "{place}/vocab"],
                                            "vocab_size: found 310, expected the target's 300"),
+    "a name that the result uses": (["cells={place}/drafter"], "found the name cells, which result.json uses"),
     "no method": ([], "Missing argument"),
 }
 
