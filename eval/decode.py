@@ -16,19 +16,26 @@ from draftsmith.models.tree import DraftTree
 
 class Clock:
     """Seconds by phase, devices synchronised at every border. `total` covers the loop and the drafter's own prefill, not the target's;
-    `overhead` is choosing tokens, accepting, committing and bookkeeping. What the three phases leave of the total is the loop's own."""
+    `overhead` is choosing tokens, accepting, committing and bookkeeping. What the three phases leave of the total is the loop's own.
+
+    On a CPU `busy` has the seconds that the decoding thread itself ran: on a quiet machine the same, on a loaded one without the waiting.
+    """
 
     def __init__(self, device: torch.device):
         self.seconds = {"draft": 0.0, "verify": 0.0, "overhead": 0.0, "total": 0.0}
+        self.busy = dict(self.seconds) if device.type == "cpu" else None
         self.sync = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
     @contextmanager
     def phase(self, name: str):
         self.sync()
-        start = time.perf_counter()
+        start, ran = time.perf_counter(), time.thread_time()
         yield
         self.sync()
+        ran = time.thread_time() - ran  # inside the wall's reading: a loaded machine likes to switch threads at this call
         self.seconds[name] += time.perf_counter() - start
+        if self.busy is not None:
+            self.busy[name] += ran
 
 
 @dataclass
@@ -114,14 +121,17 @@ def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
     path_tokens = tree.tokens[rows, accepted.path].tolist()
     for i, (request, count, token) in enumerate(zip(active, accepted.counts.tolist(), accepted.next_token.tolist())):
         trace, emitted = traces[request], [*path_tokens[i][1:count], token]
-        kept = emitted[:max_new_tokens - len(trace.tokens)]
-        ends = next((j + 1 for j, t in enumerate(kept) if t in eos), len(kept))
-        kept = kept[:ends]
+        kept = cut(emitted, max_new_tokens - len(trace.tokens), eos)
         trace.tokens += kept
         histories[request] += kept
         trace.accepted.append(count - 1)
         trace.drafted.append(depth[i])
         trace.emitted.append(len(kept))
+
+
+def cut(tokens: list[int], room: int, eos: set[int]) -> list[int]:
+    """At most `room` tokens, none behind the first of `eos`."""
+    return tokens[:next((i + 1 for i, token in enumerate(tokens[:room]) if token in eos), room)]
 
 
 def note_margins(traces, active, logits, accepted):

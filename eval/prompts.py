@@ -1,62 +1,52 @@
-"""Prompts for decoding: JSONL rows with `messages` (a trailing answer is dropped), `turns` (the first is taken) or `prompt`."""
+"""From conversations to prompts: ids that end with the opening of the assistant's turn."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from draftsmith.eval.suites import Conversation, read_suite
 from draftsmith.models.chat import encode_prompt
 from draftsmith.models.errors import UserError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """name, messages and the rendered ids that end with the opening of the assistant's turn."""
+    """name (of a later turn with `/TURN` behind it), category, messages and the rendered ids."""
 
     name: str
+    category: str
     messages: list[dict]
     tokens: list[int]
 
 
 def read_prompts(file: str | Path, tokenizer, limit: int | None = None) -> list[Prompt]:
-    """Raises UserError naming file and row."""
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected JSONL prompts")
+    """The first turn of every conversation. Raises UserError naming file and row."""
+    return [first_turn(c, tokenizer, file) for c in read_suite(file, limit)]
+
+
+def first_turn(conversation: Conversation, tokenizer, file: str | Path) -> Prompt:
+    messages = [*conversation.before, {"role": "user", "content": conversation.turns[0]}]
+    return rendered(conversation, messages, tokenizer, file, turn=1)
+
+
+def rendered(conversation: Conversation, messages: list[dict], tokenizer, file: str | Path, turn: int) -> Prompt:
     try:
-        lines = path.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if limit is not None and len(prompts) >= limit:
-            break
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} row {number}: not valid JSON ({error})") from None
-        messages = to_messages(record, f"{path} row {number}")
-        try:
-            tokens = encode_prompt(tokenizer, messages)
-        except UserError as error:
-            raise UserError(f"{path} row {number}: {error}") from None
-        prompts.append(Prompt(str(record.get("name", record.get("question_id", number))), messages, tokens))
-    if not prompts:
-        raise UserError(f"{path}: found no prompts, expected at least one")
+        tokens = encode_prompt(tokenizer, messages)
+    except UserError as error:
+        raise UserError(f"{file} row {conversation.row}: {error}") from None
+    return Prompt(conversation.name if turn == 1 else f"{conversation.name}/{turn}", conversation.category, messages, tokens)
+
+
+def all_turns(conversations: list[Conversation], tokenizer, file: str | Path, answer: Callable[[list[Prompt]], list[str]]) -> list[Prompt]:
+    """Every turn as a prompt of its own. Behind a turn stands the target's own answer to it: `answer(prompts) -> texts` is called once a
+    round (greedy and plain, so that all methods and temperatures get the same prompts)."""
+    going, prompts = [(c, first_turn(c, tokenizer, file)) for c in conversations], []
+    turn = 1
+    while going:
+        prompts += [prompt for _, prompt in going]
+        asked = [(c, prompt) for c, prompt in going if len(c.turns) > turn]
+        texts = answer([prompt for _, prompt in asked]) if asked else []
+        turn += 1
+        going = [(c, rendered(c, [*prompt.messages, {"role": "assistant", "content": text}, {"role": "user", "content": c.turns[turn - 1]}],
+                              tokenizer, file, turn)) for (c, prompt), text in zip(asked, texts)]
     return prompts
-
-
-def to_messages(record, place: str) -> list[dict]:
-    if isinstance(record, dict):
-        messages, turns, prompt = record.get("messages"), record.get("turns"), record.get("prompt")
-        if isinstance(messages, list) and messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-            messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            if messages:
-                return [{"role": m["role"], "content": m["content"]} for m in messages]
-        if isinstance(turns, list) and turns and isinstance(turns[0], str):
-            return [{"role": "user", "content": turns[0]}]
-        if isinstance(prompt, str):
-            return [{"role": "user", "content": prompt}]
-    found = sorted(record) if isinstance(record, dict) else type(record).__name__
-    raise UserError(f"{place}: found {found}, expected messages, turns or prompt")

@@ -66,12 +66,53 @@ def regenerate(target: str, prompts: str, output: str, temperature: list[float] 
 
 
 @app.command(name="eval")
-def evaluate(drafter: str, prompts: str = "bundled:prompts/code.jsonl", target: str = None, output: str = "runs/eval", tree: str = None,
-             temperature: list[float] = [0.6, 1.0], max_new_tokens: Count = 128, limit: Count = None, seed: int = 0):
-    """Measure a drafter: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json."""
-    from draftsmith.launch.measurement import measure_drafters
+def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), lookup, hf-generate, hf-lookup, "
+                                                               "hf-assisted; plain decoding is always there")],
+             suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = ["bundled:prompts/code.jsonl"],
+             target: Annotated[str, typer.Option(help="default: the one that the drafters name")] = None,
+             assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini", output: str = "runs/eval",
+             tree: Annotated[str, typer.Option(help="tree to time: auto, chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE or eagle")] = "auto",
+             temperature: list[float] = [0.0, 0.6, 1.0],
+             time_at: Annotated[list[float], typer.Option(help="temperatures at which speed is measured; default: all")] = None,
+             batch: Annotated[list[int], typer.Option(min=1)] = [1], max_new_tokens: Annotated[int, typer.Option(min=2)] = 128, limit: Count = None,
+             skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False, seed: int = 0):
+    """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a killed one goes on."""
+    from draftsmith.launch.measurement import Request, measure
 
-    measure_drafters({"drafter": drafter}, target, prompts, Path(output) / "result.json", tree, temperature, max_new_tokens, limit, seed, say)
+    measure(Request(methods, Path(output), tuple(suite), target, assistant, tree, tuple(temperature), tuple(time_at) if time_at else None,
+                    tuple(batch), max_new_tokens, limit, skip_long, seed), say)
+
+
+@app.command()
+def verify(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), lookup")],
+           suite: str = "bundled:prompts/code.jsonl", target: Annotated[list[str], typer.Option(help="default: the one that the drafters name")] = None,
+           dtype: Annotated[list[str], typer.Option(help="fp32, bf16, fp16; identity is claimed in fp32")] = ["fp32"],
+           tree: list[str] = ["chain:5", "dynamic:4x4x12", "dynamic:10x7x60"], batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],
+           temperature: list[float] = [0.0, 1.0], max_new_tokens: Annotated[int, typer.Option(min=2)] = 64, limit: Count = 16, seed: int = 0,
+           output: str = "runs/verify"):
+    """Prove that decoding with a drafter changes no text: trees, batch sizes, sampling, dtypes. Exit code 1 when one does in fp32."""
+    from draftsmith.launch.proof import verify
+
+    if not verify(methods, suite, target or [], dtype, tree, batch, temperature, max_new_tokens, limit, seed, Path(output), say):
+        raise SystemExit(1)
+
+
+@app.command()
+def sweep(drafter: str, suite: str = "bundled:prompts/code.jsonl", target: str = None,
+          tree: Annotated[list[str], typer.Option(help="trees to time; default: a map of depths, sizes and widths")] = None, temperature: float = 0.0,
+          batch: Count = 1, max_new_tokens: Annotated[int, typer.Option(min=2)] = 64, limit: Count = 8, seed: int = 0, output: str = "runs/sweep"):
+    """Time many trees of a drafter beside the one that `--tree auto` chooses. Writes OUTPUT/sweep.json."""
+    from draftsmith.launch.sweep import sweep
+
+    sweep(drafter, suite, target, tree, temperature, batch, max_new_tokens, limit, seed, Path(output), say)
+
+
+@app.command()
+def report(output: Annotated[str, typer.Argument(help="the --output of a finished eval")] = "runs/eval"):
+    """Make the report (Markdown and pictures) of a finished measurement anew."""
+    from draftsmith.launch.report import report
+
+    report(Path(output), say)
 
 
 @app.command()

@@ -4,17 +4,17 @@ import json
 import time
 from pathlib import Path
 
-from draftsmith.launch.measurement import measure_drafters
+from draftsmith.launch.measurement import Request, measure
 from draftsmith.launch.prompts import write_prompts
 from draftsmith.launch.regenerate import regenerate
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import locate
 
-TARGET, SHIPPED, PROMPTS = "bundled:targets/code", "bundled:drafters/eagle3-code", "bundled:prompts/code.jsonl"
+TARGET, SHIPPED = "bundled:targets/code", "bundled:drafters/eagle3-code"
 PACKAGES = ["python", "sympy", "pandas"]  # installed beside draftsmith; their held-out modules are among the evaluation prompts
 COUNT, TEMPERATURES, ANSWER_TOKENS, SEED = 1900, [0.0, 0.8], 128, 0
-EVALUATED, NEW_TOKENS, SAMPLED = 64, 64, [0.6, 1.0]
+EVALUATED, NEW_TOKENS, TEMPERATURES_EVALUATED = 64, 64, (0.0, 0.6, 1.0)
 
 
 def demo(output: Path, report=print) -> None:
@@ -32,7 +32,9 @@ def demo(output: Path, report=print) -> None:
     stage(3, f"draftsmith train recipes/eagle3-code.yaml {' '.join(overrides)}")
     if main([recipe, *overrides]) != 0:
         raise UserError("demo: training ended with an error, see above")
-    stage(4, f"draftsmith eval {output}/drafter --limit {EVALUATED} --max-new-tokens {NEW_TOKENS} (here beside the shipped drafter)")
-    measure_drafters({"demo": f"{output}/drafter", "shipped": SHIPPED}, TARGET, PROMPTS, output / "result.json", None, SAMPLED, NEW_TOKENS,
-                     EVALUATED, SEED, report)
+    drafters = [f"demo={output}/drafter", f"shipped={SHIPPED}"]
+    stage(4, "draftsmith eval " + " ".join(drafters) + f" --limit {EVALUATED} "
+          f"--max-new-tokens {NEW_TOKENS} --time-at 0 --output {output}")
+    measure(Request(drafters, output, temperatures=TEMPERATURES_EVALUATED, timed=(0.0,), max_new_tokens=NEW_TOKENS,
+                    limit=EVALUATED, seed=SEED), report)
     report(f"done in {(time.time() - started) / 60:.1f} min")

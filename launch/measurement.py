@@ -1,103 +1,108 @@
-"""Loads a target and drafters, runs the measurement, shows the table and writes result.json."""
+"""`draftsmith eval`: measures methods over suites, temperatures and batch sizes, shows the tables and writes result.json and the report."""
 
+import hashlib
+import importlib.util
 import json
-import os
-import platform
-import tempfile
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from draftsmith.eval.evaluate import Plan, evaluate
-from draftsmith.eval.prompts import read_prompts
-from draftsmith.models.chat import load_tokenizer, stop_ids
+from draftsmith.eval.evaluate import ACCEPTANCE_BATCH, Plan, Suite
+from draftsmith.eval.journal import Journal
+from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.methods import ASSISTANT, Methods, bundled, check_writable, write_json
+from draftsmith.launch.report import report as write_report_of
+from draftsmith.launch.tables import show
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import load_drafter
-from draftsmith.models.grow import parse_tree
-from draftsmith.models.targets import TextTarget, locate
+from draftsmith.models.grow import chain, parse_tree
 
 LARGE_TREE = "dynamic:10x7x60"
 CHAIN_DEPTH = 5
-SWEEP = ("dynamic:4x4x12", "dynamic:6x4x16", "dynamic:6x5x24")
+CHOICE_PROMPTS = 8
+CODE = "bundled:prompts/code.jsonl"
 
 
-def measure_drafters(drafters: dict[str, str], target_name: str | None, prompts_file: str, output: Path, tree: str | None,
-                     temperatures: list[float], max_new_tokens: int, limit: int | None, seed: int, report=print, sweep_prompts: int = 8) -> dict:
-    """drafters {name: directory}; without `tree` the fastest of a small sweep is timed. Writes {first drafter's keys, other names: theirs}."""
-    check_writable(output.parent)
-    folders = {name: Path(bundled(folder)) for name, folder in drafters.items()}
-    first = next(iter(folders.values()))
-    target_name = target_name or target_of(first)
-    target, tokenizer = TextTarget.load(target_name), load_tokenizer(target_name)
-    heads = {name: load_drafter(folder, target.embedding, target.layers) for name, folder in folders.items()}
-    prompts = read_prompts(bundled(prompts_file), tokenizer, limit)
-    plan = Plan(parse_tree(LARGE_TREE), CHAIN_DEPTH, tuple(parse_tree(t) for t in ([tree] if tree else SWEEP)), sweep_prompts,
-                tuple(temperatures), max_new_tokens, 16, seed)
-    results = evaluate(target, heads, [p.tokens for p in prompts], stop_ids(target, tokenizer), plan, report)
-    names = list(results)
-    document = {**results[names[0]], **{name: results[name] for name in names[1:]}, "conditions": {
-        "target": target_name, "drafters": {n: str(f) for n, f in drafters.items()}, "prompts": prompts_file, "count": len(prompts),
-        "max_new_tokens": max_new_tokens, "seed": seed, "tree_of_tree_tau": LARGE_TREE, "dtype": str(target.dtype).removeprefix("torch."),
-        "device": str(target.device), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__}}
-    write_json(output, document)
-    show(results, plan)
-    report(f"result in {output}")
+@dataclass(frozen=True)
+class Request:
+    """What `draftsmith eval` was asked. methods: drafter directories and baselines; tree: `auto` or the tree to time; timed: the temperatures at
+    which speed is measured (acceptance length is measured at all `temperatures`)."""
+
+    methods: list[str]
+    output: Path
+    suites: tuple[str, ...] = (CODE,)
+    target: str | None = None
+    assistant: str = ASSISTANT
+    tree: str = "auto"
+    temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
+    timed: tuple[float, ...] | None = None
+    batches: tuple[int, ...] = (1,)
+    max_new_tokens: int = 128
+    limit: int | None = None
+    skip_long: bool = False
+    seed: int = 0
+
+    def plan(self) -> Plan:
+        """Raises UserError for values that contradict each other."""
+        timed = self.temperatures if self.timed is None else self.timed
+        for temperature in (*self.temperatures, *timed):
+            if not math.isfinite(temperature):
+                raise UserError(f"temperature: found {temperature}, expected a finite number")
+            Sampling(temperature)
+        for name, values in (("temperatures", self.temperatures), ("timed temperatures", timed), ("batch sizes", self.batches)):
+            if len(set(values)) < len(values) or not values:
+                raise UserError(f"{name}: found {', '.join(map(str, values)) or 'none'}, expected at least one and each once")
+        return Plan(parse_tree(LARGE_TREE), CHAIN_DEPTH, None if self.tree == "auto" else parse_tree(self.tree), CHOICE_PROMPTS,
+                    self.temperatures, tuple((t, b) for t in timed for b in self.batches), self.max_new_tokens, self.seed)
+
+
+def measure(request: Request, report=print) -> dict:
+    """Writes OUTPUT/result.json (the first drafter's documented keys, the other drafters' under their names, all cells, conditions), the raw
+    traces beside it in runs.jsonl, and OUTPUT/report. A killed measurement goes on when the same one is asked again."""
+    plan = request.plan()
+    names = [suite_name(file) for file in request.suites]
+    if len(set(names)) < len(names):
+        raise UserError(f"suites: found {', '.join(names)}, expected different names")
+    methods = Methods.open(request.methods, request.target, request.assistant)
+    rows = max(tree.size for tree in (plan.tree, chain(plan.chain_depth), plan.fixed or plan.tree))
+    prompts = {name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)
+               for name, file in zip(names, request.suites)}
+    digest = lambda found: hashlib.sha256(json.dumps([p.tokens for p in found]).encode()).hexdigest()[:16]  # noqa: E731
+    settings = {**methods.identity(), "suites": {name: digest(found) for name, found in prompts.items()}, "temperatures": request.temperatures,
+                "timed": plan.timed, "tree": request.tree, "max_new_tokens": request.max_new_tokens, "seed": request.seed}
+    check_writable(request.output)
+    journal = Journal(request.output / "runs.jsonl.partial", json.loads(json.dumps(settings)))
+    cells, documents, samples = [], {}, {}
+    for name, found in prompts.items():
+        suite = Suite(name, methods.target, methods.heads, methods.baselines, [p.tokens for p in found], methods.stops, plan, journal, report,
+                      [p.category for p in found])
+        results, more, traces = suite.measure()
+        cells += more
+        documents = documents or results  # the documented keys are those of the first suite
+        samples = samples or {method: pieces(trace, methods.tokenizer) for method, trace in traces.items()}
+    first, *others = documents or {None: {}}
+    document = {
+        **documents.get(first, {}), **{name: documents[name] for name in others}, "cells": cells, "samples": samples, "conditions": {
+            "target": methods.target.name, "drafters": methods.folders, "first": first, "prompts": list(request.suites),
+            "count": {name: len(found) for name, found in prompts.items()}, "max_new_tokens": request.max_new_tokens, "seed": request.seed,
+            "tree_of_tree_tau": LARGE_TREE, "batch_of_tree_tau": ACCEPTANCE_BATCH, **methods.machine()}}
+    write_json(request.output / "result.json", document)
+    journal.path.replace(request.output / "runs.jsonl")
+    show(document)
+    report(f"result in {request.output / 'result.json'}")
+    if importlib.util.find_spec("matplotlib") is None:
+        report("no report: matplotlib is not installed (pip install 'draftsmith[report]')")
+    else:
+        write_report_of(request.output, report)
     return document
 
 
-def bundled(name: str) -> str:
-    """A path, or `bundled:PATH` below the packaged recipes."""
-    if name.startswith("bundled:") and name.endswith(".jsonl"):
-        folder, _, file = name.rpartition("/")
-        return str(Path(locate(folder)) / file)
-    return locate(name)
+def suite_name(file: str) -> str:
+    return Path(bundled(file)).name.split(".")[0]
 
 
-def target_of(folder: Path) -> str:
-    try:
-        return json.loads((folder / "draftsmith.json").read_text("utf-8"))["target"]
-    except (OSError, KeyError, json.JSONDecodeError):
-        raise UserError(f"{folder}/draftsmith.json: no target named; expected --target or a drafter trained here") from None
-
-
-def check_writable(folder: Path) -> None:
-    """An unwritable place is found before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-
-
-def write_json(path: Path, document: dict) -> None:
-    """Complete or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".json") as file:
-        json.dump(document, file, indent=1)
-    os.replace(file.name, path)
-
-
-def show(results: dict[str, dict], plan: Plan) -> None:
-    table = Table(title=f"acceptance length tau = tokens / verify passes ({plan.tree} unless said)")
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
-    row = lambda label, value: table.add_row(label, *[value(r) for r in results.values()])  # noqa: E731
-    row("tau, tree, T=0", lambda r: f"{r['tree_tau']:.2f}")
-    row(f"tau, chain of {plan.chain_depth}, T=0", lambda r: f"{r['chain_tau']:.2f}")
-    row("  predicted from teacher forcing", lambda r: f"{r['predicted_chain_tau']:.2f}")
-    for temperature in plan.temperatures:
-        row(f"tau, tree, T={temperature}", lambda r: f"{r['sampled'][str(temperature)]['tau']:.2f}")
-    row("acceptance by depth, tree, T=0", lambda r: " ".join(f"{a:.2f}" for a in r["greedy"][str(plan.tree)]["acceptance_by_depth"]))
-    row("fastest tree", lambda r: r["tree"])
-    row("  tau", lambda r: f"{r['timed']['tau']:.2f}")
-    row("  tokens/s, plain -> with drafter", lambda r: f"{r['plain']['tokens_per_second']:.0f} -> {r['timed']['tokens_per_second']:.0f}")
-    row("  speedup (wall)", lambda r: f"{r['speedup']:.2f}x")
-    row("  speedup (accounted)", lambda r: f"{r['accounted_speedup']:.2f}x")
-    row("  speedup (ideal)", lambda r: f"{r['ideal_speedup']:.2f}x")
-    row("  ms per pass: draft, verify, overhead", lambda r: " ".join(f"{r['timed']['ms_per_pass'][k]:.1f}" for k in ("draft", "verify", "overhead")))
-    row("texts identical to plain decoding", lambda r: r["identical"])
-    row("lossless", lambda r: "yes" if r["lossless"] else "NO")
-    Console(width=110).print(table)
+def pieces(trace, tokenizer) -> list[str]:
+    """What each pass emitted as text, the token from the prefill first."""
+    borders, texts = [1, *trace.emitted], []
+    for count in borders:
+        texts.append(tokenizer.decode(trace.tokens[sum(borders[:len(texts)]):][:count]))
+    return texts

@@ -5,13 +5,13 @@ import json
 import time
 from pathlib import Path
 
+from draftsmith.eval import journal
 from draftsmith.eval.decode import generate
 from draftsmith.eval.progress import Progress
 from draftsmith.eval.prompts import Prompt, read_prompts
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafter import NoDrafter
-from draftsmith.models.errors import UserError
 from draftsmith.models.targets import TextTarget
 
 
@@ -30,7 +30,7 @@ def regenerate(target_name: str, prompts_file: str, output: str, temperatures: l
     settings = {"target": target_name, "prompts": digest, "temperatures": temperatures, "max_new_tokens": max_new_tokens, "seed": seed}
     partial = Path(f"{output}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    done = resume(partial, settings)
+    done = {entry["row"] for entry in journal.read(partial, settings)}
     fitting = [i for i in range(len(prompts)) if len(prompts[i].tokens) <= room]
     left = [i for i in fitting if i not in done]
     if len(fitting) < len(prompts):
@@ -61,19 +61,3 @@ def answer(row: int, prompt: Prompt, tokens: list[int], tokenizer, stops: set[in
     text = tokenizer.decode(tokens[:-1] if finished else tokens)
     return {"row": row, "messages": [*prompt.messages, {"role": "assistant", "content": text}], "tokens": prompt.tokens + tokens,
             "prompt_length": len(prompt.tokens), "finished": finished, "temperature": temperature}
-
-
-def resume(partial: Path, settings: dict) -> set[int]:
-    """Rows already answered. A torn last line is cut off; a file of other settings is refused."""
-    if not partial.exists() or partial.stat().st_size == 0:
-        return set()
-    text = partial.read_text()
-    if not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
-        partial.write_text(text)
-    lines = text.splitlines()
-    if not lines:
-        return set()
-    if lines[0] != json.dumps(settings):
-        raise UserError(f"{partial}: found the answers of another run ({lines[0]}), expected {json.dumps(settings)}; remove it to start anew")
-    return {json.loads(line)["row"] for line in lines[1:]}

@@ -18,6 +18,16 @@ EAGLE_PATHS = [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """scores [B, C] cumulative log-probabilities; tokens [B, C] target ids; parents [B, C]: 0 for the root, else the parent's index + 1.
+    The first top_k are the children of the root; every following top_k are the children of one node, the most probable first."""
+
+    scores: torch.Tensor
+    tokens: torch.Tensor
+    parents: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DynamicTree:
     """EAGLE-2 (Li et al., 2024, section 4): expand the `top_k` best nodes of each level, `depth` drafted levels, then keep the
     size - 1 best of all candidates by cumulative log-probability (ties: the earlier, hence the shallower)."""
@@ -29,8 +39,8 @@ class DynamicTree:
     def __str__(self) -> str:
         return f"dynamic:{self.top_k}x{self.depth}x{self.size}"
 
-    def grow(self, head, beam, root: torch.Tensor) -> DraftTree:
-        """root [B] -> trees of min(size, candidates + 1) nodes."""
+    def candidates(self, head, beam, root: torch.Tensor) -> "Candidates":
+        """root [B] -> every node that the beam search meets, level by level, before the best are kept."""
         batch = len(root)
         k = min(self.top_k, len(head.ids))
         logp, beam = head.expand(beam, root[:, None], torch.zeros_like(root)[:, None])
@@ -51,13 +61,17 @@ class DynamicTree:
                 parents, tokens = best // k, all_tokens[-1].gather(1, best)
                 flat = count + 1 + best
             count += k * k
-        scores, tokens, parents = (torch.cat(x, 1) for x in (all_scores, all_tokens, all_parents))
-        kept = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :self.size - 1].sort(1).values
-        place = torch.zeros(batch, count + 1, dtype=torch.int64, device=root.device)
-        place.scatter_(1, kept + 1, torch.arange(1, kept.size(1) + 1, device=root.device).expand(batch, -1))
-        parents = place.gather(1, parents.gather(1, kept))
+        return Candidates(*(torch.cat(x, 1) for x in (all_scores, all_tokens, all_parents)))
+
+    def grow(self, head, beam, root: torch.Tensor) -> DraftTree:
+        """root [B] -> trees of min(size, candidates + 1) nodes."""
+        found = self.candidates(head, beam, root)
+        kept = torch.sort(found.scores, dim=1, descending=True, stable=True).indices[:, :self.size - 1].sort(1).values
+        place = torch.zeros(len(root), found.scores.size(1) + 1, dtype=torch.int64, device=root.device)
+        place.scatter_(1, kept + 1, torch.arange(1, kept.size(1) + 1, device=root.device).expand(len(root), -1))
+        parents = place.gather(1, found.parents.gather(1, kept))
         none = torch.full_like(root[:, None], -1)
-        return DraftTree.of(torch.cat([root[:, None], tokens.gather(1, kept)], 1), torch.cat([none, parents], 1))
+        return DraftTree.of(torch.cat([root[:, None], found.tokens.gather(1, kept)], 1), torch.cat([none, parents], 1))
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from draftsmith.eval.measure import decode_batches, tau
+from draftsmith.eval.baselines import Generate
+from draftsmith.eval.measure import Looped, decode_batches, interleaved, tau
 from draftsmith.eval.prompts import read_prompts
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.measurement import bundled
+from draftsmith.launch.methods import bundled
 from draftsmith.models.chat import encode_row, load_tokenizer, stop_ids
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import parse_tree
+from draftsmith.models.lookup import LookupDrafter
 from draftsmith.models.targets import TextTarget, locate
 
 
@@ -51,3 +53,18 @@ def test_shipped_drafter_is_lossless_and_useful(code, sampling, tree):
     drafted = decode_batches(target, HeadDrafter(head, parse_tree(tree)), prompts[:8], sampling, 48, stops, 3)
     assert [t.tokens for t in drafted] == [t.tokens for t in plain]
     assert tau(drafted) > (1.8 if sampling.temperature == 0 else 1.2)
+
+
+def test_code_mini_is_a_small_assistant_of_code_that_changes_no_text(code):
+    from pathlib import Path
+
+    target, tokenizer, _, prompts = code
+    place = Path(locate("bundled:targets/code-mini"))
+    assert (place / "model.safetensors").stat().st_size <= 1.5e6
+    assert json.loads((place / "tokenizer.json").read_text()) == json.loads((Path(locate("bundled:targets/code")) / "tokenizer.json").read_text())
+    mini, stops = TextTarget.load("bundled:targets/code-mini"), stop_ids(target, tokenizer)
+    assert mini.layers == 2 and mini.vocab_size == target.vocab_size
+    decoders = {"plain": Looped(target, NoDrafter()), "lookup": Looped(target, LookupDrafter()), "assisted": Generate(target, assistant=mini)}
+    runs = interleaved(decoders, prompts[:4], Sampling(), 48, stops)
+    assert [t.tokens for t in runs["assisted"].traces] == [t.tokens for t in runs["plain"].traces] == [t.tokens for t in runs["lookup"].traces]
+    assert tau(runs["assisted"].traces) > 1.3, tau(runs["assisted"].traces)

@@ -1,20 +1,24 @@
 """What the numbers mean: tau, per-depth acceptance, prediction against measurement, divergences, and the demo's flow on a tiny target."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from draftsmith.eval import measure
+from draftsmith.eval.baselines import Generate
 from draftsmith.eval.decode import Trace, generate
-from draftsmith.eval.evaluate import Plan, evaluate
-from draftsmith.eval.measure import Run, acceptance_by_depth, decode_batches, divergences, macro_tau, summary, tau
+from draftsmith.eval.evaluate import Plan, Suite
+from draftsmith.eval.journal import Journal
+from draftsmith.eval.measure import Looped, Run, acceptance_by_depth, decode_batches, divergences, macro_tau, repeated_4grams, summary, tau
 from draftsmith.eval.predict import predicted_chain_tau
-from draftsmith.eval.prompts import read_prompts
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.regenerate import regenerate
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import chain, parse_tree
+from draftsmith.models.lookup import LookupDrafter
 from draftsmith.train.loop import train
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 from tests.conftest import tiny_head, tiny_target, trained_head
@@ -26,6 +30,7 @@ def test_tau_counts_tokens_over_passes():
     traces = [Trace(tokens=[0] * 7, accepted=[2, 2], drafted=[3, 3], emitted=[3, 3]), Trace(tokens=[0] * 2, accepted=[0], drafted=[3], emitted=[1])]
     assert tau(traces) == 7 / 3 and macro_tau(traces) == 2.0
     assert acceptance_by_depth(traces) == [2 / 3, 1.0, 0.0]
+    assert repeated_4grams([[1, 2, 3, 4, 5]]) == 0 and repeated_4grams([[1] * 7, [1, 2]]) == 0.75 and repeated_4grams([]) == 0
 
 
 @pytest.mark.parametrize("depth", [1, 3, 5])
@@ -42,20 +47,59 @@ def test_divergences_name_token_and_margin():
     assert divergences([a], [b]) == [{"prompt": 0, "token": 2, "margin": 2e-5, "tolerated": True}]
     assert divergences([Trace(tokens=[1, 2, 3], margins=[0.5, 2e-4])], [b])[0]["tolerated"] is False
     plain = Run([Trace(tokens=[1, 2], margins=[0.3], emitted=[1])])
-    assert summary(Run([Trace(tokens=[1, 5], emitted=[1])]), plain)["lossless"] is False
+    assert summary(Run([Trace(tokens=[1, 5], emitted=[1])]), plain.traces)["lossless"] is False
+
+
+PLAN = Plan(parse_tree("dynamic:4x3x10"), 3, None, 2, (0.0, 1.0), ((0.0, 1), (1.0, 4)), 12, 0)
+DOCUMENTED = {"tree_tau", "chain_tau", "predicted_chain_tau", "speedup", "accounted_speedup", "ideal_speedup", "lossless", "identical", "tree", "sweep",
+              "timed", "plain", "greedy", "sampled"}
+
+
+def measured(target, heads, journal=None, plan=PLAN):
+    baselines = {"lookup": Looped(target, LookupDrafter()), "hf-lookup": Generate(target, prompt_lookup_num_tokens=4)}
+    return Suite("some", target, heads, baselines, PROMPTS, {7}, plan, journal, lambda line: None).measure()
 
 
 def test_evaluation_gives_all_documented_keys_and_finds_a_lossy_drafter(target, head, monkeypatch):
-    plan = Plan(parse_tree("dynamic:4x3x10"), 3, (parse_tree("chain:2"), parse_tree("dynamic:3x2x5")), 2, (1.0,), 12, 3, 0)
-    result = evaluate(target, {"one": head, "two": tiny_head(target, 30)}, PROMPTS, {7}, plan, report=lambda line: None)["one"]
-    assert {"tree_tau", "chain_tau", "predicted_chain_tau", "speedup", "accounted_speedup", "ideal_speedup", "lossless", "tree"} <= result.keys()
-    assert result["lossless"] and result["identical"] == "24/24" and result["tree"] in ("chain:2", "dynamic:3x2x5")
-    assert set(result["timed"]["ms_per_pass"]) == {"draft", "verify", "overhead", "total"}
+    results, cells, samples = measured(target, {"one": head, "two": tiny_head(target, 30)})
+    one = results["one"]
+    assert one.keys() == DOCUMENTED and one["lossless"] and one["identical"] == "30/30" and list(one["sweep"])[0] == one["tree"]
+    assert set(one["timed"]["ms_per_pass"]) == {"draft", "verify", "overhead", "total"} and set(one["sampled"]) == {"1.0"}
+    timed = [(c["temperature"], c["batch"], c["method"]) for c in cells if "speedup" in c]
+    assert timed == [(0, 1, m) for m in ("plain", "lookup", "hf-lookup", "one", "two")] + [(1, 4, m) for m in ("plain", "lookup", "one", "two")]
+    for cell in cells:
+        low, high = cell["tau_interval"]
+        assert low <= cell["tau"] <= high and sum(cell[k]["prompts"] for k in ("looping", "not_looping") if cell[k]) == len(PROMPTS)
+        assert cell["speedup"] == 1.0 if cell["method"] == "plain" else True
+    assert samples.keys() == {"plain", "lookup", "hf-lookup", "one", "two"}
     from draftsmith.eval import decode
 
     monkeypatch.setattr(decode, "match", lambda tree, chosen: match_wrongly(tree, chosen))
-    broken = evaluate(target, {"one": head}, PROMPTS, {7}, plan, report=lambda line: None)["one"]
-    assert not broken["lossless"]
+    assert not measured(target, {"one": head})[0]["one"]["lossless"]
+
+
+def test_a_killed_measurement_goes_on_and_gives_the_same_figures(target, head, tmp_path, monkeypatch):
+    untimed = lambda cells: [{k: c[k] for k in ("method", "tree", "temperature", "batch", "tau", "tau_interval", "identical", "prompts")}  # noqa: E731
+                             for c in cells]
+    plan = replace(PLAN, fixed=parse_tree("chain:2"))
+    whole = measured(target, {"one": head}, Journal(tmp_path / "whole", {"seed": 0}), plan)[1]
+    real, calls = measure.interleaved.__globals__["generate"], []
+
+    def killed(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 13:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(measure, "generate", killed)
+        measured(target, {"one": head}, Journal(tmp_path / "torn", {"seed": 0}), plan)
+    before = (tmp_path / "torn").read_text()
+    (tmp_path / "torn").write_text(before + '{"key": "some/0.0')
+    again = measured(target, {"one": head}, Journal(tmp_path / "torn", {"seed": 0}), plan)[1]
+    assert untimed(again) == untimed(whole) and (tmp_path / "torn").read_text().startswith(before) and before.count("\n") > 2
+    with pytest.raises(UserError, match="found another run"):
+        Journal(tmp_path / "torn", {"seed": 1})
 
 
 def match_wrongly(tree, chosen):
@@ -66,27 +110,6 @@ def match_wrongly(tree, chosen):
         return Accepted(torch.zeros(len(chosen), 1, dtype=torch.long), torch.ones(len(chosen), dtype=torch.long), chosen[:, 0])
     path = torch.tensor([[0, 1]] * len(chosen))
     return Accepted(path, torch.full((len(chosen),), 2), chosen[:, 1])
-
-
-@pytest.mark.parametrize(("row", "want"), [
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, [{"role": "user", "content": "a"}]),
-    ({"turns": ["a", "b"], "question_id": 3}, [{"role": "user", "content": "a"}]), ({"prompt": "a"}, [{"role": "user", "content": "a"}])])
-def test_prompt_forms(tmp_path, row, want):
-    from draftsmith.train.pretrain import train_tokenizer
-
-    file = tmp_path / "p.jsonl"
-    file.write_text(json.dumps(row) + "\n")
-    prompt = read_prompts(file, train_tokenizer(["a b"], 280))[0]
-    assert prompt.messages == want and prompt.tokens
-
-
-@pytest.mark.parametrize(("text", "message"), [("", "found no prompts"), ("{", "row 1: not valid JSON"), ("3", "row 1: found int"),
-                                               ('{"x": 1}', r"row 1: found \['x'\], expected messages, turns or prompt")])
-def test_bad_prompts_name_the_row(tmp_path, text, message):
-    file = tmp_path / "p.jsonl"
-    file.write_text(text + "\n")
-    with pytest.raises(UserError, match=message):
-        read_prompts(file, None)
 
 
 def test_regenerate_resumes_and_feeds_training(tmp_path, monkeypatch):
@@ -114,7 +137,7 @@ def test_regenerate_resumes_and_feeds_training(tmp_path, monkeypatch):
         regenerate(*arguments, None, 0, lambda line: None)
     partial = tmp_path / "answers.jsonl.partial"
     partial.write_text(partial.read_text() + '{"row": 9, "tor')  # torn last line
-    with pytest.raises(UserError, match="answers of another run"):
+    with pytest.raises(UserError, match="found another run"):
         regenerate(*arguments, None, 1)
     resumed = regenerate(*arguments, None, 0, lambda line: None).read_text()
     fresh = regenerate(*arguments[:2], str(tmp_path / "fresh.jsonl"), *arguments[3:], None, 0, lambda line: None).read_text()

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.train import corpus
 from draftsmith.train.optimizers import MuonAdamW
@@ -69,7 +70,10 @@ class Optimizer(Strict):
 
 
 class TargetRecipe(Strict):
+    """tokenizer: that of another target (a draft model must share its target's); without it one is trained on the corpus."""
+
     seed: int
+    tokenizer: str | None = None
     corpus: Corpus
     model: Architecture
     stages: list[Stage]
@@ -115,7 +119,12 @@ class Documents:
         texts = [f for f in files if not corpus.is_held_out(f.module, spec.held_out)]
         rng = random.Random(recipe.seed)
         sample = rng.sample(train, min(len(train), 30_000))
-        self.tokenizer = train_tokenizer([f.question for f in sample] + [f.answer for f in sample], recipe.model.vocab_size)
+        if recipe.tokenizer is None:
+            self.tokenizer = train_tokenizer([f.question for f in sample] + [f.answer for f in sample], recipe.model.vocab_size)
+        else:
+            self.tokenizer = load_tokenizer(recipe.tokenizer)
+        if len(self.tokenizer) > recipe.model.vocab_size:
+            raise UserError(f"model.vocab_size: found {recipe.model.vocab_size}, expected at least the {len(self.tokenizer)} ids of the tokenizer")
         (folder / "corpus.json").write_text(json.dumps(corpus.manifest(files), indent=0))
         self.chat = self._encode(train, spec)
         self.held_out = self._encode(held, spec)

@@ -149,7 +149,10 @@ def build(config: Eagle3Config, tensors: dict[str, torch.Tensor], embedding: tor
         raise UserError(f"{folder}/config.json: eagle_aux_hidden_state_layer_ids: found {list(config.taps)}, expected ascending numbers "
                         f"from 1 to {taps_below - 1 if taps_below else 'the number of layers less one'}")
     check_tensors(tensors, expected_shapes(config, hidden), f"{folder}/model.safetensors")
-    ids = from_offsets(tensors.pop("d2t"), tensors.pop("t2d"), vocab) if "d2t" in tensors else None
+    try:
+        ids = from_offsets(tensors.pop("d2t"), tensors.pop("t2d"), vocab) if "d2t" in tensors else None
+    except UserError as error:
+        raise UserError(f"{folder}/model.safetensors: {error}") from None
     head = Eagle3Head(config, embedding, ids)
     head.load_state_dict({name: value.to(embedding) for name, value in tensors.items()}, assign=True)
     return head.eval()

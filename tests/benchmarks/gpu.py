@@ -16,7 +16,6 @@ import argparse
 import datetime
 import gc
 import json
-import math
 import platform
 import shlex
 import statistics
@@ -31,10 +30,11 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from draftsmith.eval.decode import Clock, generate
-from draftsmith.eval.measure import Run, decode_batches, interleaved, summary
+from draftsmith.eval.measure import Looped, decode_batches, interleaved, summary
 from draftsmith.eval.prompts import read_prompts
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.measurement import CHAIN_DEPTH, LARGE_TREE, bundled, check_writable, write_json
+from draftsmith.launch.measurement import CHAIN_DEPTH, LARGE_TREE
+from draftsmith.launch.methods import bundled, check_writable, write_json
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.features import Features, FeatureSpec, Packing, Teacher, TrainingFeatures
@@ -253,16 +253,17 @@ def bundled_models(scale: Scale, device: torch.device) -> dict:
     for dtype in (torch.float32, torch.bfloat16):
         target = TextTarget.load(TARGET, dtype, device)
         head, stops = load_drafter(bundled(DRAFTER), target.embedding, target.layers), stop_ids(target, tokenizer)
-        drafters = {str(policy): HeadDrafter(head, policy) for policy in (parse_tree(LARGE_TREE), chain(CHAIN_DEPTH))}
+        drafters = [NoDrafter(), *(HeadDrafter(head, policy) for policy in (parse_tree(LARGE_TREE), chain(CHAIN_DEPTH)))]
+        methods = {str(drafter): Looped(target, drafter) for drafter in drafters}
         for temperature in (0.0, 1.0):
             sampling, labels = Sampling(temperature), {"dtype": str(dtype).removeprefix("torch."), "T": temperature}
-            reference = Run(decode_batches(target, NoDrafter(), prompts, sampling, scale.new_tokens, stops, 1, margins=True))
-            for method, run in (runs := interleaved(target, drafters, prompts, sampling, scale.new_tokens, stops)).items():
+            reference = decode_batches(target, NoDrafter(), prompts, sampling, scale.new_tokens, stops, 1, margins=True)
+            for method, run in (runs := interleaved(methods, prompts, sampling, scale.new_tokens, stops)).items():
                 figures = summary(run, reference, runs["plain"])
                 rows.append({**labels, "method": method, **{k: figures[k] for k in ("tau", "tokens_per_second", "speedup", "accounted_speedup")},
                              "identical": figures["identical"], "prompts": figures["prompts"], "lossless": figures["lossless"]})
                 parted += [{**labels, "method": method, "prompt": d["prompt"], "token": d["token"],
-                            "gap": None if math.isnan(d["margin"]) else d["margin"]} for d in figures["divergences"]]
+                            "gap": d["margin"]} for d in figures["divergences"]]
     show(f"bundled target and drafter, {len(prompts)} prompts, up to {scale.new_tokens} new tokens, batch 1", rows)
     show(f"texts that part from plain decoding: {len(parted)}", parted)
     return {"new_tokens": scale.new_tokens, "runs": rows, "divergences": parted}

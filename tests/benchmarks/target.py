@@ -9,7 +9,7 @@ Ends with one JSON line. repeated_4grams: share of the 4-grams of a text (token 
 import argparse
 import json
 
-from draftsmith.eval.measure import decode_batches
+from draftsmith.eval.measure import decode_batches, repeated_4grams
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.chat import encode_prompt, load_tokenizer, stop_ids
 from draftsmith.models.drafter import NoDrafter
@@ -17,18 +17,6 @@ from draftsmith.models.targets import TextTarget
 from draftsmith.train import corpus
 from draftsmith.train.pretrain import TargetRecipe, chat, loss_per_byte
 from draftsmith.train.recipe import read_recipe
-
-
-def repeated_4grams(texts: list[list[int]]) -> float:
-    """Micro-averaged over texts of at least 8 tokens."""
-    repeated = total = 0
-    for text in texts:
-        seen = set()
-        for gram in zip(text, text[1:], text[2:], text[3:]):
-            repeated += gram in seen
-            total += 1
-            seen.add(gram)
-    return repeated / max(1, total)
 
 
 def main():
