@@ -82,6 +82,25 @@ def demo(output: str = "runs/demo"):
     demo(Path(output), say)
 
 
+@app.command()
+def export(drafter: str, output: str, to: Annotated[str, typer.Option(help="vllm, sglang, speculators or arctic")],
+           target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
+           depth: Annotated[int, typer.Option(min=1, help="drafted tokens in the config and in the command")] = 5):
+    """Write a drafter (directory, Hub id or bundled:NAME) as a serving engine loads it, checked key by key."""
+    from draftsmith.launch.export import export_drafter
+
+    export_drafter(drafter, output, to, target, depth, say)
+
+
+@app.command(name="import")
+def import_(source: str, output: str, target: Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME that it drafts for")],
+            pickle: Annotated[bool, typer.Option(help="also read pytorch_model.bin (tensors only)")] = False):
+    """Make a drafter of this project from a public one: EAGLE-3 or speculators, directory or Hub id."""
+    from draftsmith.launch.export import import_drafter
+
+    import_drafter(source, output, target, pickle, say)
+
+
 def main() -> None:
     try:
         app(standalone_mode=False)
