@@ -101,6 +101,19 @@ def import_(source: str, output: str, target: Annotated[str, typer.Option(help="
     import_drafter(source, output, target, pickle, say)
 
 
+@app.command()
+def push(drafter: str, repository: Annotated[str, typer.Argument(help="USER/NAME")], private: bool = False,
+         revision: Annotated[str, typer.Option(help="branch, made where it does not exist")] = None,
+         dry_run: Annotated[bool, typer.Option(help="show files and card, send nothing")] = False,
+         results: Annotated[Path, typer.Option(help="result.json of draftsmith eval; default: the one in the drafter's parent folder")] = None,
+         target: Annotated[str, typer.Option(help="Hub id; default: the one that the drafter names")] = None,
+         license: Annotated[str, typer.Option(help="licence of the drafter, for instance apache-2.0")] = None):
+    """Publish a drafter on the Hub with a card made from what was measured. The token is HF_TOKEN or that of `hf auth login`."""
+    from draftsmith.launch.hub import push
+
+    push(drafter, repository, private, revision, dry_run, results, target, license, say)
+
+
 def main() -> None:
     try:
         app(standalone_mode=False)

@@ -32,7 +32,7 @@ def export_drafter(place: str | Path, out: str | Path, to: str, target: str | No
         head = own.read(stored.config, stored.tensors, embedding, config.num_hidden_layers, stored.folder)
         serving = Serving(locate(target), architecture, depth)
     store(head, out, layout, {"head": head.name, "target": target, **stored.about}, stored.dtype, serving)
-    report(f"{len(layout.write(head, stored.dtype, serving)[1])} tensors in {out}, read back and equal\n{command(layout, to, out, target, depth)}")
+    report(f"{len(layout.write(head, stored.dtype, serving)[1])} tensors in {out}, read back and equal\n{command(layout, to, out, locate(target), depth)}")
     return out
 
 
@@ -60,5 +60,5 @@ def new_place(out: str | Path) -> Path:
 
 
 def command(layout, engine: str, drafter: str | Path, target: str, depth: int) -> str:
-    """The shell command that serves a drafter."""
-    return Template(layout.engines[engine]).substitute(drafter=drafter, target=locate(target), depth=depth)
+    """The shell command that serves a drafter; drafter and target as the engine is to find them."""
+    return Template(layout.engines[engine]).substitute(drafter=drafter, target=target, depth=depth)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import locate
@@ -24,7 +24,7 @@ def fetch(place: str | Path, files: Sequence[str] = SAFE_FILES) -> Path:
     name, _, revision = str(place).partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise UserError(f"{place}: no such directory, and the Hub: {hub_reason(error)}") from None
 
 

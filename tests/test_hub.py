@@ -1,0 +1,184 @@
+"""Push and load through a server that speaks the Hub's protocol; every client is a process of its own, as a user's is."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from draftsmith.launch.card import measured
+from draftsmith.launch.hub import push as publish
+from draftsmith.models.errors import UserError
+from draftsmith.models.targets import locate
+from tests.hub_server import TOKEN
+
+ROOT = Path(__file__).parent.parent
+DRAFTER = "bundled:drafters/eagle3-code"
+CELL = {"method": "eagle3-code dynamic:10x7x60", "drafter": "eagle3-code", "tree": "dynamic:10x7x60", "suite": "code", "temperature": 0.0, "batch": 16,
+        "tau": 3.25, "tau_interval": [3.0, 3.5], "acceptance_by_depth": [0.9, 0.8, 0.75], "prompts": 64, "identical": 64, "lossless": True}
+RESULT = {"cells": [CELL, {**CELL, "temperature": 1.0, "tau": 1.5, "acceptance_by_depth": [0.5]}, {**CELL, "drafter": None, "method": "plain"}],
+          "conditions": {"drafters": {"eagle3-code": DRAFTER}, "target": "bundled:targets/code", "dtype": "float32", "cores": 2, "seed": 0}}
+
+
+@pytest.fixture(scope="module")
+def server():
+    process = subprocess.Popen([sys.executable, "-m", "tests.hub_server"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    yield process.stdout.readline().strip()
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def client(server, tmp_path):
+    """Runs a command against the server with a cache of its own, signed in unless said."""
+    def run(*command, token=TOKEN, **environment):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        found = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=tmp_path, timeout=120, env={
+            **kept, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", **({"HF_TOKEN": token} if token else {}), **environment})
+        assert TOKEN not in found.stdout + found.stderr and "X-Amz-Signature" not in found.stdout + found.stderr
+        return found
+    return run
+
+
+@pytest.fixture
+def push(client):
+    return lambda *arguments, **options: client("-m", "draftsmith.launch", "push", *arguments, **options)
+
+
+def log(server, since: int = 0) -> list[dict]:
+    with urllib.request.urlopen(f"{server}/control/log") as answer:
+        return json.load(answer)[since:]
+
+
+def fail(server, route: str, status: int, times: int) -> None:
+    body = json.dumps({"route": route, "status": status, "times": times}).encode()
+    urllib.request.urlopen(urllib.request.Request(f"{server}/control/fail", body)).close()
+
+
+def fetch(server, repository: str, file: str, revision: str = "main") -> bytes:
+    request = urllib.request.Request(f"{server}/{repository}/resolve/{revision}/{file}", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request) as answer:
+        return answer.read()
+
+
+LOAD = """
+import sys
+from draftsmith.models.errors import UserError
+from draftsmith.models.formats import from_pretrained
+for place in sys.argv[1:]:
+    try:
+        print(place, sum(p.double().sum().item() for p in from_pretrained(place).parameters()))
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_push_then_from_pretrained_gives_the_same_head(server, client, push, tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    measured_push = lambda: push(DRAFTER, "tester/eagle3-code", "--results", tmp_path / "result.json", "--license", "apache-2.0")  # noqa: E731
+    pushed = measured_push()
+    assert pushed.returncode == 0 and "pushed to" in pushed.stdout, pushed.stderr
+    loaded = client("-c", LOAD, "tester/eagle3-code", DRAFTER, token=None)
+    there, here = loaded.stdout.splitlines()
+    assert there.split()[1:] == here.split()[1:] != [], loaded.stderr
+    snapshot = next((tmp_path / "home").rglob("snapshots/*"))
+    assert {p.name for p in snapshot.iterdir()} == {"config.json", "draftsmith.json", "model.safetensors"}  # nothing else is downloaded
+    ours = load_file(Path(locate(DRAFTER)) / "model.safetensors")
+    assert all(ours[name].equal(value) for name, value in load_file(snapshot / "model.safetensors").items())
+    out = client("-m", "draftsmith.launch", "export", "tester/eagle3-code", tmp_path / "out", "--to", "speculators", token=None)
+    assert out.returncode == 0 and (tmp_path / "out" / "model.safetensors").is_file(), out.stderr
+
+    card = fetch(server, "tester/eagle3-code", "README.md").decode()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["license"] == "apache-2.0" and {"speculative-decoding", "eagle3", "vllm", "sglang"} <= set(header["tags"])
+    (entry,) = header["model-index"]
+    assert [r["metrics"][0]["value"] for r in entry["results"]] == [3.25, 1.5] and entry["name"] == "eagle3-code"
+    assert "| code | 0 | 16 | dynamic:10x7x60 | 3.25 (3.00 to 3.50) | 0.90 | 0.80 | 0.75 | 64 | 64/64 |" in card
+    assert "steps: 2,248" in card and "muon_lr: 0.02" in card and str(ROOT) not in card
+
+    again = len(log(server))
+    assert measured_push().returncode == 0
+    assert not [e for e in log(server, again) if e["route"] in ("put", "commit")]  # nothing changed, nothing sent
+
+
+def test_a_cut_off_push_goes_on_where_it_stopped(server, push):
+    start = len(log(server))
+    fail(server, "commit", 403, 1)
+    first = push(DRAFTER, "tester/cut")
+    assert first.returncode == 2 and first.stderr.strip().splitlines()[-1].startswith("error: tester/cut: HTTP 403"), first.stderr
+    assert "the same command goes on" in first.stderr and "Traceback" not in first.stderr
+    fail(server, "commit", 503, 1)  # passes by itself
+    second = push(DRAFTER, "tester/cut")
+    assert second.returncode == 0 and "again in 1 s" in second.stdout, second.stderr
+    routes = [entry["route"] for entry in log(server, start)]
+    assert routes.count("put") == 1 and routes.count("commit") == 3  # the weights were sent once
+
+
+def test_private_repositories_and_branches(server, client, push, tmp_path):
+    assert push(DRAFTER, "tester/secret", "--private", "--revision", "trial").returncode == 0
+    inside = client("-c", LOAD, "tester/secret@trial", "tester/secret@other", "tester/secret")
+    loaded, unknown, empty = inside.stdout.splitlines()
+    assert len(loaded.split()) == 2 and "no such revision" in unknown and "config.json is missing" in empty, inside.stdout
+    outside = client("-c", LOAD, "tester/secret@trial", token=None, HF_HOME=str(tmp_path / "stranger"))
+    assert "no such repository, or a private one" in outside.stdout, outside.stderr
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(server, push):
+    asked = urllib.request.Request(f"{server}/api/repos/create", json.dumps({"name": "open"}).encode(), {"Authorization": f"Bearer {TOKEN}"})
+    urllib.request.urlopen(asked).close()
+    hidden = push(DRAFTER, "tester/open", "--private")
+    assert hidden.returncode == 2 and "is public, expected a private one" in hidden.stderr
+
+
+def test_without_a_token(push):
+    refused = push(DRAFTER, "tester/x", token=None)
+    assert refused.returncode == 2 and "HTTP 401" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_dry_run_shows_everything_and_calls_nobody():
+    said = []
+    assert publish(DRAFTER, "tester/dry", dry_run=True, report=said.append) is None  # the tests run offline
+    shown = "\n".join(said)
+    assert "README.md" in shown and "1,472,904 model.safetensors" in shown and "nothing was sent" in shown
+    assert "Not measured. `draftsmith eval tester/dry` measures it." in shown and "model-index" not in shown
+    assert "vllm serve" in shown and "sglang.launch_server" in shown
+
+
+@pytest.mark.parametrize(("place", "repository", "options", "message"), [
+    (DRAFTER, "name", {}, "name: expected a Hub id, USER/NAME"), ("/none", "tester/x", {}, "/none: no such directory"),
+    (DRAFTER, "tester/x", {"results": Path("none.json")}, "none.json: no such file"),
+    (DRAFTER, "tester/x", {"target": "/tmp"}, "names the target /tmp, expected a Hub id"), (DRAFTER, "tester/x", {}, "tester/x: .*offline"),
+])
+def test_mistakes_are_one_line(place, repository, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        publish(place, repository, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_figures_of_this_drafter_are_published(tmp_path):
+    def given(document):
+        (tmp_path / "result.json").write_text(json.dumps(document))
+        return tmp_path / "result.json"
+
+    folder = Path(locate(DRAFTER))
+    cells, conditions = measured(folder, given(RESULT))
+    assert [cell["tau"] for cell in cells] == [3.25, 1.5] and conditions["cores"] == 2
+    two = {**RESULT["conditions"], "drafters": {"a": "/none/a", "b": "/none/b"}}
+    for document, message in (({**RESULT, "conditions": two}, "found the drafters a, b"), ({"tree_tau": 3.0}, "cells: missing"),
+                              ({**RESULT, "cells": []}, "no cells of eagle3-code")):
+        with pytest.raises(UserError, match=message):
+            measured(folder, given(document))
+    assert measured(folder, None) == ([], {})
+    mine = tmp_path / "drafter"
+    mine.mkdir()
+    given(RESULT)
+    os.utime(tmp_path / "result.json", (1, 1))
+    (mine / "model.safetensors").write_bytes(b"newer")
+    with pytest.raises(UserError, match="older than .*; measure the drafter again"):
+        measured(mine, None)
