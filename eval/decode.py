@@ -20,7 +20,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.seconds = {"draft": 0.0, "verify": 0.0, "overhead": 0.0, "total": 0.0}
-        self.sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+        self.sync = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
     @contextmanager
     def phase(self, name: str):
@@ -62,12 +62,12 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
     prefill = session.prefill(prompts)
     start = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=target.device))
     root = scores(prefill.logits[:, None], start, session.lengths[:, None], sampling, active, histories)[:, 0].argmax(-1)
-    with clock.phase("draft"):
-        drafter.begin(prefill.features, root)
     for request, token in zip(active, root.tolist()):
         traces[request].tokens.append(token)
         histories[request].append(token)
     with clock.phase("total"):
+        with clock.phase("draft"):
+            drafter.begin(prefill.features, root)
         while True:
             going = [i for i, r in enumerate(active) if traces[r].tokens[-1] not in eos and len(traces[r].tokens) < max_new_tokens]
             if len(going) < len(active):

@@ -21,7 +21,7 @@ def say(line: str) -> None:
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
     """Train a drafter by a recipe (one process; `deepspeed --module draftsmith.train RECIPE` for several)."""
-    from draftsmith.train import main
+    from draftsmith.launch.training import main
 
     raise SystemExit(main([recipe, *(overrides or [])]))
 

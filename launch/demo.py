@@ -18,7 +18,7 @@ EVALUATED, NEW_TOKENS, SAMPLED = 64, 64, [0.6, 1.0]
 
 
 def demo(output: Path, report=print) -> None:
-    from draftsmith.train import main
+    from draftsmith.launch.training import main
 
     started = time.time()
     stage = lambda number, text: report(f"\n[{number}/4, {(time.time() - started) / 60:.1f} min] {text}")  # noqa: E731

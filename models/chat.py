@@ -17,9 +17,13 @@ def load_tokenizer(name: str | Path):
         raise UserError(f"tokenizer {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
 
 
+class UnstableTemplate(UserError):
+    """The chat template renders a turn differently once another one follows: no token mask can be derived from it."""
+
+
 def stop_ids(target, tokenizer) -> set[int]:
-    """Every id that ends an answer: the generation config's, the model config's or the tokenizer's."""
-    for source in (getattr(target.model, "generation_config", None), target.config, tokenizer):
+    """Every id that ends an answer: the generation config's, the model config's or the tokenizer's. target: `TextTarget` or `Description`."""
+    for source in (target.generation_config, target.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
             return set(ids if isinstance(ids, (list, tuple)) else [ids])
@@ -56,7 +60,7 @@ def encode_row(tokenizer, messages: list[dict], stops: set[int]) -> tuple[list[i
         before = encode_prompt(tokenizer, messages[:turn])
         through = render(tokenizer, messages[:turn + 1])["input_ids"]
         if ids[:len(before)] != before or ids[:len(through)] != through:
-            raise UserError(f"chat template: turn {turn} is not prefix-stable (rendering the turns before it gives other tokens)")
+            raise UnstableTemplate(f"chat template: turn {turn} is not prefix-stable (rendering the turns before it gives other tokens)")
         for at in range(len(before), len(through)):
             mask[at] = 1
             if ids[at] in stops:

@@ -1,7 +1,9 @@
 """Shared fixtures: a tiny random Llama as target and a tiny random EAGLE-3 head for it, fp32, seeded."""
 
+import json
 import os
 from itertools import accumulate
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -11,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith.eval.decode import generate
@@ -19,6 +22,9 @@ from draftsmith.models.drafter import NoDrafter
 from draftsmith.models.features import Packing, TrainingFeatures
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.targets import TextTarget
+from draftsmith.train.pretrain import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 
 def tiny_target(layers: int = 7, vocab: int = 61, seed: int = 0, **changes) -> TextTarget:
@@ -68,3 +74,30 @@ def target():
 @pytest.fixture
 def head(target):
     return tiny_head(target, draft_vocab=40)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(["def add(a, b):\n    return a + b\n", "the quick brown fox", "import os\nimport sys\n"], 300)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    """A tiny target with a real tokenizer and 24 rows to learn from."""
+    folder = tmp_path_factory.mktemp("run")
+    target = tiny_target(vocab=300)
+    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = 2
+    target.model.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    rows = [{"messages": [{"role": "user", "content": f"def f{i}(a):"}, {"role": "assistant", "content": f"    return a + {i}\n" * (1 + i % 2)}]}
+            for i in range(10, 34)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = yaml.safe_load((ROOT / "recipes" / "eagle3-code.yaml").read_text())
+    recipe |= {"target": str(folder / "target"), "output": str(folder / "out")}
+    recipe["data"] |= {"files": [str(folder / "rows.jsonl")], "max_length": 64}
+    recipe["head"] |= {"intermediate_size": None, "draft_vocab_size": 200}
+    recipe["objective"] |= {"steps": 3}
+    recipe["optimization"] |= {"batch_tokens": 100, "epochs": 2}
+    recipe["evaluation"] |= {"rows": 0}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder

@@ -14,7 +14,7 @@ from draftsmith.models.features import FeatureSpec
 from draftsmith.models.grow import DynamicTree, chain, parse_tree
 from draftsmith.models.tree import DraftTree, Kind
 from tests.conftest import tiny_head, tiny_target, trained_head
-from tests.test_heads import features_of
+from tests.test_heads import packed
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
 TREES = ["chain:3", "dynamic:4x3x10", "eagle"]
@@ -174,5 +174,5 @@ def test_bf16_target_decodes_and_trains_an_fp32_head():
     head = tiny_head(target)
     assert head.fc.weight.dtype == torch.float32  # a head of another dtype than its target
     assert len(generate(target, HeadDrafter(head, chain(2)), [[3, 1]], Sampling(), 6)[0].tokens) == 6
-    loss, _ = head.loss(features_of(target, head), steps=3)
+    loss, _ = head.loss(packed(target, head), steps=3, decay=0.8)
     assert torch.isfinite(loss)

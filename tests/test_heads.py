@@ -13,7 +13,6 @@ from draftsmith.models.heads import vocabulary
 from draftsmith.models.heads.distill import chain_walk
 from tests.conftest import pack, tiny_head, tiny_target
 
-
 LENGTHS = (14, 12, 10)
 
 

@@ -1,5 +1,5 @@
 import sys
 
-from draftsmith.train import main
+from draftsmith.launch.training import main
 
 sys.exit(main(sys.argv[1:]))

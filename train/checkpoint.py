@@ -5,12 +5,16 @@ DeepSpeed writes its files under a hidden name; rank 0 adds `state.json` and the
 """
 
 import json
+import os
 import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from draftsmith.models.errors import UserError
+from draftsmith.train.distributed import barrier
 
 
 class Checkpoints:
@@ -25,37 +29,58 @@ class Checkpoints:
 
     def read(self, place: Path) -> dict:
         """state.json of a checkpoint. Raises UserError when it belongs to another recipe."""
-        state = json.loads((place / "state.json").read_text("utf-8"))
-        different = sorted(k for k in self.settings if state["settings"].get(k) != self.settings[k])
+        found = json.loads((place / "state.json").read_text("utf-8"))
+        different = sorted(k for k in self.settings if found["settings"].get(k) != self.settings[k])
         if different:
-            raise UserError(f"{place}: found a checkpoint of another recipe ({', '.join(different)} differ); remove it or choose another output")
-        return state
+            raise UserError(f"{place}: found a checkpoint of another recipe or other rows ({', '.join(different)} differ); "
+                            "remove it or choose another output")
+        return found
 
-    def save(self, engine, step: int, progress: dict, save_drafter) -> None:
-        """All ranks call this. `save_drafter(folder)` writes the consolidated drafter (rank 0 only). The newest checkpoint alone is kept."""
-        import deepspeed
+    def save(self, engine, state: dict, save_drafter) -> None:
+        """All ranks call this. `save_drafter(folder)` writes the consolidated drafter (rank 0 only). The newest checkpoint alone is kept.
 
-        hidden, shown = self.folder / f".step-{step}", self.folder / f"step-{step}"
-        if self.rank == 0:
-            for stale in self.folder.glob(".step-*"):
-                shutil.rmtree(stale)
-        deepspeed.comm.barrier()
-        engine.save_checkpoint(str(self.folder), tag=hidden.name, save_latest=False)
-        deepspeed.comm.barrier()
-        if self.rank == 0:
-            save_drafter(hidden / "drafter")
-            (hidden / "state.json").write_text(json.dumps({"settings": self.settings, "world_size": self.world, "step": step, **progress}))
-            older = [p for p in self.folder.glob("step-*") if p != shown]
-            hidden.rename(shown)
-            for place in older:
-                shutil.rmtree(place)
-        deepspeed.comm.barrier()
+        Raises UserError when a file cannot be written; the checkpoint before is still there.
+        """
+        hidden, shown = self.folder / f".step-{state['step']}", self.folder / f"step-{state['step']}"
+        try:
+            if self.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in self.folder.glob(".step-*"):
+                    shutil.rmtree(stale)
+            barrier(self.world)
+            engine.save_checkpoint(str(self.folder), tag=hidden.name, save_latest=False)
+            barrier(self.world)
+            if self.rank == 0:
+                save_drafter(hidden / "drafter")
+                (hidden / "state.json").write_text(json.dumps({"settings": self.settings, "world_size": self.world, "state": state}))
+                for file in hidden.rglob("*"):
+                    _to_disk(file)
+                older = [p for p in self.folder.glob("step-*") if p != shown]
+                hidden.rename(shown)
+                _to_disk(self.folder)
+                for place in older:
+                    shutil.rmtree(place)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system says
+            shutil.rmtree(hidden, ignore_errors=True)
+            last = self.latest()
+            raise UserError(f"{shown}: cannot be written ({' '.join(str(error).split())[:200]}); "
+                            + (f"{last} is complete: the same command resumes there" if last else "there is no checkpoint before it")) from None
+        barrier(self.world)
 
     def load(self, engine, place: Path) -> None:
         """Restores weights and optimizer of all ranks."""
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=place.name)
         if loaded is None:
             raise UserError(f"{place}: the engine's files cannot be read; remove it to start anew")
+
+
+def _to_disk(place: Path) -> None:
+    """What was written survives a power cut."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -1,120 +1,248 @@
-"""Training rows: token ids and token mask, read through `datasets`, served in a deterministic order.
+"""From files to training rows, once: records are read one by one, encoded, and stored as flat arrays that every process maps.
 
-Order: one permutation per epoch from (seed, epoch); inside a window of batches rows are sorted by length, so that batches hold rows of
-similar length; every process takes its own rows of each batch.
+Memory does not grow with the data. A record that cannot be used is counted, and the file refused when too many are; a chat template that
+is not prefix-stable spoils every row and ends the run at once.
 """
 
-import tempfile
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from draftsmith.models.chat import encode_row
+from draftsmith.models.chat import UnstableTemplate, encode_row
 from draftsmith.models.errors import UserError
+from draftsmith.models.features import Packing
 
-WINDOW = 16  # batches whose rows are sorted together
+EARLY = 1000  # records after which a file that is mostly unusable is refused without reading on
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
-class Row:
-    """tokens and mask (1 = written by the target) of one conversation."""
+class Rows:
+    """Documents behind one another: tokens [T] uint32 and mask [T] bool (1 = written by the target), mapped from `folder`;
+    borders [N + 1] int64; counts [V] int64, how often each id was written by the target."""
 
-    tokens: list[int]
-    mask: list[int]
+    folder: Path
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return np.memmap(self.folder / "tokens.bin", dtype=np.uint32, mode="r")
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        return np.memmap(self.folder / "mask.bin", dtype=bool, mode="r")
+
+    @cached_property
+    def borders(self) -> np.ndarray:
+        return np.load(self.folder / "borders.npy")
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        return torch.from_numpy(np.load(self.folder / "counts.npy"))
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.borders)
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        cut = slice(self.borders[number], self.borders[number + 1])
+        return self.tokens[cut], self.mask[cut]
+
+    def pack(self, numbers: list[int]) -> tuple[torch.Tensor, Packing]:
+        """tokens [T] int64 of these rows behind one another, and their packing."""
+        tokens, masks = zip(*(self.row(n) for n in numbers))
+        borders = (0, *np.cumsum([len(t) for t in tokens]).tolist())
+        return torch.from_numpy(np.concatenate(tokens).astype(np.int64)), Packing(borders, torch.from_numpy(np.concatenate(masks)))
+
+    def prompt(self, number: int) -> list[int]:
+        """What stands before the first token that the target wrote (at least one token)."""
+        tokens, mask = self.row(number)
+        return tokens[:max(1, int(mask.argmax()))].tolist()
 
 
-def read_table(file: str | Path):
-    """A JSONL or Parquet file as a `datasets.Dataset`. Raises UserError when it cannot be read or is empty."""
+def prepare(files: list[str], max_length: int, max_bad_rows: float, tokenizer, stops: set[int], vocab_size: int, folder: Path, report=print) -> Rows:
+    """Encodes the files below `folder` unless that was done before with equal content and tokenizer (the folder's name is a hash of both).
+
+    Raises UserError naming file and row when a share of more than `max_bad_rows` of a file's records cannot be used, and when nothing can
+    be learned from any.
+    """
+    place = folder / key_of(files, max_length, tokenizer, stops, vocab_size)
+    if not place.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{place.name}-{os.getpid()}"
+        try:
+            partial.mkdir()
+            _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, partial, report)
+            try:
+                partial.rename(place)
+            except OSError:
+                if not place.is_dir():  # else another process was first, with the same content
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return Rows(place)
+
+
+def await_rows(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, folder: Path) -> Rows:
+    """The rows that the first process of this machine prepares; waiting is no collective, so that no time-out of one can strike."""
+    place = folder / key_of(files, max_length, tokenizer, stops, vocab_size)
+    while not place.is_dir():
+        time.sleep(0.1)
+    return Rows(place)
+
+
+def key_of(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int) -> str:
+    """16 hex digits over everything that the rows depend on. Raises UserError for a file that does not exist."""
+    digest = hashlib.sha256(json.dumps([2, max_length, sorted(stops), vocab_size, tokenizer.chat_template]).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer).encode())
+    for file in files:
+        digest.update(file.encode() if file.startswith("hub:") else _content(Path(file)))
+    return digest.hexdigest()[:16]
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected JSONL, JSON or Parquet, or hub:USER/NAME")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).digest()
+
+
+def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report) -> None:
+    borders, counts, short, shown = [0], np.zeros(vocab_size, dtype=np.int64), 0, time.time()
+    with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "mask.bin").open("wb") as mask_file:
+        for file in files:
+            bad = seen = 0
+            first = ""
+            for number, record in read_records(file):
+                seen, place = seen + 1, f"{file} row {number}"
+                try:
+                    tokens, mask = encode_record(record, tokenizer, stops, vocab_size)
+                except UnstableTemplate as error:
+                    raise UserError(f"{place}: {error}") from None
+                except UserError as error:
+                    bad, first = bad + 1, first or f"{place}: {error}"
+                else:
+                    if sum(mask[:max_length]) < 2:
+                        short += 1
+                        continue
+                    ids, written = np.array(tokens[:max_length], dtype=np.uint32), np.array(mask[:max_length], dtype=bool)
+                    tokens_file.write(ids.tobytes())
+                    mask_file.write(written.tobytes())
+                    counts += np.bincount(ids[written], minlength=vocab_size)
+                    borders.append(borders[-1] + len(ids))
+                if seen == EARLY and bad > seen * max(max_bad_rows, 0.5):
+                    break
+                if time.time() - shown > 10:
+                    shown = time.time()
+                    report(f"{file}: {seen:,} rows read, {bad} cannot be used")
+            if seen == 0:
+                raise UserError(f"{file}: found no rows, expected at least one")
+            if bad > max_bad_rows * seen:
+                raise UserError(f"{file}: found {bad} of {seen} rows that cannot be used, expected at most {max_bad_rows:.2%} (data.max_bad_rows); "
+                                f"the first: {first}")
+            if bad:
+                report(f"{file}: {bad} of {seen:,} rows cannot be used and are left out; the first: {first}")
+    if len(borders) == 1:
+        raise UserError(f"{', '.join(files)}: found no row with two or more tokens written by the target within {max_length} tokens (data.max_length)")
+    if short:
+        report(f"{short:,} rows are left out: their answers begin behind data.max_length {max_length}")
+    np.save(folder / "borders.npy", np.array(borders, dtype=np.int64))
+    np.save(folder / "counts.npy", counts)
+
+
+def read_records(file: str) -> Iterator[tuple[int, object]]:
+    """(row number from 1, record) of a file or Hub data set, one at a time; a line that is no JSON comes as a `UserError` in the record's place."""
+    if file.startswith("hub:"):
+        name, _, split = file.removeprefix("hub:").partition(":")
+        yield from enumerate(_stream(file, name, split=split or "train"), 1)
+        return
+    path = Path(file)
+    if path.suffix == ".parquet":
+        yield from enumerate(_stream(file, "parquet", data_files=str(path), split="train"), 1)
+        return
+    if path.suffix not in (".jsonl", ".json"):
+        raise UserError(f"{path}: found suffix {path.suffix!r}, expected .jsonl, .json or .parquet")
+    with path.open("rb") as lines:
+        if path.suffix == ".json" and lines.read(1) == b"[":
+            try:
+                yield from enumerate(json.loads(path.read_bytes()), 1)
+            except ValueError as error:
+                raise UserError(f"{path}: not valid JSON ({error})") from None
+            return
+        lines.seek(0)
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:  # UnicodeDecodeError is one
+                    yield number, UserError(f"not valid JSON ({error})")
+
+
+def _stream(file: str, name: str, **options) -> Iterator[dict]:
     try:
         import datasets
     except ImportError:
-        raise UserError("reading training rows needs the package datasets, found none; pip install 'draftsmith[train]'") from None
-
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected JSONL or Parquet")
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
-    if kind is None:
-        raise UserError(f"{path}: found suffix {path.suffix!r}, expected .jsonl, .json or .parquet")
+        raise UserError(f"{file}: reading it needs the package datasets, found none; pip install 'draftsmith[train]'") from None
     datasets.disable_progress_bars()
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            table = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True)
+        yield from datasets.load_dataset(name, streaming=True, **options)
     except Exception as error:  # datasets raises many types for bad files; the cause is its innermost message
-        cause = error.__cause__ or error
-        raise UserError(f"{path}: cannot be read as {kind} ({' '.join(str(cause).split())[:200]})") from None
-    if len(table) == 0:
-        raise UserError(f"{path}: found no rows, expected at least one")
-    return table
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error.__cause__ or error).split())[:200]})") from None
 
 
-def read_rows(files: list[str], tokenizer, stops: set[int], vocab_size: int, max_length: int) -> list[Row]:
-    """All rows that have something to learn from, cut at max_length.
-
-    Raises UserError with file and row for a row of the wrong form or ids outside the vocabulary, and when no row has supervised tokens.
-    """
-    rows = []
-    for file in files:
-        for number, record in enumerate(read_table(file)):
-            place = f"{file} row {number + 1}"
-            tokens, mask = encode_record(record, tokenizer, stops, place)
-            wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
-            if wrong is not None:
-                raise UserError(f"{place}: found token id {wrong}, expected 0..{vocab_size - 1}")
-            row = Row(tokens[:max_length], mask[:max_length])
-            if sum(row.mask) >= 2:
-                rows.append(row)
-    if not rows:
-        raise UserError(f"{', '.join(files)}: found no row with two or more tokens written by the target within {max_length} tokens")
-    return rows
-
-
-def encode_record(record: dict, tokenizer, stops: set[int], place: str) -> tuple[list[int], list[int]]:
+def encode_record(record, tokenizer, stops: set[int], vocab_size: int) -> tuple[list[int], list[int]]:
+    """(token ids, token mask). Raises UserError saying what was found and expected; `UnstableTemplate` concerns every row."""
+    if isinstance(record, UserError):
+        raise record
+    if not isinstance(record, dict):
+        raise UserError(f"found {type(record).__name__}, expected an object")
     if record.get("tokens") is not None:
-        start = record.get("prompt_length")
-        if not isinstance(record["tokens"], list) or not all(isinstance(t, int) for t in record["tokens"]):
-            raise UserError(f"{place}: tokens: expected a list of integers")
-        if not isinstance(start, int) or not 0 < start <= len(record["tokens"]):
-            raise UserError(f"{place}: prompt_length: found {start!r}, expected 1..{len(record['tokens'])}")
-        return record["tokens"], [0] * start + [1] * (len(record["tokens"]) - start)
-    if record.get("messages") is not None:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-            raise UserError(f"{place}: messages: expected a list of objects with role and content")
-        try:
-            return encode_row(tokenizer, messages, stops)
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+        return _encode_tokens(record["tokens"], record.get("prompt_length"), vocab_size)
+    if record.get("messages") is not None or record.get("conversations") is not None:
+        ids, mask = encode_row(tokenizer, _messages(record), stops)
+        if not any(mask):
+            raise UserError("the token mask is all zero: found no answer in it, expected a turn of the assistant")
+        return ids, mask
     if isinstance(record.get("text"), str):
         ids = tokenizer(record["text"])["input_ids"]
         return ids, [1] * len(ids)
-    raise UserError(f"{place}: found keys {sorted(record)}, expected tokens, messages or text")
+    raise UserError(f"found keys {sorted(record)}, expected tokens, messages, conversations or text")
 
 
-def token_counts(rows: list[Row], vocab_size: int) -> torch.Tensor:
-    """How often each id was written by the target. [V] int64."""
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for row in rows:
-        counts += torch.bincount(torch.tensor([t for t, m in zip(row.tokens, row.mask) if m]), minlength=vocab_size)
-    return counts
+def _encode_tokens(tokens, start, vocab_size):
+    if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens):
+        raise UserError("tokens: expected a list of integers")
+    if not isinstance(start, int) or not 0 < start <= len(tokens):
+        raise UserError(f"prompt_length: found {start!r}, expected 1..{len(tokens)}")
+    wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
+    if wrong is not None:
+        raise UserError(f"found token id {wrong}, expected 0..{vocab_size - 1}")
+    return tokens, [0] * start + [1] * (len(tokens) - start)
 
 
-def epoch_batches(rows: list[Row], batch_rows: int, world: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers of every global batch (batch_rows * world each; the rest is left out) of an epoch."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    size, batches = batch_rows * world, []
-    order = order[:len(order) // size * size]
-    for start in range(0, len(order), size * WINDOW):
-        window = sorted(order[start:start + size * WINDOW], key=lambda i: len(rows[i].tokens))
-        batches += [window[i:i + size] for i in range(0, len(window), size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def collate(rows: list[Row], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens [B, S] int64, lengths [B], mask [B, S] bool, right-padded."""
-    width = max(len(r.tokens) for r in rows)
-    tokens = torch.tensor([r.tokens + [0] * (width - len(r.tokens)) for r in rows], device=device)
-    mask = torch.tensor([r.mask + [0] * (width - len(r.mask)) for r in rows], dtype=torch.bool, device=device)
-    return tokens, torch.tensor([len(r.tokens) for r in rows], device=device), mask
+def _messages(record: dict) -> list[dict]:
+    """`messages` with role and content, or `conversations` with from and value."""
+    if record.get("messages") is not None:
+        turns = record["messages"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in turns):
+            raise UserError("messages: expected a list of objects with role and content")
+        return turns
+    turns = record["conversations"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(m, dict) and m.get("from") in ROLES and isinstance(m.get("value"), str) for m in turns):
+        raise UserError(f"conversations: expected a list of objects with value and from (one of {', '.join(ROLES)})")
+    return [{"role": ROLES[m["from"]], "content": m["value"]} for m in turns]

@@ -1,9 +1,11 @@
 """recipe -> target -> rows -> features -> head.loss -> DeepSpeed -> drafter directory. One straight line."""
 
+import contextlib
 import json
-import math
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,171 +15,279 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.heads.vocabulary import most_frequent
-from draftsmith.models.targets import TextTarget
-from draftsmith.train import data, distributed
+from draftsmith.models.targets import TextTarget, describe
+from draftsmith.train import distributed
 from draftsmith.train.checkpoint import Checkpoints, termination
-from draftsmith.train.muon import MuonAdamW
+from draftsmith.train.data import Rows, await_rows, prepare
+from draftsmith.train.features import Cached, Online
+from draftsmith.train.optimizers import AdamW, MuonAdamW
 from draftsmith.train.recipe import DrafterRecipe
+from draftsmith.train.schedule import Schedule, held_out, rate_scale
 from draftsmith.train.step import TrainingStep
+from draftsmith.train.telemetry import Log, Progress, Stopwatch, Wandb, figures
 
+PERSISTENT = 20  # steps in a row with gradients that are not finite, after which a run ends
 
-def build_head(recipe: DrafterRecipe, target: TextTarget, rows: list[data.Row], stops: set[int]) -> tuple[Eagle3Head, float]:
-    """The head with its draft vocabulary, and the share of supervised tokens that it covers."""
-    spec, counts = recipe.head, data.token_counts(rows, target.vocab_size)
-    config = Eagle3Config.for_target(target.config, spec.intermediate_size, spec.draft_vocab_size)
-    ids = most_frequent(counts, config.draft_vocab_size, sorted(stops))
-    torch.manual_seed(recipe.seed)
-    head = Eagle3Head(config, target.embedding, ids)
-    head.start_from(target)
-    return head, float(counts[ids].sum() / counts.sum())
-
-
-def build_optimizer(recipe: DrafterRecipe, head: Eagle3Head):
-    spec = recipe.optimization
-    if spec.name == "adamw":
-        return torch.optim.AdamW(head.parameters(), lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    if recipe.engine.zero_stage > 0:
-        raise UserError(f"engine.zero_stage: found {recipe.engine.zero_stage}, expected 0 with optimization.name muon (it needs whole matrices)")
-    named = list(head.named_parameters())
-    return MuonAdamW([p for n, p in named if p.ndim == 2 and "lm_head" not in n], [p for n, p in named if p.ndim != 2 or "lm_head" in n],
-                     spec.muon_lr, spec.lr)
-
-
-def rate_scale(step: int, total: int, warmup: float) -> float:
-    """Learning-rate factor: linear rise over the first `warmup` share of the steps, then linear fall to zero."""
-    rise = max(1, round(warmup * total))
-    return min((step + 1) / rise, (total - step) / max(1, total - rise))
-
-
-def train(recipe: DrafterRecipe, report=print) -> Path:
-    """Trains a drafter and returns its directory, `output/drafter`. `output/log.jsonl` holds one line per step.
-
-    A killed or terminated run goes on from its last checkpoint when called again (`Terminated` is raised after SIGTERM).
-    """
-    with distributed.processes() as (rank, world, device):
-        return run(recipe, rank, world, device, report if rank == 0 else (lambda line: None))
-
-
-def run(recipe: DrafterRecipe, rank: int, world: int, device: torch.device, say) -> Path:
-    """The training of one process. Every rank sees the same rows and takes its share of each batch; rank 0 writes."""
-    import deepspeed
-
-    spec = recipe.optimization
-    target, tokenizer = TextTarget.load(recipe.target, device=device), load_tokenizer(recipe.target)
-    if recipe.data.max_length > target.context_length:
-        raise UserError(f"data.max_length: found {recipe.data.max_length}, expected at most the target's {target.context_length}")
-    stops = stop_ids(target, tokenizer)
-    rows = data.read_rows(recipe.data.files, tokenizer, stops, target.vocab_size, recipe.data.max_length)
-    per_epoch = len(rows) // (spec.batch_rows * world * spec.accumulation)
-    total = math.floor(per_epoch * spec.epochs)
-    if total < 1:
-        raise UserError(f"data.files: found {len(rows)} rows, expected at least one batch of {spec.batch_rows * world * spec.accumulation}")
-    head, coverage = build_head(recipe, target, rows, stops)
-    settings = recipe.model_dump(mode="json", exclude={"output": True, "engine": {"checkpoint_minutes"}})
-    checkpoints = Checkpoints(Path(recipe.output) / "checkpoints", settings, rank, world)
-    place = checkpoints.latest()
-    if place is not None and checkpoints.read(place)["world_size"] != world:
-        warm = load_drafter(place / "drafter", target.embedding, target.layers)
-        head.load_state_dict(warm.state_dict())
-        say(f"{place} was written by {checkpoints.read(place)['world_size']} processes, this run has {world}: its weights are a warm start, "
-            "optimizer and schedule begin anew")
-    optimizer = build_optimizer(recipe, head)
-    engine, *_ = deepspeed.initialize(
-        model=TrainingStep(head, recipe.objective.steps, recipe.objective.decay), model_parameters=head.parameters(), optimizer=optimizer,
-        config=distributed.engine_config(recipe.engine.zero_stage, recipe.engine.dtype, spec.batch_rows, spec.accumulation, spec.clip))
-    rates = [group["lr"] for group in engine.optimizer.param_groups]
-    say(f"{len(rows)} rows, {sum(len(r.tokens) for r in rows):,} tokens, {sum(sum(r.mask) for r in rows):,} written by the target; "
-        f"head {sum(p.numel() for p in head.parameters()) / 1e6:.2f} M parameters, draft vocabulary covers {coverage:.2%}; "
-        f"{total} steps on {world} process{'es' * (world > 1)}")
-    output, about = Path(recipe.output), {"target": recipe.target, "recipe": recipe.model_dump(), "world_size": world, "draft_vocab_coverage": coverage}
-    state = {"step": 0, "tokens": 0, "seconds": 0.0}
-    if place is not None and checkpoints.read(place)["world_size"] == world:
-        checkpoints.load(engine, place)
-        state = checkpoints.read(place)
-        say(f"resumed at step {state['step']}")
-    log = Log(output / "log.jsonl", state["step"]) if rank == 0 else None
-    started, saved, tokens, shown = time.time() - state["seconds"], time.time(), state["tokens"], 0.0
-    with termination() as terminated:
-        for step, epoch, batches in schedule(recipe, rows, world, state["step"], total):
-            scale, figures = rate_scale(step - 1, total, spec.warmup), 0.0
-            for group, rate in zip(engine.optimizer.param_groups, rates):
-                group["lr"] = rate * scale
-            for batch in batches:
-                features = target.features(*data.collate([rows[i] for i in batch[rank::world]], target.device), head.feature_spec)
-                loss, metrics = engine(features)
-                engine.backward(loss)
-                engine.step()
-                tokens += sum(len(rows[i].tokens) for i in batch)
-                figures = figures + torch.cat([loss.detach()[None], metrics["conditional"], metrics["accuracy"]]) / spec.accumulation
-            due = rank == 0 and time.time() - saved > recipe.engine.checkpoint_minutes * 60
-            asked = figures.new_tensor([float(due), float(terminated())])
-            if world > 1:
-                deepspeed.comm.all_reduce(figures)
-                deepspeed.comm.all_reduce(asked)
-                figures /= world
-            if not math.isfinite(figures[0]):
-                raise UserError(f"step {step}: loss is {float(figures[0])}, expected a finite number; lower optimization.lr or muon_lr")
-            seconds = time.time() - started
-            if rank == 0:
-                line = progress(step, total, epoch, tokens, seconds, figures.tolist())
-                log.write(line)
-                if time.time() - shown > 10 or step == total:
-                    shown = time.time()
-                    say(format_progress(line))
-            if bool(asked.any()) and step < total:
-                written = {"tokens": tokens, "seconds": seconds}
-                checkpoints.save(engine, step, written, lambda folder, s=step: save_drafter(head, folder, {**about, "steps": s, **written}, torch.float32))
-                saved = time.time()
-                if asked[1] > 0:
-                    raise Terminated(f"terminated; step {step} is saved in {checkpoints.folder}, the same command resumes there")
-    folder = output / "drafter"
-    if rank == 0:
-        save_drafter(head, folder, {**about, "steps": total, "tokens": tokens, "seconds": round(time.time() - started, 1)})
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)
-        say(f"drafter saved in {folder}")
-    deepspeed.comm.barrier()
-    return folder
+Evaluator = Callable[[TextTarget, Eagle3Head, list[list[int]], set[int]], float]  # acceptance length on prompts, given the stop ids
 
 
 class Terminated(Exception):
     """The run was asked to stop and saved its state."""
 
 
-def schedule(recipe: DrafterRecipe, rows: list[data.Row], world: int, done: int, total: int):
-    """Yields (step, epoch, global micro-batches of row numbers) for steps done + 1 .. total."""
-    spec, step = recipe.optimization, 0
-    for epoch in range(math.ceil(spec.epochs)):
-        batches = data.epoch_batches(rows, spec.batch_rows, world, recipe.seed, epoch)
-        for first in range(0, len(batches) - spec.accumulation + 1, spec.accumulation):
-            step += 1
-            if done < step <= total:
-                yield step, epoch, batches[first:first + spec.accumulation]
+def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, stops: set[int]) -> Eagle3Head:
+    """The head with its draft vocabulary (the most frequent ids of the data), fresh or from a drafter directory."""
+    spec = recipe.head
+    if spec.start_from is not None:
+        head = load_drafter(spec.start_from, target.embedding, target.layers)
+        wanted = Eagle3Config.for_target(target.config, spec.intermediate_size, spec.draft_vocab_size)
+        for key in ("intermediate_size", "draft_vocab_size"):
+            if getattr(head.config, key) != getattr(wanted, key):
+                raise UserError(f"head.{key}: found {getattr(wanted, key)}, expected {getattr(head.config, key)} as in {spec.start_from}")
+        return head.train()
+    config = Eagle3Config.for_target(target.config, spec.intermediate_size, spec.draft_vocab_size)
+    ids = most_frequent(counts, config.draft_vocab_size, sorted(stops))
+    torch.manual_seed(recipe.seed)
+    head = Eagle3Head(config, target.embedding, ids)
+    head.start_from(target)
+    return head
 
 
-class Log:
-    """log.jsonl, one line per step; lines behind the step that a run resumes from are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = path.read_text().splitlines()[:step] if step and path.exists() else []
-        self.file = path.open("w")
-        self.file.writelines(line + "\n" for line in kept)
-
-    def write(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+def build_optimizer(recipe: DrafterRecipe, head: Eagle3Head):
+    spec = recipe.optimization
+    if spec.name == "adamw":
+        return AdamW(head.parameters(), lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    named = list(head.named_parameters())
+    return MuonAdamW([p for n, p in named if p.ndim == 2 and "lm_head" not in n], [p for n, p in named if p.ndim != 2 or "lm_head" in n],
+                     spec.muon_lr, spec.lr)
 
 
-def progress(step: int, total: int, epoch: int, tokens: int, seconds: float, figures: list[float]) -> dict:
-    """One log line; figures = [loss, conditional..., accuracy...], means over all processes. conditional[k]: right at step k given right
-    before; accuracy[k]: right up to step k."""
-    steps = len(figures) // 2
-    return {"step": step, "total": total, "epoch": epoch, "loss": figures[0], "conditional": figures[1:1 + steps], "accuracy": figures[1 + steps:],
-            "tokens_per_second": tokens / seconds, "seconds": seconds, "left": seconds / step * (total - step)}
+def consolidated(head: Eagle3Head, zero_stage: int) -> Eagle3Head:
+    """An fp32 copy of a head whose parameters may be partitioned; all processes call this."""
+    gather = distributed.load_deepspeed().zero.GatheredParameters(list(head.parameters())) if zero_stage == 3 else contextlib.nullcontext()
+    with gather:
+        weights = {name: value.detach().to(torch.float32, copy=True) for name, value in head.state_dict().items()}
+    twin = type(head)(head.config, head.embedding, head.ids).to(head.embedding.device, torch.float32)
+    twin.load_state_dict(weights)
+    return twin.eval()
 
 
-def format_progress(line: dict) -> str:
-    minutes, seconds = divmod(int(line["left"]), 60)
-    steps = " ".join(f"{a:.2f}" for a in line["conditional"])
-    return (f"step {line['step']}/{line['total']} loss {line['loss']:.3f} right given right before {steps} "
-            f"{line['tokens_per_second']:.0f} tok/s left {minutes}:{seconds:02d}")
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint keeps beside the engine. best: {"tau", "step"} of the best drafter so far."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    in_a_row: int = 0
+    best: dict | None = None
+
+
+def train(recipe: DrafterRecipe, report=print, evaluator: Evaluator | None = None, engine_extra: dict | None = None) -> Path:
+    """Trains a drafter and returns its directory, `output/drafter`. `output/log.jsonl` holds one line per step.
+
+    A killed or terminated run goes on from its last checkpoint when called again (`Terminated` is raised after SIGTERM); a finished one is
+    left as it is. evaluator: measures the acceptance length on the held-out rows (`evaluation.rows` of the recipe).
+    """
+    spec = recipe.data
+    with distributed.launched() as (rank, world, local):
+        say = report if rank == 0 else (lambda line: None)
+        distributed.check_dtype(recipe.engine.dtype)
+        described, tokenizer = describe(recipe.target), load_tokenizer(recipe.target)
+        if spec.max_length > described.context_length:
+            raise UserError(f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}")
+        if (recipe.head.draft_vocab_size or 0) > described.vocab_size:
+            raise UserError(f"head.draft_vocab_size: found {recipe.head.draft_vocab_size}, expected at most the target's {described.vocab_size}")
+        stops = stop_ids(described, tokenizer)
+        arguments = (tokenizer, stops, described.vocab_size, Path(recipe.output) / "rows")
+        if local == 0:
+            rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, say)
+        else:
+            rows = await_rows(spec.files, spec.max_length, *arguments)
+        settings = recipe.model_dump(mode="json", exclude={"output": True, "wandb": True, "engine": {"checkpoint_minutes"}}) | {"rows": rows.key}
+        if finished(Path(recipe.output) / "drafter", settings):
+            say(f"{recipe.output}/drafter is there already, trained by this recipe on these rows; remove it to train again")
+            return Path(recipe.output) / "drafter"
+        with distributed.process_group(rank, world, local) as device:
+            return Run(recipe, settings, rows, stops, rank, world, device, say, evaluator, engine_extra or {}).train()
+
+
+def finished(folder: Path, settings: dict) -> bool:
+    """Whether a run of these settings left its drafter. Raises UserError when it is another run's."""
+    if not folder.exists():
+        return False
+    found = json.loads((folder / "draftsmith.json").read_text("utf-8")).get("settings", {})
+    different = sorted(k for k in settings if found.get(k) != settings[k])
+    if different:
+        raise UserError(f"output: {folder} was trained by another recipe or on other rows ({', '.join(different)} differ); "
+                        "remove it or choose another output")
+    return True
+
+
+class Run:
+    """One process of a run. Every process knows all rows and takes its share of each step; the first one writes."""
+
+    def __init__(self, recipe: DrafterRecipe, settings: dict, rows: Rows, stops: set[int], rank: int, world: int, device: torch.device, say,
+                 evaluator: Evaluator | None, engine_extra: dict):
+        self.recipe, self.rows, self.stops, self.rank, self.world, self.say, self.evaluator = recipe, rows, stops, rank, world, say, evaluator
+        self.output, spec = Path(recipe.output), recipe.optimization
+        numbers, self.kept = held_out(len(rows), min(recipe.evaluation.rows, len(rows) // 2) if evaluator else 0, recipe.seed)
+        self.schedule = Schedule(rows.lengths, numbers, spec.batch_tokens, world * spec.accumulation, recipe.seed, spec.epochs)
+        tokens = int(rows.lengths[numbers].sum())
+        if self.schedule.total < 1:
+            raise UserError(f"data.files: found {len(numbers)} rows, {tokens:,} tokens; expected at least one step of {world * spec.accumulation} x "
+                            f"{spec.batch_tokens} tokens (optimization.batch_tokens)")
+        self.target = TextTarget.load(recipe.target, device=device)
+        self.head = build_head(recipe, self.target, rows.counts, stops).to(device)
+        self.coverage = float(rows.counts[self.head.ids.cpu()].sum() / rows.counts.sum())
+        self.about = {"target": recipe.target, "recipe": recipe.model_dump(), "settings": settings, "world_size": world,
+                      "draft_vocab_coverage": self.coverage}
+        self.checkpoints, self.state = Checkpoints(self.output / "checkpoints", settings, rank, world), State()
+        place = self.checkpoints.latest()
+        found = self.checkpoints.read(place) if place else None
+        resumes = found is not None and found["world_size"] == world
+        if found and not resumes:
+            self.head.load_state_dict(load_drafter(place / "drafter", self.target.embedding, self.target.layers).state_dict())
+            say(f"{place} was written by {found['world_size']} processes, this run has {world}: its weights are a warm start, "
+                "optimizer and schedule begin anew")
+        if recipe.engine.target == "sharded":
+            distributed.shard(self.target)
+        self.optimizer = build_optimizer(recipe, self.head)
+        self.engine = distributed.engine(TrainingStep(self.head, recipe.objective.steps, recipe.objective.decay), self.optimizer,
+                                         distributed.engine_config(recipe.engine.zero_stage, recipe.engine.dtype, spec.accumulation, spec.clip, engine_extra))
+        self.rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        if resumes:
+            self.checkpoints.load(self.engine, place)
+            self.state = State(**found["state"])
+            say(f"resumed at step {self.state.step}")
+        self.features = self._features()
+        say(f"{len(numbers):,} rows, {tokens:,} tokens, {int(rows.mask.sum()):,} written by the target; head "
+            f"{sum(p.numel() if not hasattr(p, 'ds_numel') else p.ds_numel for p in self.head.parameters()) / 1e6:.2f} M parameters, draft vocabulary "
+            f"covers {self.coverage:.2%}; {self.schedule.total} steps on {world} process{'es' * (world > 1)}")
+
+    def _features(self):
+        """Where a step's features come from."""
+        if self.recipe.data.features == "online":
+            return Online(self.target, self.rows, self.head.feature_spec)
+        return Cached(self.target, self.rows, self.head.feature_spec, self.output / "features", self.rank, self.say)
+
+    def train(self) -> Path:
+        """All steps that are left, then the drafter directory."""
+        recipe, state, total = self.recipe, self.state, self.schedule.total
+        logs = self._logs()
+        progress, watch = Progress(self.say, total, self.coverage, recipe.objective.decay), Stopwatch(self.target.device)
+        started, saved, current = time.time() - state.seconds, time.time(), None
+        with termination() as terminated:
+            for number, epoch, bins in self.schedule.after(state.step):
+                if epoch != current:
+                    current = epoch
+                    self._meet()
+                scale, before = rate_scale(number - 1, total, recipe.optimization.warmup, recipe.optimization.schedule), self._skipped()
+                sums = self._step(bins, scale, watch)
+                skipped = self._skipped() - before
+                state.step, state.tokens, state.seconds = number, state.tokens + sums.pop("tokens"), time.time() - started
+                state.skipped, state.in_a_row = state.skipped + skipped, (state.in_a_row + skipped) * skipped
+                line = {"step": number, "total": total, "epoch": epoch, **figures(sums, recipe.objective.decay), "skipped": state.skipped,
+                        "learning_rate": self.rates[-1] * scale, "tokens_per_second": state.tokens / state.seconds, "seconds": state.seconds,
+                        "left": state.seconds / number * (total - number), "coverage": self.coverage, "split": watch.take()}
+                if number in self._measured():
+                    line["tau"] = self._measure()
+                for log in logs:
+                    log.write(line)
+                progress(line, sums, line["split"])
+                if state.in_a_row >= PERSISTENT:
+                    raise UserError(f"step {number}: found gradients that are not finite in {state.in_a_row} steps in a row, expected finite ones; "
+                                    "lower optimization.lr or muon_lr")
+                due, stop = self._any(time.time() - saved > recipe.engine.checkpoint_minutes * 60 and self.rank == 0, terminated())
+                if (due or stop) and number < total:
+                    self._save()
+                    saved = time.time()
+                    if stop:
+                        raise Terminated(f"terminated; step {number} is saved in {self.checkpoints.folder}, the same command resumes there")
+        for log in logs:
+            log.finish()
+        return self._finish()
+
+    def _step(self, bins: list[list[int]], scale: float, watch: Stopwatch) -> dict[str, torch.Tensor]:
+        """One optimizer step over this process's bins; sums over the rows of all processes, on the CPU."""
+        for group, rate in zip(self.engine.optimizer.param_groups, self.rates):
+            group["lr"] = rate * scale
+        with watch.phase("data"):
+            steps, share = self.recipe.objective.steps, len(bins)  # DeepSpeed averages the loss over all bins of a step
+            counts = [max(1, n) / share for n in self.rows.pack([row for part in bins for row in part])[1].counts(steps)]
+        sums: dict[str, torch.Tensor] = {}
+        for part in bins[self.rank::self.world]:
+            with watch.phase("target"):
+                features = self.features(part)
+            with watch.phase("drafter"):
+                loss, more = self.engine(features, counts)
+                self.engine.backward(loss)
+            with watch.phase("optimizer"):
+                self.engine.step()
+            sums = {name: value + sums.get(name, 0) for name, value in more.items()}
+        flat = torch.cat(list(sums.values())).double()
+        if self.world > 1:
+            torch.distributed.all_reduce(flat)
+        parts = flat.cpu().split([len(value) for value in sums.values()])
+        return {**dict(zip(sums, parts)), "tokens": sum(int(self.rows.lengths[part].sum()) for part in bins)}
+
+    def _skipped(self) -> int:
+        return self.optimizer.skipped + getattr(self.engine, "skipped_steps", 0)
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """Each flag, raised where any process raised it."""
+        if self.world == 1:
+            return list(flags)
+        raised = torch.tensor([float(f) for f in flags], device=self.target.device)
+        torch.distributed.all_reduce(raised)
+        return [bool(r) for r in raised.tolist()]
+
+    def _meet(self) -> None:
+        """Before an epoch: what every process wrote of the features is there for all."""
+        self.features.flush()
+        distributed.barrier(self.world)
+        self.features.refresh()
+
+    def _logs(self) -> list:
+        if self.rank > 0:
+            return []
+        logs = [Log(self.output / "log.jsonl", self.state.step)]
+        return [*logs, Wandb(self.recipe.wandb, self.output, self.recipe.model_dump(mode="json"))] if self.recipe.wandb else logs
+
+    def _measured(self) -> set[int]:
+        """The steps after which the acceptance length is measured, the last one among them."""
+        times, total = self.recipe.evaluation.times, self.schedule.total
+        return {round(total * (i + 1) / times) for i in range(times)} if len(self.kept) else set()
+
+    def _measure(self) -> float:
+        """Acceptance length on the held-out rows' prompts; the best drafter so far is kept in `output/best`."""
+        head = consolidated(self.head, self.recipe.engine.zero_stage)
+        tau = self.evaluator(self.target, head, [self.rows.prompt(n) for n in self.kept], self.stops)
+        if self.state.best is None or tau >= self.state.best["tau"]:
+            self.state.best = {"tau": tau, "step": self.state.step}
+            if self.rank == 0:
+                save_drafter(head, self.output / "best", {**self.about, **asdict(self.state)})
+        self.say(f"step {self.state.step}: acceptance length {tau:.3f} on {len(self.kept)} held-out prompts (best {self.state.best['tau']:.3f} at "
+                 f"step {self.state.best['step']})")
+        return tau
+
+    def _save(self) -> None:
+        """A checkpoint of all processes. Raises UserError when it cannot be written; the one before stays."""
+        head = consolidated(self.head, self.recipe.engine.zero_stage)
+        self.features.flush()
+        self.checkpoints.save(self.engine, asdict(self.state), lambda place: save_drafter(head, place, {**self.about, **asdict(self.state)}, torch.float32))
+
+    def _finish(self) -> Path:
+        """The drafter directory: the best measured drafter, or the last one."""
+        folder, best, head = self.output / "drafter", self.state.best, consolidated(self.head, self.recipe.engine.zero_stage)
+        if self.rank == 0:
+            if best is not None and best["step"] < self.state.step:
+                head = load_drafter(self.output / "best", self.target.embedding, self.target.layers)
+                self.say(f"the drafter of step {best['step']} is kept: acceptance length {best['tau']:.3f} on the held-out prompts")
+            save_drafter(head, folder, {**self.about, **asdict(self.state)})
+            for leftover in (self.checkpoints.folder, self.output / "best"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            self.say(f"drafter saved in {folder}")
+        distributed.barrier(self.world)
+        return folder

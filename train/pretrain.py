@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsmith.models.errors import UserError
 from draftsmith.train import corpus
-from draftsmith.train.muon import MuonAdamW
+from draftsmith.train.optimizers import MuonAdamW
 from draftsmith.train.recipe import Strict
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]

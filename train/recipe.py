@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from draftsmith.models.errors import UserError
 
@@ -62,16 +62,20 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
 
 
 class Data(Strict):
-    """files: JSONL or Parquet with `messages`, `text`, or `tokens` + `prompt_length` (as `draftsmith regenerate` writes)."""
+    """files: JSONL, JSON or Parquet files, or `hub:USER/NAME[:SPLIT]`, with `messages`, `conversations`, `text`, or `tokens` + `prompt_length`
+    (as `draftsmith regenerate` writes)."""
 
-    files: list[str]
+    files: list[str] = Field(min_length=1)
     max_length: int = Field(gt=8)
+    max_bad_rows: float = Field(ge=0, lt=1)
+    features: Literal["online", "cached"]
 
 
 class Head(Strict):
     name: Literal["eagle3"]
     intermediate_size: int | None = Field(gt=0)
     draft_vocab_size: int | None = Field(gt=0)
+    start_from: str | None
 
 
 class Objective(Strict):
@@ -82,18 +86,30 @@ class Objective(Strict):
 class Optimization(Strict):
     name: Literal["muon", "adamw"]
     lr: float = Field(gt=0)
-    muon_lr: float = Field(gt=0)
+    muon_lr: float | None = Field(gt=0)
+    schedule: Literal["linear", "cosine", "constant"]
     epochs: float = Field(gt=0)
-    batch_rows: int = Field(gt=0)
+    batch_tokens: int = Field(gt=0)
     accumulation: int = Field(gt=0)
     warmup: float = Field(ge=0, le=1)
     clip: float = Field(gt=0)
 
 
 class Engine(Strict):
-    zero_stage: Literal[0, 1, 2]
-    dtype: Literal["fp32", "bf16"]
+    zero_stage: Literal[0, 1, 2, 3]
+    dtype: Literal["fp32", "bf16", "fp16"]
+    target: Literal["replicated", "sharded"]
+    config: str | None
     checkpoint_minutes: float = Field(ge=0)
+
+
+class Evaluation(Strict):
+    """The acceptance length of `rows` held-out rows' prompts, measured `times` times during the run; the drafter with the best is kept."""
+
+    rows: int = Field(ge=0)
+    times: int = Field(gt=0)
+    tree: str
+    max_new_tokens: int = Field(gt=0)
 
 
 class DrafterRecipe(Strict):
@@ -106,4 +122,17 @@ class DrafterRecipe(Strict):
     objective: Objective
     optimization: Optimization
     engine: Engine
+    evaluation: Evaluation
+    wandb: str | None
     output: str
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.optimization.batch_tokens < self.data.max_length:
+            raise ValueError(f"optimization.batch_tokens: found {self.optimization.batch_tokens}, expected at least data.max_length "
+                             f"{self.data.max_length}")
+        if self.optimization.name == "muon" and self.engine.zero_stage > 0:
+            raise ValueError(f"engine.zero_stage: found {self.engine.zero_stage}, expected 0 with optimization.name muon (it needs whole matrices)")
+        if self.optimization.name == "muon" and self.optimization.muon_lr is None:
+            raise ValueError("optimization.muon_lr: found null, expected a rate with optimization.name muon")
+        return self

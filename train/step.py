@@ -1,8 +1,11 @@
 """TrainingStep: the module that the DeepSpeed engine holds. Everything that touches parameters happens in its one `forward`."""
 
+from dataclasses import replace
+
+import torch
 from torch import nn
 
-from draftsmith.models.features import Features
+from draftsmith.models.features import TrainingFeatures
 
 
 class TrainingStep(nn.Module):
@@ -12,6 +15,30 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.head, self.steps, self.decay = head, steps, decay
 
-    def forward(self, features: Features):
-        """-> (loss, metrics {name: [steps]})."""
-        return self.head.loss(features, self.steps, self.decay)
+    def forward(self, features: TrainingFeatures, counts: list[float]):
+        """counts [steps]: what each step's sum is divided by. -> (loss, sums that add up over micro-batches and processes)."""
+        return self.head.loss(features, self.steps, self.decay, counts)
+
+
+class PartitionedStep(nn.Module):
+    """A `TrainingStep` for ZeRO-3: all its parameters are gathered for the whole of its forward and backward (one leaf module).
+
+    DeepSpeed takes a leaf's gradients when the gradient of the leaf's input is there, and features need none: a zero that does is added to
+    them in the first operation, whose backward is the last one.
+    """
+
+    def __init__(self, step: TrainingStep):
+        super().__init__()
+        self.leaf = Leaf(step)
+
+    def forward(self, features: TrainingFeatures, counts: list[float]):
+        return self.leaf(features.hidden.new_zeros((), requires_grad=True), features, counts)
+
+
+class Leaf(nn.Module):
+    def __init__(self, step: TrainingStep):
+        super().__init__()
+        self.step = step
+
+    def forward(self, zero: torch.Tensor, features: TrainingFeatures, counts: list[float]):
+        return self.step(replace(features, hidden=features.hidden + zero), counts)

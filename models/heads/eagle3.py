@@ -38,18 +38,26 @@ class Eagle3Config:
 
     @classmethod
     def for_target(cls, config, intermediate_size: int | None = None, draft_vocab_size: int | None = None) -> "Eagle3Config":
-        """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3). Raises UserError below 7 layers."""
+        """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3).
+
+        Where kinds of layer have ropes of their own (Gemma 3) it is that of full attention, since the head attends to all rows.
+        Raises UserError below 7 layers and without such a rope.
+        """
         layers = config.num_hidden_layers
         if layers < 7:
             raise UserError(f"eagle3: found a target of {layers} layers, expected at least 7 (taps 2, n // 2, n - 3 must differ)")
+        rope = getattr(config, "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope)
+        if "rope_theta" not in rope:
+            raise UserError(f"eagle3: rope_parameters: found {rope or 'none'}, expected one rope or one of full_attention")
         return cls(
             hidden_size=config.hidden_size,
             intermediate_size=intermediate_size or config.intermediate_size,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=dict(config.rope_parameters),
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),  # the head's own where the target has other norms
+            rope_parameters=dict(rope),
             max_position_embeddings=config.max_position_embeddings,
             vocab_size=config.vocab_size,
             draft_vocab_size=draft_vocab_size or config.vocab_size,
@@ -67,9 +75,12 @@ def _frequencies(config: "Eagle3Config", device) -> tuple[torch.Tensor, float]:
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UserError(f"rope_type: found {kind!r}, expected default, linear, llama3 or yarn")
+    partial = config.rope_parameters.get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise UserError(f"partial_rotary_factor: found {partial}, expected 1 (the head turns all of a query)")
     rope = LlamaRotaryEmbedding(LlamaConfig(
         hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
-        rope_parameters=config.rope_parameters, max_position_embeddings=config.max_position_embeddings))
+        rope_parameters=dict(config.rope_parameters), max_position_embeddings=config.max_position_embeddings))
     return rope.inv_freq.to(device), rope.attention_scaling
 
 
@@ -187,7 +198,10 @@ class Eagle3Head(nn.Module):
         self.lm_head.weight.copy_(target.head.weight[self.ids])
         norm = getattr(target.body, "norm", None)
         if norm is not None and norm.weight.shape == self.norm.weight.shape:
-            self.norm.weight.copy_(norm.weight)
+            signs = torch.ones_like(norm.weight)
+            signs[1::2] = -1
+            # The factor that the norm applies, not what it stores: some families store it less one (Gemma), some have a bias as well
+            self.norm.weight.copy_((norm(signs) - norm(-signs)) * signs / 2)
 
     @property
     def feature_spec(self) -> FeatureSpec:

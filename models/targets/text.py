@@ -4,6 +4,7 @@ Nothing outside this folder touches a key/value cache, an attention mask or a po
 handled by whoever reads prompts.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,14 +46,21 @@ class TextTarget:
     def __init__(self, model, name: str = ""):
         self.model, self.name = model.eval().requires_grad_(False), name
         self.config = model.config.get_text_config()
+        self.window = getattr(self.config, "sliding_window", None)
+        self.kinds = self._kinds()
+        self._check_attention()
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         if not hasattr(self.body, "layers") or self.head is None:
             raise UserError(f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an output head")
+        self.vocab_size = self.head.weight.size(0)  # a partitioned weight no longer tells
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        # The name changed within transformers 5.
+        self.cache_argument = "cache" if "cache" in inspect.signature(self.body.forward).parameters else "past_key_values"
+        self._shared: torch.Tensor | None = None
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
-        self._check_attention()
         self._check_projection()
+        self._check_session()
 
     @classmethod
     def load(cls, name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
@@ -78,8 +86,8 @@ class TextTarget:
         return self.head.weight.dtype
 
     @property
-    def vocab_size(self) -> int:
-        return self.head.weight.size(0)
+    def generation_config(self):
+        return getattr(self.model, "generation_config", None)
 
     @property
     def layers(self) -> int:
@@ -91,8 +99,12 @@ class TextTarget:
 
     @property
     def embedding(self) -> torch.Tensor:
-        """[V, h], the frozen input embedding that heads share."""
-        return self.model.get_input_embeddings().weight
+        """[V, h], the frozen input embedding that heads share.
+
+        The stored weight, which is what serving engines share with a drafter, even where the model scales it on the way in
+        (Gemma: by sqrt(h)); heads normalise embeddings, so that the scale makes no difference to them.
+        """
+        return self._shared if self._shared is not None else self.model.get_input_embeddings().weight
 
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`."""
@@ -106,13 +118,13 @@ class TextTarget:
     @torch.no_grad()
     def features(self, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec) -> TrainingFeatures:
         """Training features of one packed row of documents, tokens [T] on this target's device. The target itself reads the documents
-        as right-padded rows, each from position 0, so that every architecture sees what it sees in decoding."""
+        as right-padded rows, each from position 0, so that every architecture sees what it sees in decoding. No attention mask: causal
+        attention hides padding on the right from all real rows, and kernels need no [S, S] mask."""
         lengths, places = torch.tensor(packing.borders).diff(), packing.positions.to(tokens.device)
         numbers = torch.arange(len(lengths)).repeat_interleave(lengths).to(tokens.device)
         padded = tokens.new_zeros(len(lengths), int(lengths.max()))
         padded[numbers, places] = tokens
-        inside = (torch.arange(padded.size(1)) < lengths[:, None]).long().to(tokens.device)
-        final, hidden = self._forward(spec, input_ids=padded, attention_mask=inside, use_cache=False)
+        final, hidden = self._forward(spec, input_ids=padded, use_cache=False)
         taught = packing.rows.to(tokens.device) + 1
         return TrainingFeatures(tokens, hidden[numbers, places], packing, Teacher(final[numbers[taught], places[taught]], self.project))
 
@@ -120,42 +132,74 @@ class TextTarget:
         """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens and one tree)."""
         return TextSession(self, spec, batch, capacity)
 
-    def _hook(self, index: int) -> None:
-        """Keeps the state entering layer `index` (the output of the layer before) of every forward from now on."""
-        def keep(_module, _inputs, out):
-            self._taps[index] = out[0] if isinstance(out, tuple) else out
+    def shard(self, spread) -> None:
+        """Lets `spread(model)` partition the weights of this target over processes; the embedding that heads share stays whole."""
+        self._shared = self.embedding.clone()
+        self.sharded = spread(self.model)
 
-        self.body.layers[index - 1].register_forward_hook(keep)
+    def _hook(self, index: int) -> None:
+        """Keeps the state entering layer `index` of every forward from now on (0: the embeddings, scaled where the model scales them)."""
+        self.body.layers[index].register_forward_pre_hook(lambda _module, inputs: self._taps.update({index: inputs[0]}))
         self._hooked.add(index)
 
     def _forward(self, spec: FeatureSpec, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the body: (final states [B, T, h], tapped states [B, T, taps * h])."""
-        for index in set(spec.taps) - self._hooked - {0, "last"}:
+        for index in set(spec.taps) - self._hooked - {"last"}:
             self._hook(index)
         final = self.body(**inputs).last_hidden_state
-        taps = [final if k == "last" else self._embedded(inputs) if k == 0 else self._taps[k] for k in spec.taps]
+        taps = [final if k == "last" else self._taps[k] for k in spec.taps]
         self._taps.clear()
         return final, torch.cat(taps, -1) if taps else final[..., :0]
 
-    def _embedded(self, inputs):
-        return self.model.get_input_embeddings()(inputs["input_ids"])
-
     def _check_attention(self):
-        """Layers that see only a window of the context are refused where the window is shorter than the context."""
-        kinds, window = getattr(self.config, "layer_types", None), getattr(self.config, "sliding_window", None)
-        sliding = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
-        if sliding and (window or 0) < self.context_length:
-            found = f"layers {sorted(set(kinds))}" if kinds else f"a window of {window}"
-            raise UserError(f"target {self.name}: found {found}, expected full attention in every layer")
+        """Attention must be causal and take the masks that trees bring; only the two plain implementations do."""
+        implementation = self.model.config._attn_implementation
+        if getattr(self.config, "attn_logit_softcapping", None) is not None:
+            self.model.set_attn_implementation("eager")  # some versions of transformers take sdpa, which leaves the capping out
+        elif implementation not in ("sdpa", "eager"):
+            raise UserError(f"target {self.name}: found attention {implementation!r}, expected sdpa or eager")
+        if getattr(self.config, "use_bidirectional_attention", None) is True:
+            raise UserError(f"target {self.name}: found bidirectional attention, expected causal attention")
+
+    def _kinds(self) -> tuple[str, ...]:
+        """The kinds of layer, each of which takes a mask of its own; without `layer_types` a window is that of every layer."""
+        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention" if self.window is None else "sliding_attention"])
+        known = {"full_attention"} if self.window is None else {"full_attention", "sliding_attention"}
+        if not kinds <= known:
+            raise UserError(f"target {self.name}: found layers of {', '.join(sorted(kinds - known))}, expected {' or '.join(sorted(known))}")
+        return tuple(sorted(kinds))
+
+    def _probe(self) -> torch.Tensor:
+        """[1, 5], ids spread over the vocabulary: padding tokens may have empty embeddings, which would hide a difference."""
+        return torch.linspace(0, self.vocab_size - 1, 5, device=self.device).long()[None]
 
     @torch.no_grad()
     def _check_projection(self):
         """`project` must be the model's own way from final states to logits; models that scale them elsewhere are refused."""
-        probe = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        own = self.model(input_ids=probe, use_cache=False)
-        ours = self.project(self.body(input_ids=probe, use_cache=False).last_hidden_state)
+        own = self.model(input_ids=self._probe(), use_cache=False)
+        ours = self.project(self.body(input_ids=self._probe(), use_cache=False).last_hidden_state)
         if not torch.allclose(own.logits.float(), ours.float(), rtol=1e-3, atol=1e-3):
             raise UserError(f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported")
+
+    @torch.no_grad()
+    def _check_session(self):
+        """A session must run and agree, up to rounding, with the model's own forward: caches, masks or states of another form are refused."""
+        tokens = self._probe()
+        own = self.model(input_ids=tokens, use_cache=False).logits[:, -1].float()
+        try:
+            session = self.open(FeatureSpec((0,)), 1, 5)
+            session.prefill(tokens[:, :3].tolist())
+            verified = session.verify(DraftTree.of(tokens[:, 3:], torch.tensor([[-1, 0]], device=self.device)))
+            worst, found = (verified.logits[:, -1].float() - own).abs().max(), None
+            if not worst <= 0.1 * (own.max() - own.min()):
+                found = f"logits that differ by {worst:.2g} after five tokens"
+            if verified.hidden.shape != (1, 2, self.config.hidden_size):
+                found = f"hidden states {list(verified.hidden.shape)}"
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            found = " ".join(str(error).split())[:200]
+        if found:
+            raise UserError(f"target {self.name}: {self.config.model_type} is not supported: found {found}; "
+                            "expected one state a token, keys and values in a cache, and 4-D masks")
 
 
 class TextSession:
@@ -182,8 +226,8 @@ class TextSession:
         for start in range(0, width, PREFILL_ROWS):
             chunk = tokens[:, start:start + PREFILL_ROWS]
             rows = torch.arange(start, start + chunk.size(1), device=device)
-            seen = (torch.arange(start + chunk.size(1), device=device) <= rows[:, None]).expand(len(prompts), -1, -1)
-            final, tapped = self._run(chunk, rows.expand(len(prompts), -1), seen)
+            places = torch.arange(start + chunk.size(1), device=device).expand(len(prompts), -1)
+            final, tapped = self._run(chunk, rows.expand(len(prompts), -1), places[:, None] <= rows[:, None], places)
             self.cache.lengths = self.cache.lengths + chunk.size(1)
             hidden.append(tapped)
             ends = (lengths - 1 - start).clamp(0, chunk.size(1) - 1)
@@ -197,11 +241,12 @@ class TextSession:
     def verify(self, tree: DraftTree) -> Verified:
         """One forward over all tree nodes; nothing is kept until `commit`."""
         lengths = self.cache.lengths
-        columns = torch.arange(int(lengths.max()) + tree.size, device=lengths.device)
-        seen = (columns < lengths[:, None])[:, None].repeat(1, tree.size, 1)
-        slots = (lengths[:, None] + torch.arange(tree.size, device=lengths.device))[:, None].expand(-1, tree.size, -1)
-        seen.scatter_(2, slots, tree.ancestors)
-        final, hidden = self._run(tree.tokens, lengths[:, None] + tree.depths, seen)
+        places = torch.arange(int(lengths.max()) + tree.size, device=lengths.device).expand(len(lengths), -1)
+        seen = (places < lengths[:, None])[:, None].repeat(1, tree.size, 1)
+        slots = lengths[:, None] + torch.arange(tree.size, device=lengths.device)
+        seen.scatter_(2, slots[:, None].expand(-1, tree.size, -1), tree.ancestors)
+        positions = lengths[:, None] + tree.depths
+        final, hidden = self._run(tree.tokens, positions, seen, places.scatter(1, slots, positions))
         return Verified(self.target.project(final), hidden)
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
@@ -212,10 +257,19 @@ class TextSession:
         """Goes on with only these batch rows."""
         self.cache.select(rows)
 
-    def _run(self, tokens, positions, seen):
-        """tokens [B, T], positions [B, T], seen [B, T, visible] bool -> (final, tapped)."""
+    def _run(self, tokens, positions, seen, places):
+        """tokens and positions [B, T], seen [B, T, visible] bool without windows, places [B, visible] (the positions held by the slots)
+        -> (final, tapped). A sliding layer also hides slots with position - place >= window; its rows all stay in the cache, since
+        a node's window depends on its depth and the accepted path is not known yet."""
         self.cache.place(tokens.size(1))
+        seen = {kind: seen for kind in self.target.kinds}
+        if "sliding_attention" in seen:
+            seen["sliding_attention"] = seen["sliding_attention"] & (positions[..., None] - places[:, None] < self.target.window)
+        masks = {kind: self._additive(visible) for kind, visible in seen.items()}
+        return self.target._forward(self.spec, input_ids=tokens, position_ids=positions, use_cache=True, **{self.target.cache_argument: self.cache},
+                                    attention_mask=masks if len(masks) > 1 else masks[self.target.kinds[0]])
+
+    def _additive(self, seen):
+        """[B, T, visible] bool -> [B, 1, T, visible] in the target's dtype: 0 or its least value (bool masks are wrong with eager attention)."""
         mask = torch.zeros(seen.shape, dtype=self.target.dtype, device=seen.device)
-        mask.masked_fill_(~seen, torch.finfo(self.target.dtype).min)
-        return self.target._forward(self.spec, input_ids=tokens, position_ids=positions, attention_mask=mask[:, None],
-                                    past_key_values=self.cache, use_cache=True)
+        return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]

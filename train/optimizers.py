@@ -1,4 +1,4 @@
-"""Muon (Jordan et al., 2024) in fp32 for matrices, AdamW for everything else, as one optimizer.
+"""Optimizers that skip a step whose gradients are not finite: AdamW, and Muon (Jordan et al., 2024) in fp32 for matrices beside it.
 
 Muon: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz iteration. `torch.optim.Muon` casts to bf16 inside, which a
 CPU without bf16 instructions runs many times slower. Matrices of one shape are orthogonalised in one batched product, since a deep
@@ -8,6 +8,7 @@ and thin model has hundreds of small ones.
 from collections import defaultdict
 
 import torch
+import torch.distributed
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the reference implementation
 
@@ -24,7 +25,33 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x if wide else x.mT
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class FiniteSteps:
+    """Before a `torch.optim.Optimizer`: leaves weights and state alone when a gradient of any process is not finite. `skipped` counts them.
+
+    DeepSpeed calls this with its own partitions of the parameters, in every process equally often: one flag is all that is exchanged.
+    """
+
+    skipped = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.grad.numel()]
+        bad = torch.zeros((), device=grads[0].device if grads else None)
+        for total in torch._foreach_norm(grads) if grads else []:
+            bad = torch.maximum(bad, (~torch.isfinite(total)).float())
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        if bad.item():
+            self.skipped += 1
+        else:
+            super().step(closure)
+
+
+class AdamW(FiniteSteps, torch.optim.AdamW):
+    """torch's AdamW."""
+
+
+class _MuonAdamW(torch.optim.Optimizer):
     """`matrices` (2-D) get Muon with rate `muon_lr` times sqrt(max(1, rows / cols)); `others` get AdamW without weight decay."""
 
     def __init__(self, matrices, others, muon_lr: float, adam_lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
@@ -64,3 +91,7 @@ class MuonAdamW(torch.optim.Optimizer):
             state["square"].mul_(second).addcmul_(p.grad, p.grad, value=1 - second)
             scale = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
             p.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - first ** state["step"]))
+
+
+class MuonAdamW(FiniteSteps, _MuonAdamW):
+    __doc__ = _MuonAdamW.__doc__

@@ -1,0 +1,102 @@
+"""`draftsmith train`: a recipe, checked, with the evaluator that measures its drafter on held-out rows. Also behind `deepspeed --module draftsmith.train`."""
+
+import os
+import sys
+from pathlib import Path
+
+from draftsmith.models.errors import UserError
+
+USAGE = "usage: draftsmith train RECIPE [section.key=value ...] [--dry-run]"
+
+
+def main(arguments: list[str]) -> int:
+    """arguments: RECIPE [section.key=value ...]; the launcher's --local_rank is accepted and ignored. Returns the exit code."""
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]
+    try:
+        dry = "--dry-run" in arguments
+        arguments = [a for a in arguments if a != "--dry-run"]
+        if not arguments or arguments[0].startswith("-"):
+            raise UserError(USAGE)
+        return dry_run(arguments) if dry else run(arguments)
+    except (UserError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: list[str]) -> int:
+    from draftsmith.train.distributed import read_engine_file
+    from draftsmith.train.loop import Terminated, train
+    from draftsmith.train.recipe import DrafterRecipe, read_recipe
+
+    recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
+    extra = read_engine_file(recipe.engine.config, Path(arguments[0]))
+    try:
+        train(recipe, say, evaluator(recipe), extra)
+    except Terminated as reason:
+        print(reason, file=sys.stderr)
+        return 143
+    return 0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def evaluator(recipe):
+    """The acceptance length with the recipe's tree, greedy, as the training loop calls it; None where the recipe keeps no rows for it."""
+    if recipe.evaluation.rows == 0:
+        return None
+    from draftsmith.eval.measure import decode_batches, tau
+    from draftsmith.eval.sampling import Sampling
+    from draftsmith.models.drafter import HeadDrafter
+    from draftsmith.models.grow import parse_tree
+
+    policy = parse_tree(recipe.evaluation.tree)
+
+    def measure(target, head, prompts, stops) -> float:
+        return tau(decode_batches(target, HeadDrafter(head, policy), prompts, Sampling(), recipe.evaluation.max_new_tokens, stops, 8))
+
+    return measure
+
+
+def dry_run(arguments: list[str]) -> int:
+    """Prints what the run will take; nothing is trained or written."""
+    import tempfile
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from draftsmith.models.chat import load_tokenizer, stop_ids
+    from draftsmith.models.targets import describe
+    from draftsmith.train.data import prepare
+    from draftsmith.train.distributed import read_engine_file
+    from draftsmith.train.estimate import estimate
+    from draftsmith.train.recipe import DrafterRecipe, read_recipe
+
+    recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
+    read_engine_file(recipe.engine.config, Path(arguments[0]))
+    described, corpus, world = describe(recipe.target), None, int(os.environ.get("WORLD_SIZE", "1"))
+    if all(file.startswith("hub:") or Path(file).is_file() for file in recipe.data.files):
+        tokenizer, spec = load_tokenizer(recipe.target), recipe.data
+        with tempfile.TemporaryDirectory() as folder:
+            rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, tokenizer, stop_ids(described, tokenizer), described.vocab_size,
+                           Path(folder), say)
+            corpus = len(rows.tokens), int(rows.mask.sum())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = estimate(recipe, described, world, device, corpus)
+    table = Table(title=f"{arguments[0]}: target {found.target_parameters / 1e9:.3f} B, head {found.head_parameters / 1e6:.2f} M parameters; "
+                        f"{world} process{'es' * (world > 1)} on {device.type}")
+    for column in ("", "part", "estimate"):
+        table.add_column(column, justify="right" if column == "estimate" else "left")
+    for name, parts in (("memory of a process", found.memory), ("disk", found.disk)):
+        for part, size in parts.items():
+            table.add_row(name, part, f"{size / 1e6:,.0f} MB")
+        table.add_row(name, "together", f"{sum(parts.values()) / 1e6:,.0f} MB", end_section=True)
+    for part, seconds in found.seconds_per_token.items():
+        table.add_row("time", part, f"{1e6 * seconds:,.1f} us per token")
+    tokens = f"{found.tokens:,} tokens" if found.tokens else "a million tokens (the files are not here)"
+    table.add_row("time", tokens, f"{found.seconds(world) / 3600:,.2f} hours")
+    Console(width=110).print(table)
+    return 0

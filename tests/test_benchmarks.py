@@ -1,0 +1,48 @@
+"""The accelerator benchmark runs on a CPU with toy shapes: every section is there, and in fp32 nothing changes but the speed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks import gpu
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_accelerator_benchmark_measures_every_section(tmp_path):
+    output = tmp_path / "gpu.json"
+    result = subprocess.run([sys.executable, "tests/benchmarks/gpu.py", "--device", "cpu", "--tiny", "--output", str(output)], cwd=ROOT,
+                            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures == json.loads(output.read_text())
+    assert {"date", "card", "torch", "transformers", "command"} <= figures.keys()
+    assert [p["rows"] for p in figures["verify"]["passes"]] == [1, 16, 32, 60]
+    assert {"rows", "ms", "host_ms", "floor_ms", "ratio"} == figures["verify"]["passes"][0].keys()
+    assert [(level["what"], level["width"]) for level in figures["draft"]["levels"]] == [
+        ("root level", 1), ("later level", 1), ("later level", 10), ("dynamic:10x7x60", None), ("chain:5", None)]
+    for run in figures["overhead"]["runs"]:  # the phases lie inside the total
+        assert run["passes"] >= 1 and min(run[f"{phase}_ms"] for phase in ("draft", "verify", "overhead", "loop")) >= 0, run
+    runs = figures["bundled"]["runs"]
+    assert len(runs) == 2 * 2 * 3 and all(r["identical"] == r["prompts"] == 2 and r["lossless"] for r in runs if r["dtype"] == "float32"), runs
+    parted = [d for d in figures["bundled"]["divergences"] if d["dtype"] == "bfloat16"]
+    assert len(parted) == sum(r["prompts"] - r["identical"] for r in runs)
+    assert all(r["tau"] > 1.5 for r in runs if r["method"] != "plain" and r["T"] == 0) and all(r["tau"] == 1 for r in runs if r["method"] == "plain")
+    assert [row["tokens"] for row in figures["training"]["lengths"]] == [24, 48]
+    assert figures["training"]["longest"] == 48 and figures["training"]["ended_by"] == "limit"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--device", "cpu", "--tiny", "--sections", "verify,dance"], "--sections: found 'dance', expected some of verify,draft"),
+    (["--device", "cpu"], "--device: found cpu, expected --tiny with it"), (["--device", "cuda"], "--device: found no CUDA device")])
+def test_accelerator_benchmark_refuses_what_it_cannot_measure(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as refusal:
+        gpu.main()
+    assert refusal.value.code == 2 and message in capsys.readouterr().err

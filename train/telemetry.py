@@ -1,0 +1,112 @@
+"""What a run tells while it runs: one line of progress, log.jsonl with a line per step, and wandb where the recipe asks for it."""
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from draftsmith.models.errors import UserError
+
+PHASES = ("data", "target", "drafter", "optimizer")
+
+
+class Stopwatch:
+    """Seconds by phase, devices synchronised at every border."""
+
+    def __init__(self, device: torch.device):
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+    @contextmanager
+    def phase(self, name: str):
+        self.sync()
+        start = time.perf_counter()
+        yield
+        self.sync()
+        self.seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds since the last call."""
+        taken, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
+        return taken
+
+
+def figures(sums: dict[str, torch.Tensor], decay: float) -> dict:
+    """Loss, accuracies per step and predicted chain tau from sums over rows (`Eagle3Head.loss`).
+
+    accuracy[k]: share of step k's rows that agree with the target; conditional[k]: of those whose earlier steps were all right.
+    """
+    rows, tried = sums["rows"].clamp(min=1), sums["tried"].clamp(min=1)
+    losses = sums["loss"] / rows
+    tokens, rounds = sums["walk"].tolist()
+    return {"loss": float(sum(decay**k * value for k, value in enumerate(losses.tolist()))), "conditional": (sums["kept"] / tried).tolist(),
+            "accuracy": (sums["right"] / rows).tolist(), "chain_tau": tokens / max(rounds, 1)}
+
+
+class Log:
+    """log.jsonl, one line per step; lines behind the step that a run resumes from are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_text("utf-8").splitlines()[:step] if step and path.exists() else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), "utf-8")
+        partial.replace(path)
+        self.file = path.open("a")
+
+    def write(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def finish(self) -> None:
+        self.file.close()
+
+
+class Progress:
+    """The line that a person reads, at most every `every` seconds; accuracies are over all rows since the last one."""
+
+    def __init__(self, say, total: int, coverage: float, decay: float, every: float = 10.0):
+        self.say, self.total, self.coverage, self.decay, self.every = say, total, coverage, decay, every
+        self.sums: dict[str, torch.Tensor] = {}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.shown = 0.0
+
+    def __call__(self, line: dict, sums: dict[str, torch.Tensor], seconds: dict[str, float]) -> None:
+        self.sums = {name: value + self.sums.get(name, 0) for name, value in sums.items()}
+        self.seconds = {name: value + seconds[name] for name, value in self.seconds.items()}
+        if time.time() - self.shown < self.every and line["step"] < self.total:
+            return
+        mean, spent = figures(self.sums, self.decay), sum(self.seconds.values()) or 1.0
+        minutes, rest = divmod(int(line["left"]), 60)
+        shares = " ".join(f"{name} {value / spent:.0%}" for name, value in self.seconds.items())
+        numbers = lambda values: " ".join(f"{v:.2f}" for v in values)  # noqa: E731
+        self.say(f"step {line['step']}/{self.total} loss {mean['loss']:.3f} | right {numbers(mean['accuracy'])} | given right before "
+                 f"{numbers(mean['conditional'])} | chain tau {mean['chain_tau']:.2f} | {line['tokens_per_second']:.0f} tok/s ({shares}) | "
+                 f"vocabulary {self.coverage:.1%}" + (f" | {line['skipped']} steps skipped" * bool(line["skipped"])) + f" | left {minutes}:{rest:02d}")
+        self.sums, self.seconds, self.shown = {}, dict.fromkeys(PHASES, 0.0), time.time()
+
+
+class Wandb:
+    """A run in the given project; offline where nobody is logged in. Raises UserError when the package is missing."""
+
+    def __init__(self, project: str, output: Path, recipe: dict):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb: the recipe names a project, but the package wandb is not installed; pip install wandb, or wandb: null") from None
+        login = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+        mode = os.environ.get("WANDB_MODE") or ("online" if login else "offline")
+        output.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(project=project, dir=str(output), config=recipe, mode=mode, name=output.name, settings=wandb.Settings(silent=True))
+
+    def write(self, line: dict) -> None:
+        flat = {k: v for k, v in line.items() if not isinstance(v, (list, dict))}
+        flat |= {f"{k}/{i + 1}": x for k, v in line.items() if isinstance(v, list) for i, x in enumerate(v)}
+        flat |= {f"{k}/{name}": x for k, v in line.items() if isinstance(v, dict) for name, x in v.items()}
+        self.run.log(flat, step=line["step"])
+
+    def finish(self) -> None:
+        self.run.finish(quiet=True)
