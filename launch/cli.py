@@ -114,6 +114,16 @@ def push(drafter: str, repository: Annotated[str, typer.Argument(help="USER/NAME
     push(drafter, repository, private, revision, dry_run, results, target, license, say)
 
 
+@app.command()
+def doctor(recipes: Annotated[list[str], typer.Argument(help="default: the recipes that come with draftsmith")] = None):
+    """Show this machine, what is installed, and what is missing for which recipe; exit code 1 when a package does not do."""
+    from rich.console import Console
+
+    from draftsmith.launch.doctor import doctor
+
+    raise SystemExit(0 if doctor(recipes or [], Console()) else 1)
+
+
 def main() -> None:
     try:
         app(standalone_mode=False)
