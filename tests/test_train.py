@@ -192,3 +192,143 @@ def test_termination_saves_and_the_same_command_resumes(folder, tmp_path, monkey
     assert main(arguments) == 143
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-3"]
     assert main(arguments) == 0 and [line["step"] for line in log_of(tmp_path / "out")] == list(range(1, log_of(tmp_path / "out")[0]["total"] + 1))
+
+
+def test_torchrun_restarts_a_run_whose_process_died_and_it_ends_with_the_same_weights(folder, tmp_path):
+    """Process 1 of the first attempt dies in step 4 without a word; torchrun starts both again, which go on from the checkpoint."""
+    (tmp_path / "dying.py").write_text(
+        "import os, sys\nfrom draftsmith.launch.training import main\nfrom draftsmith.train.loop import Run\nstep = Run._step\n"
+        "def dying(self, *a):\n    if self.state.step == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os._exit(9)\n    return step(self, *a)\nRun._step = dying\nsys.exit(main(sys.argv[1:]))\n")
+    common = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2", "--master_addr", "127.0.0.1"]
+    arguments = [folder / "recipe.yaml", "optimization.name=adamw", "engine.zero_stage=2", "engine.checkpoint_minutes=0"]
+    for name, script in {"whole": ["-m", "draftsmith.train"], "cut": [tmp_path / "dying.py"]}.items():
+        result = run([sys.executable, *common, "--master_port", distributed.free_port(), *script, *arguments, f"output={tmp_path}/{name}"], tmp_path)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert "resumed at step 3" in result.stdout
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values()))
+    assert [line["loss"] for line in log_of(tmp_path / "cut")] == [line["loss"] for line in log_of(tmp_path / "whole")]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(folder, tmp_path, capsys):
+    """The output lies on a file system of its own that fills up during training; with room again, the same command goes on."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root and CAP_SYS_ADMIN")
+    try:
+        arguments = [str(folder / "recipe.yaml"), f"output={place}/out", "engine.checkpoint_minutes=0"]
+        write = telemetry.Log.write
+
+        def filling(log, line):
+            write(log, line)
+            if line["step"] == 5:
+                (place / "others").write_bytes(bytes(os.statvfs(place).f_bavail * os.statvfs(place).f_frsize - 40_000))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(telemetry.Log, "write", filling)
+            assert main(arguments) == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert len(error) == 1 and "step-5: cannot be written" in error[0] and "step-4 is complete" in error[0], error
+        assert [p.name for p in (place / "out" / "checkpoints").iterdir()] == ["step-4"]
+        (place / "others").unlink()
+        assert main(arguments) == 0 and "resumed at step 4" in capsys.readouterr().out
+        assert main([str(folder / "recipe.yaml"), f"output={tmp_path}/whole"]) == 0
+        assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(place / "out").values()))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted(folder, tmp_path, monkeypatch):
+    """One poisoned batch leaves weights and optimizer state as they were."""
+    from draftsmith.train.features import Online
+
+    arguments = [str(folder / "recipe.yaml"), f"output={tmp_path}/out"]
+    compute, calls = Online.__call__, []
+
+    def poisoned(self, numbers):
+        features = compute(self, numbers)
+        calls.append(1)
+        if len(calls) == 4:
+            features.hidden.fill_(float("nan"))
+        return features
+
+    monkeypatch.setattr(Online, "__call__", poisoned)
+    assert main(arguments) == 0
+    log = log_of(tmp_path / "out")
+    assert [line["skipped"] for line in log] == [0, 0, 0] + [1] * (len(log) - 3)
+    assert log[-1]["loss"] < log[0]["loss"] and all(torch.isfinite(w.float()).all() for w in weights(tmp_path / "out").values())
+
+
+def test_cached_features_give_the_same_run_and_a_damaged_shard_is_found(folder, tmp_path, capsys):
+    arguments = [str(folder / "recipe.yaml"), "optimization.epochs=3"]
+    assert main([*arguments, f"output={tmp_path}/online"]) == 0 and main([*arguments, "data.features=cached", f"output={tmp_path}/cached"]) == 0
+    a, b = log_of(tmp_path / "online"), log_of(tmp_path / "cached")
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)  # other paddings, other rounding
+    features = tmp_path / "cached" / "features"
+    header = json.loads((features / "header.json").read_text())
+    assert header["taps"] == [2, 3, 4] and header["convention"].startswith("index into Hugging Face hidden_states") and header["dtype"] == "float32"
+    shard, said = next(features.glob("*.safetensors")), capsys.readouterr().out
+    needed = float(re.search(r"cached features will take ([\d.]+) GB", said).group(1))
+    assert needed == pytest.approx(shard.stat().st_size / 1e9, abs=0.006)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    (tmp_path / "cached" / "drafter").rename(tmp_path / "elsewhere")
+    assert main([*arguments, "data.features=cached", f"output={tmp_path}/cached"]) == 2
+    assert "SHA-256 differs" in capsys.readouterr().err
+    (features / "header.json").write_text(json.dumps({**header, "taps": [1, 2, 3]}))
+    assert main([*arguments, "data.features=cached", f"output={tmp_path}/cached"]) == 2
+    assert "header.json: taps: found [1, 2, 3], expected [2, 3, 4]" in capsys.readouterr().err
+
+
+def test_the_best_measured_drafter_is_kept(folder, tmp_path, monkeypatch, capsys):
+    """The evaluator sees the held-out prompts; its best drafter, not the last one, becomes the drafter directory."""
+    from draftsmith.launch import training
+
+    seen, taus = [], iter([1.5, 2.5, 2.0])
+
+    def evaluator(recipe):
+        def measure(target, head, prompts, stops):
+            seen.append((head.lm_head.weight.clone(), prompts))
+            return next(taus)
+        return measure
+
+    monkeypatch.setattr(training, "evaluator", evaluator)
+    assert main([str(folder / "recipe.yaml"), f"output={tmp_path}/out", "evaluation.rows=5", "evaluation.times=3"]) == 0
+    assert all(len(prompts) == 5 for _, prompts in seen)
+    assert torch.equal(weights(tmp_path / "out")["lm_head.weight"], seen[1][0].to(torch.bfloat16))
+    log = log_of(tmp_path / "out")
+    assert [line["tau"] for line in log if "tau" in line] == [1.5, 2.5, 2.0] and log[-1]["tau"] == 2.0
+    assert "is kept: acceptance length 2.500" in capsys.readouterr().out and not (tmp_path / "out" / "best").exists()
+
+
+def test_progress_shows_what_a_run_does(folder, tmp_path, capsys):
+    assert main([str(folder / "recipe.yaml"), f"output={tmp_path}/out", "evaluation.rows=2", "evaluation.times=1", "evaluation.max_new_tokens=4"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/"))
+    for part in ("loss", "right", "given right before", "chain tau", "tok/s", "data", "target", "drafter", "optimizer", "vocabulary", "left"):
+        assert part in line
+    assert log_of(tmp_path / "out")[-1]["tau"] >= 1.0
+
+
+def test_wandb_works_offline_without_a_login(folder, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main([str(folder / "recipe.yaml"), f"output={tmp_path}/out", "wandb=draftsmith-test"]) == 0
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_dry_run_estimates_a_large_target_on_the_meta_device(folder, tmp_path, capsys):
+    """The shape of Llama-3.1-8B: 8,030,261,248 parameters, counted without allocating them; nothing is written."""
+    from transformers import LlamaConfig
+
+    from draftsmith.models.targets import describe
+    from draftsmith.train.estimate import estimate
+
+    LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}).save_pretrained(tmp_path / "8b")
+    recipe = read_recipe(ROOT / "recipes" / "eagle3-llama3.1-8b.yaml", DrafterRecipe, [f"target={tmp_path}/8b"])
+    found = estimate(recipe, describe(recipe.target), 8, torch.device("cpu"), (1_000_000, 600_000), timed=False)
+    assert found.target_parameters == 8_030_261_248 and found.head_parameters == 424_689_664
+    assert found.memory["gradients"] == 424_689_664 * 2 // 8 and found.memory["optimizer"] == 424_689_664 * 12 // 8
+    assert main([str(folder / "recipe.yaml"), "--dry-run", f"output={tmp_path}/never"]) == 0
+    shown = capsys.readouterr().out
+    assert "memory of a process" in shown and "us per token" in shown and "hours" in shown and not (tmp_path / "never").exists()

@@ -40,8 +40,12 @@ class Estimate:
         return (self.tokens or 10**6) / world * sum(self.seconds_per_token.values())
 
 
-def estimate(recipe: DrafterRecipe, described: Description, world: int, device: torch.device, corpus: tuple[int, int] | None) -> Estimate:
-    """corpus: (tokens, tokens written by the target) of the recipe's files. Raises UserError for a target that the head cannot draft for."""
+def estimate(recipe: DrafterRecipe, described: Description, world: int, device: torch.device, corpus: tuple[int, int] | None,
+             timed: bool = True) -> Estimate:
+    """corpus: (tokens, tokens written by the target) of the recipe's files; timed: measure a layer and a step too.
+
+    Raises UserError for a target that the head cannot draft for.
+    """
     config, engine, spec = described.config, recipe.engine, recipe.optimization
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -67,7 +71,7 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
         if recipe.data.features == "cached":
             disk["features"] = (corpus[0] * len(c.taps) + corpus[1]) * hidden * item
     tokens = None if corpus is None else int(corpus[0] * spec.epochs)
-    return Estimate(target_parameters, head_parameters, memory, disk, probe(recipe, config, device), tokens)
+    return Estimate(target_parameters, head_parameters, memory, disk, probe(recipe, config, device) if timed else {}, tokens)
 
 
 def meta_head(recipe: DrafterRecipe, config, embedding: torch.Tensor) -> Eagle3Head:
@@ -80,7 +84,7 @@ def probe(recipe: DrafterRecipe, config, device: torch.device) -> dict[str, floa
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     tokens = torch.zeros(1, PROBE, dtype=torch.int64, device=device)
     with torch.no_grad():
-        one, three = (timed(lambda m=_few_layers(config, n, device, dtype): m(input_ids=tokens, use_cache=False), device) for n in (1, 3))
+        one, three = (median_seconds(lambda m=_few_layers(config, n, device, dtype): m(input_ids=tokens, use_cache=False), device) for n in (1, 3))
     layer = max(three - one, 0.0) / 2
     hidden, vocab = config.hidden_size, config.vocab_size
     matrix = torch.randn(vocab, hidden, device=device, dtype=dtype) * 0.02
@@ -98,7 +102,7 @@ def probe(recipe: DrafterRecipe, config, device: torch.device) -> dict[str, floa
     def step():
         head.loss(features, recipe.objective.steps, recipe.objective.decay)[0].backward()
 
-    drafter, update = timed(step, device), timed(optimizer.step, device)
+    drafter, update = median_seconds(step, device), median_seconds(optimizer.step, device)
     return {"target": layer * config.num_hidden_layers / PROBE, "drafter": drafter / PROBE, "optimizer": update / recipe.optimization.batch_tokens}
 
 
@@ -111,8 +115,8 @@ def _few_layers(config, layers: int, device, dtype):
         return AutoModelForCausalLM.from_config(few).to(dtype).eval().get_decoder()
 
 
-def timed(call, device: torch.device, times: int = 5) -> float:
-    """Median seconds of a call, after one for warming up."""
+def median_seconds(call, device: torch.device, times: int = 5) -> float:
+    """After one call for warming up."""
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     seconds = []
     for _ in range(times + 1):

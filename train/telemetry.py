@@ -1,10 +1,12 @@
 """What a run tells while it runs: one line of progress, log.jsonl with a line per step, and wandb where the recipe asks for it."""
 
 import json
+import netrc
 import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 
@@ -89,6 +91,15 @@ class Progress:
         self.sums, self.seconds, self.shown = {}, dict.fromkeys(PHASES, 0.0), time.time()
 
 
+def logged_in() -> bool:
+    """Whether wandb would find a key without asking for it."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host))
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 class Wandb:
     """A run in the given project; offline where nobody is logged in. Raises UserError when the package is missing."""
 
@@ -97,8 +108,7 @@ class Wandb:
             import wandb
         except ImportError:
             raise UserError("wandb: the recipe names a project, but the package wandb is not installed; pip install wandb, or wandb: null") from None
-        login = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-        mode = os.environ.get("WANDB_MODE") or ("online" if login else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         output.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(project=project, dir=str(output), config=recipe, mode=mode, name=output.name, settings=wandb.Settings(silent=True))
 
@@ -109,4 +119,4 @@ class Wandb:
         self.run.log(flat, step=line["step"])
 
     def finish(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
