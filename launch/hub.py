@@ -7,6 +7,7 @@ content: a push that was cut off goes on where it stopped, one that changes noth
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -40,15 +41,17 @@ def push(place: str, repository: str, private: bool = False, revision: str | Non
 def stage(place: str, repository: str, folder: Path, results: Path | None, target: str | None, licence: str | None) -> Path:
     """The files of the repository: the drafter in the layout that engines load, draftsmith.json without this machine's paths, the card."""
     stored = read_files(fetch(place))
-    about = {**stored.about, "target": target or stored.target}
-    if about["target"] is None or not (about["target"].startswith("bundled:") or HUB_ID.fullmatch(about["target"])) or Path(about["target"]).is_dir():
-        raise UserError(f"{stored.folder}: names the target {about['target']}, expected a Hub id that others can load (--target)")
+    named = target or stored.target
+    if named is None or not (named.startswith("bundled:") or HUB_ID.fullmatch(named)) or Path(named).is_dir():
+        raise UserError(f"{stored.folder}: names the target {named}, expected a Hub id that others can load (--target)")
+    serving = stored.serving and replace(stored.serving, verifier=named)
+    if serving and named.startswith("bundled:"):
+        raise UserError(f"{stored.folder}: found the verifier {named}, expected a Hub id that engines can load; push the drafter that it was exported from")
     layout = layout_of(stored)
     head = layout.read(stored.config, stored.tensors, stored.embedding(), None, stored.folder)
     cells, conditions = measured(stored.folder, results)
-    store(head, folder, layout, portable(about), stored.dtype, None)
-    written = read_files(folder)
-    (folder / "README.md").write_text(model_card(repository, written, layout, cells, conditions, licence), "utf-8")
+    store(head, folder, layout, portable({**stored.about, "target": named}), stored.dtype, serving)
+    (folder / "README.md").write_text(model_card(repository, read_files(folder), layout, cells, conditions, licence), "utf-8")
     return folder
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.launch.export import export_drafter, import_drafter
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import load_drafter, save_drafter
+from draftsmith.models.formats import load_drafter, read_files, save_drafter
 from draftsmith.models.formats.embedding import read_target
+from draftsmith.models.formats.layout import Serving
 from tests.conftest import tiny_head, tiny_target
 from tests.test_formats import change_config, change_tensors, same_logits
 
@@ -81,7 +82,15 @@ def test_speculators_directories_that_compute_something_else(place, change, mess
     out = export_drafter(folder / "drafter", folder / "out", "speculators")
     change(out)
     with pytest.raises(UserError, match=message):
-        load_drafter(out, target.embedding, target.layers)
+        import_drafter(str(out), folder / "in", str(folder / "target"))
+
+
+def test_what_a_speculators_directory_tells_engines(place):
+    out = export_drafter(place[0] / "drafter", place[0] / "out", "speculators", depth=4)
+    assert read_files(out).serving == Serving(str(place[0] / "target"), "LlamaForCausalLM", 4) and read_files(place[0] / "drafter").serving is None
+    change_config(speculators_config={"verifier": {}})(out)
+    with pytest.raises(UserError, match="config.json: speculators_config: name_or_path: missing"):
+        read_files(out).serving  # noqa: B018
 
 
 def test_what_is_not_there_is_refused_in_one_line_and_nothing_is_written(place):

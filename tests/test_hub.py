@@ -12,7 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 from draftsmith.launch.card import measured
+from draftsmith.launch.export import export_drafter
 from draftsmith.launch.hub import push as publish
+from draftsmith.launch.hub import stage
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import locate
 from tests.hub_server import TOKEN
@@ -148,6 +150,18 @@ def test_a_dry_run_shows_everything_and_calls_nobody():
     assert "README.md" in shown and "1,472,904 model.safetensors" in shown and "nothing was sent" in shown
     assert "Not measured. `draftsmith eval tester/dry` measures it." in shown and "model-index" not in shown
     assert "vllm serve" in shown and "sglang.launch_server" in shown
+
+
+def test_a_speculators_directory_is_published_with_a_verifier_that_others_can_load(tmp_path):
+    folder = export_drafter(DRAFTER, tmp_path / "spec", "speculators", depth=4, report=lambda line: None)
+    staged = stage(folder, "tester/spec", tmp_path / "staged", None, "someone/target", None)
+    config, card = json.loads((staged / "config.json").read_text()), (staged / "README.md").read_text()
+    assert config["speculators_config"]["verifier"] == {"name_or_path": "someone/target", "architectures": ["LlamaForCausalLM"]}
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
+    assert "vllm serve tester/spec\n" in card and "base_model: someone/target" in card
+    assert not [p for p in staged.iterdir() if str(ROOT).encode() in p.read_bytes()]
+    with pytest.raises(UserError, match="found the verifier bundled:targets/code, expected a Hub id"):
+        stage(folder, "tester/spec", tmp_path / "again", None, None, None)
 
 
 @pytest.mark.parametrize(("place", "repository", "options", "message"), [

@@ -64,8 +64,19 @@ class Stored:
     @property
     def target(self) -> str | None:
         """The target that the directory names."""
-        verifier = self.config.get("speculators_config", {}).get("verifier", {})
-        return self.about.get("target") or verifier.get("name_or_path")
+        return self.about.get("target") or (self.serving.verifier if self.serving else None)
+
+    @property
+    def serving(self) -> Serving | None:
+        """What the directory tells an engine; None where the layout says nothing of it. Raises UserError for a key that engines need."""
+        if "speculators_config" not in self.config:
+            return None
+        try:
+            described = self.config["speculators_config"]
+            verifier = described["verifier"]
+            return Serving(verifier["name_or_path"], (verifier.get("architectures") or [""])[0], described["proposal_methods"][0]["speculative_tokens"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{self.folder}/config.json: speculators_config: {error.args[0]}: missing") from None
 
     def embedding(self) -> torch.Tensor:
         """[V, h]: the embedding stored here, or zeros (without memory) of the target's shape, for work that does not look at it."""
