@@ -68,10 +68,9 @@ def upload(api: HfApi, folder: Path, files: dict[str, int], repository: str, pri
     for wait in (*WAITS, None):
         try:
             api.create_repo(repository, private=private, exist_ok=True)
-            if private and not api.model_info(repository).private:
-                raise UserError(f"{repository}: is public, expected a private one (--private does not hide a repository that exists)")
             if revision:
                 api.create_branch(repository, branch=revision, exist_ok=True)
+            check_before(api.model_info(repository, revision=revision), files, private)
             commit = api.upload_folder(folder_path=folder, repo_id=repository, revision=revision, commit_message="Push a drafter with draftsmith")
             there = {s.rfilename: s.size for s in api.model_info(repository, revision=revision, files_metadata=True).siblings}
             wrong = {name: there.get(name) for name, size in files.items() if there.get(name) != size}
@@ -84,6 +83,18 @@ def upload(api: HfApi, folder: Path, files: dict[str, int], repository: str, pri
                 raise UserError(f"{repository}: {hub_reason(error.__cause__ or error)}; what was sent is kept, the same command goes on from there") from None
             report(f"{hub_reason(error)}; again in {wait} s")
             time.sleep(wait)
+
+
+def check_before(there, files: dict[str, int], private: bool) -> None:
+    """Nothing of others is overwritten, nothing is published by mistake, and no other weights lie beside ours (engines load all of them)."""
+    if private and not there.private:
+        raise UserError(f"{there.id}: is public, expected a private one (--private does not hide a repository that exists)")
+    names = {sibling.rfilename for sibling in there.siblings}
+    if "config.json" in names and "draftsmith.json" not in names:
+        raise UserError(f"{there.id}: found a model that draftsmith did not push (config.json without draftsmith.json), expected a new repository")
+    weights = sorted(name for name in names - set(files) if name.endswith((".safetensors", ".bin")))
+    if weights:
+        raise UserError(f"{there.id}: found {', '.join(weights)}, expected no weights beside the drafter's")
 
 
 def passing(error: BaseException) -> bool:

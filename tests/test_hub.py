@@ -69,32 +69,44 @@ def fetch(server, repository: str, file: str, revision: str = "main") -> bytes:
         return answer.read()
 
 
-LOAD = """
+# Command lines (and `load PLACE`) one after another in one process, since starting one takes longer than all that it does.
+SEVERAL = """
 import sys
+from draftsmith.launch.cli import app
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import from_pretrained
-for place in sys.argv[1:]:
+for line in sys.argv[1:]:
+    print("--", line)
     try:
-        print(place, sum(p.double().sum().item() for p in from_pretrained(place).parameters()))
+        if line.startswith("load "):
+            print(sum(p.double().sum().item() for p in from_pretrained(line[5:]).parameters()))
+        else:
+            app(line.split(), standalone_mode=False)
     except UserError as error:
-        print(error)
+        print("error:", error)
 """
+
+
+def said(process) -> list[str]:
+    """What each of SEVERAL said."""
+    assert process.returncode == 0, process.stderr
+    return [part.partition("\n")[2].strip() for part in process.stdout.split("-- ")[1:]]
 
 
 def test_push_then_from_pretrained_gives_the_same_head(server, client, push, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(RESULT))
-    measured_push = lambda: push(DRAFTER, "tester/eagle3-code", "--results", tmp_path / "result.json", "--license", "apache-2.0")  # noqa: E731
-    pushed = measured_push()
+    arguments = (DRAFTER, "tester/eagle3-code", "--results", tmp_path / "result.json", "--license", "apache-2.0")
+    pushed = push(*arguments)
     assert pushed.returncode == 0 and "pushed to" in pushed.stdout, pushed.stderr
-    loaded = client("-c", LOAD, "tester/eagle3-code", DRAFTER, token=None)
-    there, here = loaded.stdout.splitlines()
-    assert there.split()[1:] == here.split()[1:] != [], loaded.stderr
+    start = len(log(server))
+    export = f"export tester/eagle3-code {tmp_path / 'out'} --to speculators"
+    there, here, _, _ = said(client("-c", SEVERAL, "load tester/eagle3-code", f"load {DRAFTER}", export, " ".join(map(str, ("push", *arguments)))))
+    assert there == here and float(there) and (tmp_path / "out" / "model.safetensors").is_file()
+    assert not [e for e in log(server, start) if e["route"] in ("put", "commit")]  # the second push changed nothing and sent nothing
     snapshot = next((tmp_path / "home").rglob("snapshots/*"))
     assert {p.name for p in snapshot.iterdir()} == {"config.json", "draftsmith.json", "model.safetensors"}  # nothing else is downloaded
     ours = load_file(Path(locate(DRAFTER)) / "model.safetensors")
     assert all(ours[name].equal(value) for name, value in load_file(snapshot / "model.safetensors").items())
-    out = client("-m", "draftsmith.launch", "export", "tester/eagle3-code", tmp_path / "out", "--to", "speculators", token=None)
-    assert out.returncode == 0 and (tmp_path / "out" / "model.safetensors").is_file(), out.stderr
 
     card = fetch(server, "tester/eagle3-code", "README.md").decode()
     header = yaml.safe_load(card.split("---\n")[1])
@@ -103,10 +115,6 @@ def test_push_then_from_pretrained_gives_the_same_head(server, client, push, tmp
     assert [r["metrics"][0]["value"] for r in entry["results"]] == [3.25, 1.5] and entry["name"] == "eagle3-code"
     assert "| code | 0 | 16 | dynamic:10x7x60 | 3.25 (3.00 to 3.50) | 0.90 | 0.80 | 0.75 | 64 | 64/64 |" in card
     assert "steps: 2,248" in card and "muon_lr: 0.02" in card and str(ROOT) not in card
-
-    again = len(log(server))
-    assert measured_push().returncode == 0
-    assert not [e for e in log(server, again) if e["route"] in ("put", "commit")]  # nothing changed, nothing sent
 
 
 def test_a_cut_off_push_goes_on_where_it_stopped(server, push):
@@ -122,25 +130,27 @@ def test_a_cut_off_push_goes_on_where_it_stopped(server, push):
     assert routes.count("put") == 1 and routes.count("commit") == 3  # the weights were sent once
 
 
-def test_private_repositories_and_branches(server, client, push, tmp_path):
-    assert push(DRAFTER, "tester/secret", "--private", "--revision", "trial").returncode == 0
-    inside = client("-c", LOAD, "tester/secret@trial", "tester/secret@other", "tester/secret")
-    loaded, unknown, empty = inside.stdout.splitlines()
-    assert len(loaded.split()) == 2 and "no such revision" in unknown and "config.json is missing" in empty, inside.stdout
-    outside = client("-c", LOAD, "tester/secret@trial", token=None, HF_HOME=str(tmp_path / "stranger"))
-    assert "no such repository, or a private one" in outside.stdout, outside.stderr
+def test_private_repositories_and_branches(client, tmp_path):
+    push = f"push {DRAFTER} tester/secret --private --revision trial"
+    _, loaded, unknown, empty = said(client("-c", SEVERAL, push, "load tester/secret@trial", "load tester/secret@other", "load tester/secret"))
+    assert float(loaded) and "no such revision" in unknown and "config.json is missing" in empty
+    stranger = client("-c", SEVERAL, "load tester/secret@trial", f"push {DRAFTER} tester/x", token=None, HF_HOME=str(tmp_path / "stranger"))
+    outside, refused = said(stranger)
+    assert "no such repository, or a private one" in outside and "error: tester/x: HTTP 401" in refused
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(server, push):
-    asked = urllib.request.Request(f"{server}/api/repos/create", json.dumps({"name": "open"}).encode(), {"Authorization": f"Bearer {TOKEN}"})
-    urllib.request.urlopen(asked).close()
-    hidden = push(DRAFTER, "tester/open", "--private")
-    assert hidden.returncode == 2 and "is public, expected a private one" in hidden.stderr
-
-
-def test_without_a_token(push):
-    refused = push(DRAFTER, "tester/x", token=None)
-    assert refused.returncode == 2 and "HTTP 401" in refused.stderr and "Traceback" not in refused.stderr
+def test_repositories_of_others_are_left_alone(server, client):
+    """A public one asked to be private, one that holds a model, one with other weights."""
+    signed = {"Authorization": f"Bearer {TOKEN}"}
+    held = {"open": (), "model": ("config.json", "model.safetensors"), "shards": ("config.json", "draftsmith.json", "model-00001-of-00002.safetensors")}
+    for name, files in held.items():
+        urllib.request.urlopen(urllib.request.Request(f"{server}/api/repos/create", json.dumps({"name": name}).encode(), signed)).close()
+        lines = [json.dumps({"key": "file", "value": {"path": file, "content": ""}}) for file in files]
+        urllib.request.urlopen(urllib.request.Request(f"{server}/api/models/tester/{name}/commit/main", "\n".join(lines).encode(), signed)).close()
+    public, model, shards = said(client("-c", SEVERAL, f"push {DRAFTER} tester/open --private", *(f"push {DRAFTER} tester/{n}" for n in ("model", "shards"))))
+    assert "is public, expected a private one" in public and "found a model that draftsmith did not push" in model
+    assert "found model-00001-of-00002.safetensors, expected no weights beside" in shards
+    assert fetch(server, "tester/model", "config.json") == b""
 
 
 def test_a_dry_run_shows_everything_and_calls_nobody():
