@@ -1,4 +1,4 @@
-"""The shipped drafter in vLLM beside our own decode loop: same target, prompts and chain, fp32, greedy, end token ignored.
+"""A drafter (the shipped one unless --drafter is given) in vLLM beside our own decode loop: same target, prompts and chain, fp32, greedy, end token ignored.
 
 Counts are the engine's: every draft with its accepted tokens, those behind the last wanted token (overrun) included; tau = 1 + accepted /
 drafts. Ours are recomputed from our own traces. Each layout is served as its engine reads it; the speculators one is the model itself, as in
@@ -24,26 +24,28 @@ from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import chain
 from draftsmith.models.targets import TextTarget, locate
 
-DRAFTER, TARGET, PROMPTS = "bundled:drafters/eagle3-code", "bundled:targets/code", "bundled:prompts"
+PROMPTS = "bundled:prompts"
 TOLERANCE = 0.01
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--drafter", default="bundled:drafters/eagle3-code")
+    parser.add_argument("--target", default="bundled:targets/code")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     options = parser.parse_args()
-    tokenizer = load_tokenizer(TARGET)
+    tokenizer = load_tokenizer(options.target)
     lines = (Path(locate(PROMPTS)) / "code.jsonl").read_text("utf-8").splitlines()[:options.prompts]
     prompts = [encode_prompt(tokenizer, json.loads(line)["messages"]) for line in lines]
-    ours = decode(prompts, options.depth, options.new_tokens)
+    ours = decode(options.drafter, options.target, prompts, options.depth, options.new_tokens)
     figures, texts = {"ours": count(ours, options.depth)}, {}
     with tempfile.TemporaryDirectory() as temporary:
         for layout in ("vllm", "speculators"):
-            folder = export_drafter(DRAFTER, Path(temporary) / f"eagle3-{layout}", layout, depth=options.depth)
+            folder = export_drafter(options.drafter, Path(temporary) / f"eagle3-{layout}", layout, options.target, options.depth)
             speculative = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": options.depth}
-            model = {"model": str(folder)} if layout == "speculators" else {"model": locate(TARGET), "speculative_config": speculative}
+            model = {"model": str(folder)} if layout == "speculators" else {"model": locate(options.target), "speculative_config": speculative}
             texts[layout], figures[f"vLLM, {layout}"] = serve(model, prompts, options.depth, options.new_tokens)
     show(figures)
     different = {layout: [i for i, (a, b) in enumerate(zip(found, ours)) if a != b.tokens] for layout, found in texts.items()}
@@ -57,9 +59,9 @@ def main() -> int:
     return 0 if identical and all(abs(t / tau["ours"] - 1) <= TOLERANCE for t in tau.values()) else 1
 
 
-def decode(prompts: list[list[int]], depth: int, new_tokens: int) -> list[Trace]:
-    target = TextTarget.load(TARGET)
-    head = load_drafter(locate(DRAFTER), target.embedding, target.layers)
+def decode(drafter: str, target_name: str, prompts: list[list[int]], depth: int, new_tokens: int) -> list[Trace]:
+    target = TextTarget.load(target_name)
+    head = load_drafter(drafter, target.embedding, target.layers)
     return [generate(target, HeadDrafter(head, chain(depth)), [p], Sampling(), new_tokens)[0] for p in prompts]
 
 
@@ -79,7 +81,7 @@ def serve(model: dict, prompts: list[list[int]], depth: int, new_tokens: int) ->
                               SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True), use_tqdm=False)
     counters = {m.name.removeprefix("vllm:spec_decode_"): m for m in engine.get_metrics() if m.name.startswith("vllm:spec_decode_")}
     drafts, accepted = counters["num_drafts"].value, counters["num_accepted_tokens"].value
-    engine.llm_engine.engine_core.shutdown()
+    engine.llm_engine.engine_core.shutdown(timeout=60)
     return [list(o.outputs[0].token_ids) for o in outputs], {
         "tau": 1 + accepted / drafts, "drafts": drafts, "accepted": accepted, "by position": counters["num_accepted_tokens_per_pos"].values[:depth]}
 
