@@ -14,7 +14,7 @@ from draftsmith.eval.evaluate import Plan, evaluate
 from draftsmith.eval.prompts import read_prompts
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import load_drafter
+from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.targets import TextTarget, locate
 
@@ -25,9 +25,9 @@ SWEEP = ("dynamic:4x4x12", "dynamic:6x4x16", "dynamic:6x5x24")
 
 def measure_drafters(drafters: dict[str, str], target_name: str | None, prompts_file: str, output: Path, tree: str | None,
                      temperatures: list[float], max_new_tokens: int, limit: int | None, seed: int, report=print, sweep_prompts: int = 8) -> dict:
-    """drafters {name: directory}; without `tree` the fastest of a small sweep is timed. Writes {first drafter's keys, other names: theirs}."""
+    """drafters {name: place, as `fetch` takes it}; without `tree` the fastest of a small sweep is timed. Writes {first drafter's keys, other names: theirs}."""
     check_writable(output.parent)
-    folders = {name: Path(bundled(folder)) for name, folder in drafters.items()}
+    folders = {name: fetch(folder) for name, folder in drafters.items()}
     first = next(iter(folders.values()))
     target_name = target_name or target_of(first)
     target, tokenizer = TextTarget.load(target_name), load_tokenizer(target_name)

@@ -100,8 +100,9 @@ def test_push_then_from_pretrained_gives_the_same_head(server, client, push, tmp
     assert pushed.returncode == 0 and "pushed to" in pushed.stdout, pushed.stderr
     start = len(log(server))
     export = f"export tester/eagle3-code {tmp_path / 'out'} --to speculators"
-    there, here, _, _ = said(client("-c", SEVERAL, "load tester/eagle3-code", f"load {DRAFTER}", export, " ".join(map(str, ("push", *arguments)))))
-    assert there == here and float(there) and (tmp_path / "out" / "model.safetensors").is_file()
+    evaluate = f"eval tester/eagle3-code --limit 1 --max-new-tokens 4 --tree chain:2 --output {tmp_path / 'eval'}"
+    there, here, *_ = said(client("-c", SEVERAL, "load tester/eagle3-code", f"load {DRAFTER}", export, evaluate, " ".join(map(str, ("push", *arguments)))))
+    assert there == here and float(there) and (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "eval" / "result.json").is_file()
     assert not [e for e in log(server, start) if e["route"] in ("put", "commit")]  # the second push changed nothing and sent nothing
     snapshot = next((tmp_path / "home").rglob("snapshots/*"))
     assert {p.name for p in snapshot.iterdir()} == {"config.json", "draftsmith.json", "model.safetensors"}  # nothing else is downloaded
