@@ -83,7 +83,7 @@ def spell(rename):
     (change_tensors(lambda t: t.update(t2d=~t["t2d"])), "model.safetensors: t2d"),
     (change_tensors(lambda t: t.update(t2d=t["t2d"].long())), "t2d: found torch.int64, expected torch.bool"),
     (change_tensors(lambda t: t.update({"embed_tokens.weight": torch.zeros(61, 32)})), "embed_tokens.weight: 61 of 61 rows differ from the target's"),
-    (change_config(architectures=["Eagle3Qwen3ForCausalLM"]), r"found architectures \['Eagle3Qwen3ForCausalLM'\], expected .* eagle3"),
+    (change_config(architectures=["Eagle3Qwen3ForCausalLM"]), r"config.json: architectures: found \['Eagle3Qwen3ForCausalLM'\], expected .* eagle3"),
     (change_config(intermediate_size=None), "intermediate_size: missing"),
     (change_config(vocab_size=99), "vocab_size: found 99, expected the target's 61"),
     (change_config(hidden_size=64), "hidden_size: found 64, expected the target's 32"),

@@ -63,7 +63,7 @@ def layout_of(stored: Stored) -> Layout:
         if layout.recognises(stored.config):
             return layout
     known = ", ".join(sorted({layout.head.name for layout in LAYOUTS}))
-    raise UserError(f"{stored.folder}: found {family(stored)}, expected a head that draftsmith has: {known}")
+    raise UserError(f"{stored.folder}/config.json: {family(stored)}, expected a head that draftsmith has: {known}")
 
 
 def layout_for(head, engine: str) -> Layout:
@@ -77,16 +77,16 @@ def layout_for(head, engine: str) -> Layout:
 
 
 def family(stored: Stored) -> str:
-    """A name for drafters of other kinds."""
+    """What lies there where no layout recognises it."""
     config, fc = stored.config, stored.tensors.get("fc.weight")
     if config.get("model_type") == "mlp_speculator":
-        return "an LSTM or MLP speculator (Arctic)"
+        return "found an LSTM or MLP speculator (Arctic)"
     if config.get("model_type") == "medusa":
-        return "a Medusa head"
+        return "found a Medusa head"
     if "speculators_model_type" in config:
-        return f"a speculators drafter of kind {config['speculators_model_type']}"
+        return f"found a speculators drafter of kind {config['speculators_model_type']}"
     if "residual" in stored.tensors or "adaptive_embedding" in stored.tensors:
-        return "a HiViS head"
+        return "found a HiViS head"
     if fc is not None and fc.ndim == 2 and fc.size(1) == 2 * fc.size(0) and "lm_head.weight" not in stored.tensors:
-        return "an EAGLE-1 or EAGLE-2 head"
-    return f"architectures {config.get('architectures')}"
+        return "found an EAGLE-1 or EAGLE-2 head"
+    return f"architectures: found {config.get('architectures')}"

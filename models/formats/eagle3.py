@@ -108,6 +108,7 @@ def rope(stored: dict, place: str) -> dict:
 
 
 def read(stored: dict, tensors: Tensors, embedding: torch.Tensor, taps_below: int | None, folder: Path) -> Eagle3Head:
+    """`Layout.read`: checked against the target before anything is built."""
     place, (vocab, hidden) = f"{folder}/config.json", embedding.shape
     config = from_config(stored, place, taps_below)
     if config.vocab_size != vocab:
@@ -151,6 +152,7 @@ def check_embedding(stored: torch.Tensor, embedding: torch.Tensor, place: str) -
 
 
 def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None = None) -> tuple[dict, Tensors]:
+    """`Layout.write`: no embedding (both engines take the target's), no mapping between equal vocabularies."""
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in head.state_dict().items()}
     if head.config.draft_vocab_size != head.config.vocab_size:
         tensors |= to_offsets(head.ids, head.config.vocab_size)

@@ -24,6 +24,7 @@ def recognises(config: dict) -> bool:
 
 
 def read(stored: dict, tensors: Tensors, embedding: torch.Tensor, taps_below: int | None, folder: Path) -> Eagle3Head:
+    """`Layout.read`: the same head as in the EAGLE-3 directory, described elsewhere."""
     place, layer = f"{folder}/config.json", stored.get("transformer_layer_config")
     if "model_type" in stored:
         raise UserError(f"{place}: model_type: found {stored['model_type']!r}, expected none at the top level (vLLM would not read it as speculators)")
@@ -36,6 +37,7 @@ def read(stored: dict, tensors: Tensors, embedding: torch.Tensor, taps_below: in
 
 
 def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None) -> tuple[dict, Tensors]:
+    """`Layout.write`; serving must be given."""
     config, tensors = eagle3.write(head, dtype)
     tensors = {name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()}
     tensors["embed_tokens.weight"] = head.embedding.detach().to("cpu", dtype).contiguous()
