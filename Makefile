@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-vllm lint
 
 setup:
 	@bash launch/setup.sh
@@ -8,6 +8,12 @@ demo: setup
 
 test: setup
 	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python -m pytest -q
+
+# The shipped drafter in the real engine (vLLM for the CPU) and in the speculators library, in an environment of their own; about 6 minutes.
+test-vllm:
+	@bash tests/engine/setup.sh
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m tests.engine.speculators_compare
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m tests.engine.vllm_compare
 
 lint: setup
 	@.venv/bin/ruff check .

@@ -123,6 +123,48 @@ def demo(output: str = "runs/demo"):
     demo(Path(output), say)
 
 
+@app.command()
+def export(drafter: str, output: str, to: Annotated[str, typer.Option(help="vllm, sglang, speculators or arctic")],
+           target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
+           depth: Annotated[int, typer.Option(min=1, help="drafted tokens in the config and in the command")] = 5):
+    """Write a drafter (directory, Hub id or bundled:NAME) as a serving engine loads it, checked key by key."""
+    from draftsmith.launch.export import export_drafter
+
+    export_drafter(drafter, output, to, target, depth, say)
+
+
+@app.command(name="import")
+def import_(source: str, output: str, target: Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME that it drafts for")],
+            pickle: Annotated[bool, typer.Option(help="also read pytorch_model.bin (tensors only)")] = False):
+    """Make a drafter of this project from a public one: EAGLE-3 or speculators, directory or Hub id."""
+    from draftsmith.launch.export import import_drafter
+
+    import_drafter(source, output, target, pickle, say)
+
+
+@app.command()
+def push(drafter: str, repository: Annotated[str, typer.Argument(help="USER/NAME")], private: bool = False,
+         revision: Annotated[str, typer.Option(help="branch, made where it does not exist")] = None,
+         dry_run: Annotated[bool, typer.Option(help="show files and card, send nothing")] = False,
+         results: Annotated[Path, typer.Option(help="result.json of draftsmith eval; default: the one in the drafter's parent folder")] = None,
+         target: Annotated[str, typer.Option(help="Hub id; default: the one that the drafter names")] = None,
+         license: Annotated[str, typer.Option(help="licence of the drafter, for instance apache-2.0")] = None):
+    """Publish a drafter on the Hub with a card made from what was measured. The token is HF_TOKEN or that of `hf auth login`."""
+    from draftsmith.launch.hub import push
+
+    push(drafter, repository, private, revision, dry_run, results, target, license, say)
+
+
+@app.command()
+def doctor(recipes: Annotated[list[str], typer.Argument(help="default: the recipes that come with draftsmith")] = None):
+    """Show this machine, what is installed, and what is missing for which recipe; exit code 1 when a package does not do."""
+    from rich.console import Console
+
+    from draftsmith.launch.doctor import doctor
+
+    raise SystemExit(0 if doctor(recipes or [], Console()) else 1)
+
+
 def main() -> None:
     try:
         app(standalone_mode=False)

@@ -19,7 +19,7 @@ from draftsmith.eval.suites import read_suite
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafter import NoDrafter
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import load_drafter
+from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.lookup import LookupDrafter
 from draftsmith.models.targets import TextTarget, locate
 
@@ -42,12 +42,12 @@ class Methods:
 
     @classmethod
     def open(cls, names: list[str], target_name: str | None, assistant: str, dtype: torch.dtype | None = None) -> "Methods":
-        """names: `BASELINES` or drafter directories (`bundled:PATH` or NAME=DIRECTORY too). Without target_name the drafters name theirs."""
+        """names: `BASELINES` or drafters (directory, Hub id, `bundled:PATH`, or NAME=any of these). Without target_name the drafters name theirs."""
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(f"methods: found {repeated[0]} twice, expected each once")
         folders = labels([name for name in names if name not in BASELINES])
-        places = {name: Path(locate(folder)) for name, folder in folders.items()}
+        places = {name: fetch(folder) for name, folder in folders.items()}
         if target_name is None:
             wanted = {name: target_of(place) for name, place in places.items()}
             if len(set(wanted.values())) > 1:
@@ -97,7 +97,7 @@ class Methods:
 
     def identity(self) -> dict:
         """Names and hashes of what is measured."""
-        digest = lambda folder: hashlib.sha256((Path(locate(folder)) / "model.safetensors").read_bytes()).hexdigest()[:16]  # noqa: E731
+        digest = lambda folder: hashlib.sha256((fetch(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]  # noqa: E731
         return {"target": self.target.name, "methods": ["plain", *self.baselines], "drafters": {n: digest(f) for n, f in self.folders.items()}}
 
     def machine(self) -> dict:

@@ -38,7 +38,7 @@ def test_files_stay_rooms():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["eval", "/none"], "draftsmith.json: no target named"), (["train", "none.yaml"], "none.yaml: no such recipe"), (["dance"], "No such command"),
+    (["eval", "/none"], "/none: no such directory"), (["train", "none.yaml"], "none.yaml: no such recipe"), (["dance"], "No such command"),
     (["regenerate", "/none", "p.jsonl", "o.jsonl"], "/none"), (["pretrain", "none.yaml"], "no such recipe"), (["eval"], "Missing argument"),
 ])
 def test_command_line_errors_are_one_line_and_exit_code_2(arguments, message, tmp_path):

@@ -41,7 +41,7 @@ RECIPE = [
     (["RECIPE", "head.draft_vocab_size=301"], "head.draft_vocab_size: found 301, expected at most the target's 300"),
     (["RECIPE", "data.max_length=9999", "optimization.batch_tokens=9999"], "data.max_length: found 9999, expected at most the target's 256"),
     (["RECIPE", "optimization.accumulation=999"], "found 24 rows,"),
-    (["RECIPE", "head.start_from=/none"], "/none: config.json is missing"),
+    (["RECIPE", "head.start_from=/none"], "/none: no such directory"),
     (["RECIPE", "engine.config=none.json"], "none.json: no such file; expected a DeepSpeed JSON file"),
 ]
 

@@ -1,6 +1,92 @@
-"""Drafters on disk, as serving engines read them. Other conventions for layer taps exist only here."""
+"""Drafters on disk, as serving engines read them. Other conventions for layer taps exist only here.
 
-from draftsmith.models.formats.eagle import load_drafter, save_drafter
-from draftsmith.models.formats.speculators import load_speculators, save_speculators
+A layout is one file that ends in a `Layout`, and its name in LAYOUTS; loading, saving, importing and exporting find it there.
+"""
 
-__all__ = ["load_drafter", "load_speculators", "save_drafter", "save_speculators"]
+from pathlib import Path
+
+import torch
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.formats import eagle3, speculators
+from draftsmith.models.formats.layout import Layout, Serving, Stored, read_files, written
+from draftsmith.models.formats.place import fetch
+from draftsmith.models.targets import TextTarget
+
+__all__ = ["LAYOUTS", "fetch", "from_pretrained", "layout_for", "layout_of", "load_drafter", "read_files", "save_drafter", "store"]
+
+LAYOUTS = (eagle3.LAYOUT, speculators.LAYOUT)
+
+
+def load_drafter(place: str | Path, embedding: torch.Tensor, taps_below: int | None = None):
+    """The head at a place (directory, Hub id or `bundled:NAME`, any layout), for a target with this embedding [V, h] and `taps_below` layers.
+    fp32 or the embedding's dtype.
+
+    Raises UserError naming the file and the key when something is missing, unknown or of another target.
+    """
+    stored = read_files(fetch(place))
+    return layout_of(stored).read(stored.config, stored.tensors, embedding, taps_below, stored.folder)
+
+
+def from_pretrained(place: str | Path, target: TextTarget | None = None):
+    """The head at a place, in evaluation mode, for an opened target; without one the target that the drafter names is loaded."""
+    if target is None:
+        name = read_files(fetch(place)).target
+        if name is None:
+            raise UserError(f"{place}: names no target; expected one to be given")
+        target = TextTarget.load(name)
+    return load_drafter(place, target.embedding, target.layers)
+
+
+def save_drafter(head, folder: str | Path, about: dict, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Writes a head in the layout that drafters are kept in. `about` (target, recipe, figures) goes to draftsmith.json."""
+    layout = next(layout for layout in LAYOUTS if layout.head is type(head))
+    return store(head, Path(folder), layout, {"head": head.name, **about}, dtype)
+
+
+def store(head, folder: Path, layout: Layout, about: dict, dtype: torch.dtype, serving: Serving | None = None) -> Path:
+    """Writes a directory beside its place, checks it by reading it back bit for bit, then moves it there."""
+    config, tensors = layout.write(head, dtype, serving)
+    with written(folder, config, tensors, about) as new:
+        again = load_drafter(new, head.embedding.float())
+        for (name, value), (_, own) in zip(again.state_dict().items(), head.state_dict().items(), strict=True):
+            if not torch.equal(value.to("cpu", dtype), own.to("cpu", dtype)):
+                raise RuntimeError(f"{name} differs after reloading")
+        if not torch.equal(again.ids.cpu(), head.ids.cpu()):
+            raise RuntimeError("draft vocabulary differs after reloading")
+    return folder
+
+
+def layout_of(stored: Stored) -> Layout:
+    """Raises UserError that says what lies there instead."""
+    for layout in LAYOUTS:
+        if layout.recognises(stored.config):
+            return layout
+    known = ", ".join(sorted({layout.head.name for layout in LAYOUTS}))
+    raise UserError(f"{stored.folder}/config.json: {family(stored)}, expected a head that draftsmith has: {known}")
+
+
+def layout_for(head, engine: str) -> Layout:
+    """The layout in which an engine (`export --to`) loads this head."""
+    mine = [layout for layout in LAYOUTS if layout.head is type(head)]
+    for layout in mine:
+        if engine in layout.engines:
+            return layout
+    engines = ", ".join(name for layout in mine for name in layout.engines)
+    raise UserError(f"--to {engine}: {engine} does not load heads of kind {head.name}; expected one of {engines}")
+
+
+def family(stored: Stored) -> str:
+    """What lies there where no layout recognises it."""
+    config, fc = stored.config, stored.tensors.get("fc.weight")
+    if config.get("model_type") == "mlp_speculator":
+        return "found an LSTM or MLP speculator (Arctic)"
+    if config.get("model_type") == "medusa":
+        return "found a Medusa head"
+    if "speculators_model_type" in config:
+        return f"found a speculators drafter of kind {config['speculators_model_type']}"
+    if "residual" in stored.tensors or "adaptive_embedding" in stored.tensors:
+        return "found a HiViS head"
+    if fc is not None and fc.ndim == 2 and fc.size(1) == 2 * fc.size(0) and "lm_head.weight" not in stored.tensors:
+        return "found an EAGLE-1 or EAGLE-2 head"
+    return f"architectures: found {config.get('architectures')}"

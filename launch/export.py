@@ -1,0 +1,64 @@
+"""`draftsmith export` and `draftsmith import`: drafter directories as the engines load them, and public ones as drafters of this project."""
+
+from dataclasses import replace
+from pathlib import Path
+from string import Template
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.formats import fetch, layout_for, layout_of, read_files, save_drafter, store
+from draftsmith.models.formats.embedding import read_target
+from draftsmith.models.formats.layout import Serving
+from draftsmith.models.formats.place import SAFE_FILES
+from draftsmith.models.targets import locate
+
+ENGINES = ("vllm", "sglang", "speculators", "arctic")
+
+
+def export_drafter(place: str | Path, out: str | Path, to: str, target: str | None = None, depth: int = 5, report=print) -> Path:
+    """Writes OUT (a new place) for an engine, checked key by key by reading it back. Only the speculators layout needs the target's weights
+    (its embedding). depth: drafted tokens in the config and in the command that is shown."""
+    if to not in ENGINES:
+        raise UserError(f"--to: found {to}, expected {', '.join(ENGINES)}")
+    out = new_place(out)
+    stored = read_files(fetch(place))
+    target = target or stored.target
+    own = layout_of(stored)
+    head = own.read(stored.config, stored.tensors, stored.embedding(), None, stored.folder)
+    layout, serving = layout_for(head, to), None
+    if target is None:
+        raise UserError(f"{stored.folder}: names no target; expected --target")
+    if to == "speculators":
+        config, architecture, embedding = read_target(target)
+        head = own.read(stored.config, stored.tensors, embedding, config.num_hidden_layers, stored.folder)
+        serving = Serving(locate(target), architecture, depth)
+    store(head, out, layout, {"head": head.name, "target": target, **stored.about}, stored.dtype, serving)
+    report(f"{len(layout.write(head, stored.dtype, serving)[1])} tensors in {out}, read back and equal\n{command(layout, to, out, locate(target), depth)}")
+    return out
+
+
+def import_drafter(source: str, out: str | Path, target: str, pickle: bool = False, report=print) -> Path:
+    """Writes OUT (a new place), a drafter of this project, from a public directory or Hub id. Its context is widened to the target's."""
+    out = new_place(out)
+    stored = read_files(fetch(source, (*SAFE_FILES, "*.bin") if pickle else SAFE_FILES), pickle)
+    config, _, embedding = read_target(target)
+    head = layout_of(stored).read(stored.config, stored.tensors, embedding, config.num_hidden_layers, stored.folder)
+    trained, wanted = head.config.max_position_embeddings, config.max_position_embeddings
+    if trained < wanted:
+        rope = {"original_max_position_embeddings": trained, **head.config.rope_parameters}
+        rope = rope if rope.get("rope_type") == "yarn" else head.config.rope_parameters
+        head.config = replace(head.config, max_position_embeddings=wanted, rope_parameters=rope)
+        report(f"max_position_embeddings: {trained} -> {wanted}, the target's (engines fail behind the drafter's own)")
+    save_drafter(head, out, {"target": target, "imported": {"from": source, "architectures": stored.config.get("architectures")}}, stored.dtype)
+    report(f"{head.name} with taps {list(head.config.taps)} and {len(head.ids)} of {len(embedding)} tokens in {out}, read back and equal")
+    return out
+
+
+def new_place(out: str | Path) -> Path:
+    if Path(out).exists():
+        raise UserError(f"{out} exists; expected a new place")
+    return Path(out)
+
+
+def command(layout, engine: str, drafter: str | Path, target: str, depth: int) -> str:
+    """The shell command that serves a drafter; drafter and target as the engine is to find them."""
+    return Template(layout.engines[engine]).substitute(drafter=drafter, target=target, depth=depth)

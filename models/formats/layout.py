@@ -1,0 +1,155 @@
+"""What the layouts of drafter directories share: the description of one, reading files, the full check, writing all or nothing.
+
+Neither vLLM nor SGLang reports a missing key (the parameter stays uninitialised) and vLLM refuses an unknown one, so every key, shape and
+dtype is checked here, before use and after writing. What only draftsmith reads stands in draftsmith.json.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from draftsmith.models.errors import UserError
+
+Tensors = dict[str, torch.Tensor]
+SHOWN = 6  # differences named in one message
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What an engine is told beside the weights: the verifier (Hub id or directory), its architecture, and how many tokens to draft."""
+
+    verifier: str
+    architecture: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to store one kind of head.
+
+    head: its class. engines: {name for `export --to`: command that serves it}, with `$drafter`, `$target` and `$depth` in it.
+    recognises(config.json) -> whether a directory is of this layout.
+    read(config, tensors, embedding [V, h], taps_below, folder) -> head; raises UserError for whatever is missing, unknown or of another target.
+    write(head, dtype, serving) -> (config.json, tensors). The first layout of a head is the one that drafters are kept in; it needs no serving.
+    """
+
+    head: type
+    engines: dict[str, str]
+    recognises: Callable[[dict], bool]
+    read: Callable[[dict, Tensors, torch.Tensor, int | None, Path], torch.nn.Module]
+    write: Callable[[torch.nn.Module, torch.dtype, Serving | None], tuple[dict, Tensors]]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A directory as it was read. about: draftsmith.json, {} without one."""
+
+    folder: Path
+    config: dict
+    tensors: Tensors
+    about: dict
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((t.dtype for t in self.tensors.values() if t.is_floating_point()), torch.bfloat16)
+
+    @property
+    def target(self) -> str | None:
+        """The target that the directory names."""
+        return self.about.get("target") or (self.serving.verifier if self.serving else None)
+
+    @property
+    def serving(self) -> Serving | None:
+        """What the directory tells an engine; None where the layout says nothing of it. Raises UserError for a key that engines need."""
+        if "speculators_config" not in self.config:
+            return None
+        try:
+            described = self.config["speculators_config"]
+            verifier = described["verifier"]
+            return Serving(verifier["name_or_path"], (verifier.get("architectures") or [""])[0], described["proposal_methods"][0]["speculative_tokens"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{self.folder}/config.json: speculators_config: {error.args[0]}: missing") from None
+
+    def embedding(self) -> torch.Tensor:
+        """[V, h]: the embedding stored here, or zeros (without memory) of the target's shape, for work that does not look at it."""
+        flat = {**self.config.get("transformer_layer_config", {}), **self.config}
+        try:
+            shape = flat["vocab_size"], flat.get("target_hidden_size") or flat["hidden_size"]
+        except KeyError as error:
+            raise UserError(f"{self.folder}/config.json: {error.args[0]}: missing") from None
+        own = self.tensors.get("embed_tokens.weight")
+        return torch.zeros(1).expand(shape) if own is None else own.float()
+
+
+def read_files(folder: Path, pickle: bool = False) -> Stored:
+    """config.json, draftsmith.json and all *.safetensors of a directory; with `pickle` also pytorch_model.bin, as tensors only."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: config.json is missing; expected a drafter directory")
+    config = read_json(folder / "config.json")
+    about = read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
+    files, tensors = sorted(folder.glob("*.safetensors")), {}
+    if not files and (folder / "pytorch_model.bin").is_file():
+        if not pickle:
+            raise UserError(f"{folder}: found pytorch_model.bin (a pickle), expected model.safetensors; draftsmith import --pickle converts it")
+        files = [folder / "pytorch_model.bin"]
+    elif not files:
+        raise UserError(f"{folder}: model.safetensors is missing; expected a drafter directory")
+    for file in files:
+        try:
+            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        except (SafetensorError, OSError, UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+            raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    return Stored(folder, config, tensors, about)
+
+
+def read_json(file: Path) -> dict:
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{file}: found {type(document).__name__}, expected a JSON object")
+    return document
+
+
+def check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], place: str, kinds: dict[str, torch.dtype] = {}) -> None:
+    """Raises UserError with the differences between found and expected keys, shapes and dtypes; keys outside `kinds` must be floating."""
+    differences = [f"{k}: missing" for k in sorted(shapes.keys() - tensors.keys())]
+    differences += [f"{k}: unknown key" for k in sorted(tensors.keys() - shapes.keys())]
+    differences += [f"{k}: found {tuple(tensors[k].shape)}, expected {shape}" for k, shape in shapes.items()
+                    if k in tensors and tuple(tensors[k].shape) != shape]
+    differences += [f"{k}: found {v.dtype}, expected {kinds.get(k, 'a floating type')}" for k, v in tensors.items()
+                    if (v.dtype != kinds[k] if k in kinds else not v.is_floating_point())]
+    if differences:
+        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise UserError(f"{place}: {len(differences)} of {len(shapes)} expected keys differ: {'; '.join(differences[:SHOWN])}{more}"
+                        if len(differences) > 1 else f"{place}: {differences[0]}")
+
+
+@contextmanager
+def written(folder: Path, config: dict, tensors: Tensors, about: dict) -> Iterator[Path]:
+    """Yields the new directory, hidden beside its place; after the block it takes the place of `folder`. An exception leaves all as it was."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        for name, document in (("config.json", config), ("draftsmith.json", about)):
+            (new / name).write_text(json.dumps(document, indent=2) + "\n")
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
