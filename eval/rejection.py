@@ -50,7 +50,7 @@ class Residuals:
             q = self.q.index_select(0, wave.drawn)
             drawn = q.gather(1, token)[:, 0].double()
             chance = torch.where(drawn > 0, share / drawn.clamp(min=self.tiny), 0.0)
-            left.mul_(w[:, None]).sub_(q).clamp_(min=0)
+            left.mul_(w[:, None].to(left.dtype)).sub_(q).clamp_(min=0)
             total = left.sum(1)
             rest = total.double()
             if len(wave.more):
@@ -90,24 +90,26 @@ class Rejection(DraftVerifier):
         """The same law by walking down one path a row, which touches no node beside it: depth times width steps of [B, V]."""
         self.check(tree)
         plan, rows, tiny = schedule(tree), torch.arange(len(tree.tokens), device=logits.device), torch.finfo(logits.dtype).eps**2
+        kinds = {kind for row in tree.form.kinds for kind in row[1:]}
         uniform, at = noise.uniform(tree.size, logits.device), torch.zeros_like(rows)
         going, weights = torch.ones_like(rows, dtype=torch.bool), logits[:, 0]
         for width in plan.widths:
             p, taken = logits[rows, at].softmax(-1), at
             q = torch.zeros_like(p) if tree.q is None else target_ids(tree.q[rows, plan.drawn[rows, at]].to(p.dtype), tree.ids, p.size(1))
             for rank in range(width):
-                child = plan.children[rows, at, rank].clamp(min=0)
+                place = plan.children[rows, at, rank]
+                child, proposal = place.clamp(min=0), q
                 token, kind = tree.tokens[rows, child][:, None], tree.kind[rows, child][:, None]
-                point = torch.zeros_like(p).scatter_(1, token, 1.0)
-                proposal = torch.where(kind == Kind.ONE_HOT, point, q)
-                tried = going & (taken == at) & (plan.children[rows, at, rank] >= 0)
-                drawn = proposal.gather(1, token)[:, 0]
+                if Kind.ONE_HOT in kinds:
+                    proposal = torch.where(kind == Kind.ONE_HOT, torch.zeros_like(p).scatter_(1, token, 1.0), q)
+                drawn, tried = proposal.gather(1, token)[:, 0], going & (taken == at) & (place >= 0)
                 hit = tried & (drawn > 0) & (uniform[rows, child] * drawn < p.gather(1, token)[:, 0])
                 left = (p - proposal).clamp_(min=0)
                 total = left.sum(1, keepdim=True)
                 p = torch.where((tried & ~hit)[:, None] & (total > tiny), left / total.clamp(min=tiny), p)
-                without = q.scatter(1, token, 0.0)
-                q = torch.where(kind == Kind.WITHOUT_REPLACEMENT, without / without.sum(1, keepdim=True).clamp(min=tiny), q)
+                if Kind.WITHOUT_REPLACEMENT in kinds and rank + 1 < width:
+                    without = q.scatter(1, token, 0.0)
+                    q = torch.where(kind == Kind.WITHOUT_REPLACEMENT, without / without.sum(1, keepdim=True).clamp(min=tiny), q)
                 taken = torch.where(hit, child, taken)
             weights, going, at = torch.where(going[:, None], p, weights), going & (taken != at), taken
         weights = torch.where(going[:, None], logits[rows, at].softmax(-1), weights)

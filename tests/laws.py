@@ -181,3 +181,54 @@ class Bulk:
         """Nodes of one depth stand in one position and share their noise."""
         levels = -torch.empty(self.batch, int(tree.depths.max()) + 1, logits.size(2)).exponential_(generator=self.generator).log()
         return logits + levels[torch.arange(self.batch)[:, None], tree.depths]
+
+
+class TableHead:
+    """A learned head's interface over a table: a beam is the texts it stands behind, ids are the draft vocabulary."""
+
+    def __init__(self, q: torch.Tensor, ids: torch.Tensor):
+        self.vocab, self.ids, self.logp = q.size(1), ids, q[:, ids].log()
+
+    def roots(self, texts: torch.Tensor):
+        """texts [B]: numbers of the texts so far, root included."""
+        return texts, None
+
+    def expand(self, beam, tokens: torch.Tensor, parents: torch.Tensor):
+        texts, before = beam
+        now = texts[:, None] if before is None else before.gather(1, parents) * self.vocab + 1 + tokens
+        return self.logp[now], (texts, now)
+
+
+def continuations(rule, policy, head: TableHead, p: torch.Tensor, texts: torch.Tensor, length: int, generator: torch.Generator, relabel=lambda tree: tree):
+    """Speculative decoding over a table: texts [B] (numbers), each continued by at least `length` tokens, cut there -> numbers [B]."""
+    vocab, left = p.size(1), torch.full_like(texts, length)
+    done = texts.clone()
+    while len(going := (left > 0).nonzero()[:, 0]):
+        noise = Bulk(len(going), generator)
+        tree = relabel(policy.sample(head, head.roots(done[going]), torch.zeros_like(going), noise))
+        at = done[going, None].repeat(1, tree.size)
+        for node, parent in enumerate(tree.form.parents[0]):
+            if parent >= 0:
+                at[:, node] = at[:, parent] * vocab + 1 + tree.tokens[:, node]
+        accepted = rule(tree, p[at].float().log(), noise)
+        rows = torch.arange(len(going))
+        emitted = torch.cat([tree.tokens[rows[:, None], accepted.path[:, 1:]], accepted.next_token[:, None]], 1)
+        emitted = emitted.scatter(1, (accepted.counts - 1)[:, None], accepted.next_token[:, None])  # behind the accepted nodes
+        for step in range(emitted.size(1)):
+            grows = (step < accepted.counts) & (left[going] > 0)
+            done[going] = torch.where(grows, done[going] * vocab + 1 + emitted[:, step], done[going])
+            left[going] -= grows.long()
+    return done
+
+
+def g_test(prefix: int, texts: torch.Tensor, p: torch.Tensor, length: int) -> tuple[float, float]:
+    """(G = 2 sum O ln(O / E), the value that a right sampler exceeds once in a million times) against the exact joint law behind `prefix`."""
+    vocab, law, first = p.size(1), torch.ones(1, dtype=torch.float64), prefix
+    for _ in range(length):
+        law, first = (law[:, None] * p[first:first + len(law)]).flatten(), first * vocab + 1
+    seen = torch.bincount(texts - first, minlength=len(law)).double()
+    assert not bool(((law == 0) & (seen > 0)).any())
+    freedom = int((law > 0).sum()) - 1
+    statistic = 2 * float(torch.where(seen > 0, seen * (seen / (law * len(texts)).clamp(min=1e-300)).log(), 0.0).sum())
+    spread = 2 / (9 * freedom)
+    return statistic, freedom * (1 - spread + 4.753 * spread**0.5) ** 3  # Wilson and Hilferty, 1931
