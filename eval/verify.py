@@ -43,6 +43,12 @@ class Law:
         """[B] fp64: accepted drafted tokens in expectation over the verifier's noise, given the tree (Rao-Blackwell); the bonus token is extra."""
         return (self.stop * self.depths).sum(1)
 
+    def draw(self, uniform: torch.Tensor) -> torch.Tensor:
+        """uniform [B, 1] fp64 in [0, 1) -> last [B], the node where the accepted path ends."""
+        below = self.stop.cumsum(1)
+        # The first node whose cumulated probability exceeds the draw: never one of probability 0
+        return (below <= uniform * below[:, -1:]).sum(1).clamp(max=self.stop.size(1) - 1)
+
 
 class Verifier:
     """A rule by its law. Subclasses say what they refuse: kinds of edge here, shapes in `_wrong_shape`."""
@@ -65,9 +71,7 @@ class Verifier:
     def __call__(self, tree: DraftTree, logits: torch.Tensor, noise: Noise) -> Accepted:
         self.check(tree)
         law = self.law(tree, logits)
-        below = law.stop.cumsum(1)
-        # The first node whose cumulated probability exceeds the draw: never one of probability 0.
-        last = (below <= noise.uniform(1, logits.device) * below[:, -1:]).sum(1).clamp(max=tree.size - 1)
+        last = law.draw(noise.uniform(1, logits.device))
         return accept(tree, last, law.following(last), noise)
 
     def _wrong_kind(self, tree: DraftTree) -> str:

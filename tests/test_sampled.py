@@ -134,13 +134,13 @@ PREFIXES, COUNT, LENGTH = (1, 3), 50_000, 3
 
 
 def worst_g(name, tree, relabel=lambda tree: tree):
-    """G over its one-in-a-million bound, the worst of the prefixes, 50,000 texts in all."""
+    """G over its one-in-a-million bound, the worst of the prefixes, 50,000 texts behind each."""
     generator = torch.Generator().manual_seed(1)
     texts = texts_up_to(6, 4)
     p, q = random_rows(texts, 4, generator, 0.1), random_rows(texts, 4, generator)
     policy, head, worst = parse_tree(tree), TableHead((p + q) / 2, torch.tensor([0, 1, 3])), 0.0
     for prefix in PREFIXES:
-        start = torch.full((COUNT // len(PREFIXES),), prefix)
+        start = torch.full((COUNT,), prefix)
         found = continuations(RULES[name], policy, head, p, start, LENGTH, generator, relabel)
         statistic, bound = g_test(prefix, found, p, LENGTH)
         worst = max(worst, statistic / bound)
