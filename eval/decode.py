@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from draftsmith.eval.sampling import Sampling, perturb, process, seen_tokens
-from draftsmith.eval.verify import match
+from draftsmith.eval.sampling import Noise, Sampling, process, seen_tokens
+from draftsmith.eval.verify import MATCH, Verifier
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.errors import UserError
+from draftsmith.models.noise import Draw
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.tree import DraftTree
 
@@ -56,19 +57,22 @@ class Trace:
 
 @torch.inference_mode()
 def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
-             eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None, margins: bool = False) -> list[Trace]:
+             eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None, margins: bool = False,
+             verifier: Verifier = MATCH) -> list[Trace]:
     """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise.
 
-    Raises UserError for an empty prompt or one that leaves no room in the target's context.
+    At temperature 0 every verifier is greedy matching. Margins are those of sample-and-match.
+    Raises UserError for an empty prompt, one that leaves no room in the target's context, and trees that the verifier refuses.
     """
     clock, active = clock or Clock(target.device), list(requests or range(len(prompts)))
     traces, histories = {r: Trace() for r in active}, {r: list(p) for r, p in zip(active, prompts)}
-    order = list(active)
+    order, verifier = list(active), MATCH if sampling.temperature == 0 else verifier
     check_prompts(target, prompts, max_new_tokens, drafter.size)
     session = target.open(drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size)
     prefill = session.prefill(prompts)
     start = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=target.device))
-    root = scores(prefill.logits[:, None], start, session.lengths[:, None], sampling, active, histories)[:, 0].argmax(-1)
+    first = Noise(sampling, active, [len(p) - 1 for p in prompts])
+    root = first.perturb(processed(prefill.logits[:, None], start, sampling, active, histories), start)[:, 0].argmax(-1)
     for request, token in zip(active, root.tolist()):
         traces[request].tokens.append(token)
         histories[request].append(token)
@@ -84,17 +88,18 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
                 session.select(torch.tensor(rows, device=target.device))
                 drafter.select(torch.tensor(rows, device=target.device))
                 active = [active[i] for i in rows]
+            roots = session.lengths.tolist()
             with clock.phase("draft"):
-                tree = drafter.propose()
+                tree = drafter.propose(Draw(sampling.temperature, sampling.seed, active, roots))
             with clock.phase("verify"):
                 verified = session.verify(tree)
             with clock.phase("overhead"):
-                logits = scores(verified.logits, tree, session.lengths[:, None] + tree.depths + 1, sampling, active, histories)
-                accepted = match(tree, logits.argmax(-1))
+                logits, noise = processed(verified.logits, tree, sampling, active, histories), Noise(sampling, active, roots)
+                accepted = verifier(tree, logits, noise).trimmed()
                 session.commit(accepted.path, accepted.counts)
                 record(traces, histories, active, tree, accepted, max_new_tokens, eos)
             if margins:
-                note_margins(traces, active, logits, accepted)
+                note_margins(traces, active, noise.perturb(logits, tree), accepted)
             with clock.phase("draft"):
                 drafter.observe(verified.features(tree, accepted.path, accepted.counts), accepted.next_token)
     return [traces[r] for r in order]
@@ -106,12 +111,12 @@ def fill_gaps(going: list[int]) -> list[int]:
     return [i if i in going else next(tail) for i in range(len(going))]
 
 
-def scores(logits, tree, positions, sampling, active, histories):
-    """[B, N, V] whose argmax is what the target emits behind each node, at positions [B, N]: processed logits and their keyed noise."""
+def processed(logits, tree, sampling, active, histories):
+    """[B, N, V] fp32: the logits of the target's distribution behind each node, after all that `sampling` asks for."""
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = seen_tokens([histories[r] for r in active], logits.size(-1), logits.device)
-    return perturb(process(logits, sampling, seen, tree), sampling, active, positions)
+    return process(logits, sampling, seen, tree)
 
 
 def record(traces, histories, active, tree, accepted, max_new_tokens, eos):

@@ -4,12 +4,12 @@ Plain and speculative decoding call the same functions. Randomness is keyed by (
 sample-and-match reproduces plain sampling token for token.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.noise import keyed
 from draftsmith.models.tree import DraftTree
 
 
@@ -30,9 +30,7 @@ class Sampling:
 
 def keyed_gumbel(seed: int, request: int, position: int, vocab_size: int) -> torch.Tensor:
     """[V] fp32 standard Gumbel noise that depends on nothing but its key."""
-    digest = hashlib.blake2b(f"{seed}/{request}/{position}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return -torch.empty(vocab_size).exponential_(generator=generator).log_()
+    return -torch.empty(vocab_size).exponential_(generator=keyed(seed, request, position)).log_()
 
 
 def seen_tokens(history: list[list[int]], vocab_size: int, device) -> torch.Tensor:
@@ -85,3 +83,29 @@ def perturb(logits: torch.Tensor, sampling: Sampling, requests: list[int], posit
     number = {key: i for i, key in enumerate(keys)}
     noise = torch.stack([keyed_gumbel(sampling.seed, *key, logits.size(-1)) for key in keys]).to(logits.device)
     return logits + noise[torch.tensor([[number[request, p] for p in row] for request, row in zip(requests, rows)], device=logits.device)]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a verifier may draw in one cycle; positions: where each root stands. Keyed by the position behind the root, the first that the
+    cycle emits: no two cycles share it, and a root alone gets exactly the noise of plain decoding."""
+
+    sampling: Sampling
+    requests: list[int]
+    positions: list[int]
+
+    def uniform(self, count: int, device) -> torch.Tensor:
+        """[B, count] fp64 in [0, 1)."""
+        rows = [torch.rand(count, generator=keyed(self.sampling.seed, request, position + 1, "accept"), dtype=torch.float64)
+                for request, position in zip(self.requests, self.positions)]
+        return torch.stack(rows).to(device)
+
+    def gumbel(self, vocab_size: int, device) -> torch.Tensor:
+        """[B, V] fp32."""
+        rows = [keyed_gumbel(self.sampling.seed, request, position + 1, vocab_size) for request, position in zip(self.requests, self.positions)]
+        return torch.stack(rows).to(device)
+
+    def perturb(self, logits: torch.Tensor, tree: DraftTree) -> torch.Tensor:
+        """Processed logits [B, N, V] -> scores whose argmax is what plain decoding emits behind each node."""
+        positions = torch.tensor(self.positions, device=logits.device)[:, None] + tree.depths + 1
+        return perturb(logits, self.sampling, self.requests, positions)

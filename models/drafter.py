@@ -1,7 +1,7 @@
 """Drafters: whatever proposes trees. The decode loop knows nothing else of them.
 
     begin(features, root)      a new batch of requests: features of the prompts, the first emitted token of each
-    propose() -> DraftTree     trees whose roots are the last emitted tokens
+    propose(draw) -> DraftTree trees whose roots are the last emitted tokens; only trees that sample use `draw`
     observe(features, root)    features of the rows just committed (old root and accepted nodes), the newly emitted token
     select(rows)               go on with only these requests
 """
@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 
 from draftsmith.models.features import Features, FeatureSpec
-from draftsmith.models.grow import TreePolicy
+from draftsmith.models.grow import SampledTree, TreePolicy
+from draftsmith.models.noise import Draw
 from draftsmith.models.tree import DraftTree
 
 
@@ -20,7 +21,7 @@ class Drafter(Protocol):
     size: int  # rows of the largest tree, root included
 
     def begin(self, features: Features, root: torch.Tensor) -> None: ...
-    def propose(self) -> DraftTree: ...
+    def propose(self, draw: Draw) -> DraftTree: ...
     def observe(self, features: Features, root: torch.Tensor) -> None: ...
     def select(self, rows: torch.Tensor) -> None: ...
 
@@ -36,7 +37,7 @@ class NoDrafter:
     def observe(self, features, root):
         self.root = root
 
-    def propose(self):
+    def propose(self, draw):
         return DraftTree.root_only(self.root)
 
     def select(self, rows):
@@ -56,8 +57,11 @@ class HeadDrafter:
     def begin(self, features, root):
         self.context, self.root = self.head.prefill(features), root
 
-    def propose(self):
-        return self.policy.grow(self.head, self.head.roots(self.context), self.root)
+    def propose(self, draw):
+        beam = self.head.roots(self.context)
+        if isinstance(self.policy, SampledTree):
+            return self.policy.sample(self.head, beam, self.root, draw)
+        return self.policy.grow(self.head, beam, self.root)
 
     def observe(self, features, root):
         self.head.extend(self.context, features)

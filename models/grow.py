@@ -1,15 +1,18 @@
-"""Growing a draft tree from a learned head: the EAGLE-2 dynamic tree and static shapes (a chain is one of them).
+"""Growing a draft tree from a learned head: the EAGLE-2 dynamic tree, static shapes (a chain is one of them), and static shapes
+whose nodes are sampled.
 
 A policy sees the head only through `roots` and `expand`. All scores are fp32 log-probabilities at temperature 1.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.tree import DraftTree
+from draftsmith.models.noise import Draw
+from draftsmith.models.tree import DraftTree, Form, Kind
 
 # 25 drafted nodes of EAGLE-1, as child ranks level by level.
 EAGLE_PATHS = [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (0, 0, 0), (0, 0, 1), (0, 0, 2),
@@ -123,24 +126,101 @@ class StaticTree:
         return DraftTree.of(torch.cat(tokens, 1), parents)
 
 
-TreePolicy = DynamicTree | StaticTree
+@dataclass(frozen=True)
+class SampledTree:
+    """A static shape whose children are draws from the head's distribution q, in draw order: one after the other WITHOUT_REPLACEMENT, or IID.
+
+    temperature: that of q; None takes the request's. At a request's temperature 0 the shape is filled with the most probable tokens.
+    """
+
+    shape: StaticTree
+    kind: Kind
+    temperature: float | None = None
+
+    def __str__(self) -> str:
+        return f"sampled:{self.shape}" + (":iid" if self.kind == Kind.IID else "") + (f"@{self.temperature:g}" if self.temperature else "")
+
+    @property
+    def size(self) -> int:
+        return self.shape.size
+
+    @property
+    def depth(self) -> int:
+        return self.shape.depth
+
+    @cached_property
+    def form(self) -> Form:
+        return Form.shared([-1, *(p for level in self.shape.levels for p in level["parent"])], self.kind)
+
+    def sample(self, head, beam, root: torch.Tensor, draw: Draw) -> DraftTree:
+        """root [B] -> trees of `size` nodes that carry q."""
+        if draw.temperature == 0:
+            return self.shape.grow(head, beam, root)
+        temperature, pick = self.temperature or draw.temperature, with_replacement if self.kind == Kind.IID else without_replacement
+        uniform = draw.uniform(self.size).to(root.device)  # one for each node
+        tokens, rows, level_tokens, of, first = [root[:, None]], [], root[:, None], [0], 1
+        for level in self.shape.levels:
+            source = torch.tensor([of[r] for r in level["rows"]], device=root.device).expand(len(root), -1)
+            logp, beam = head.expand(beam, level_tokens[:, level["rows"]], source)
+            rows.append((logp / temperature).softmax(-1))
+            of, rank = level["of"], level["rank"]
+            chances = uniform.new_zeros(len(root), len(level["rows"]), max(rank) + 1)
+            chances[:, of, rank] = uniform[:, first:first + len(of)]
+            level_tokens, first = head.ids[pick(rows[-1], chances)[:, of, rank]], first + len(of)
+            tokens.append(level_tokens)
+        tokens = torch.cat(tokens, 1)
+        parents = torch.tensor(self.form.parents[0], device=root.device).expand(len(root), -1).contiguous()
+        return DraftTree(tokens, parents, torch.full_like(tokens, int(self.kind), dtype=torch.int8), torch.cat(rows, 1), head.ids, self.form)
+
+
+def with_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """q [..., V], uniform [..., k] fp64 -> [..., k] independent draws, by inverse CDF in fp64. Tokens of probability 0 are never drawn."""
+    below = q.double().cumsum(-1)
+    return torch.searchsorted(below, uniform * below[..., -1:], right=True).clamp(max=q.size(-1) - 1)
+
+
+def without_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """As `with_replacement`, each draw from what the earlier ones left. The ordered law is that of Gumbel-top-k (Kool et al., 2019), for
+    which every node would need a row of V noise values in place of k. Once nothing is left, tokens of probability 0 stand in."""
+    left, picks = q.clone(), []
+    for chance in uniform.split(1, -1):
+        picks.append(with_replacement(left, chance))
+        left = left.scatter(-1, picks[-1], 0.0)
+    return torch.cat(picks, -1)
+
+
+TreePolicy = DynamicTree | StaticTree | SampledTree
 
 
 def chain(depth: int) -> StaticTree:
     return StaticTree(tuple((0,) * d for d in range(1, depth + 1)), f"chain:{depth}")
 
 
+def binary(depth: int) -> StaticTree:
+    """Two children a node: 2^(depth + 1) - 1 nodes."""
+    return StaticTree(tuple(path for d in range(1, depth + 1) for path in product((0, 1), repeat=d)), f"binary:{depth}")
+
+
 def parse_tree(text: str) -> TreePolicy:
-    """`chain:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root) or `eagle` (25 drafted nodes of EAGLE-1)."""
+    """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of EAGLE-1), or a static
+    one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`."""
     kind, _, rest = text.partition(":")
     try:
+        if kind == "sampled":
+            shape, _, temperature = rest.partition("@")
+            heat = float(temperature) if "@" in rest else None
+            tree = parse_tree(shape.removesuffix(":iid"))
+            if isinstance(tree, StaticTree) and (heat is None or 0 < heat < float("inf")):
+                return SampledTree(tree, Kind.IID if shape.endswith(":iid") else Kind.WITHOUT_REPLACEMENT, heat)
         numbers = [int(n) for n in rest.split("x")] if rest else []
         if kind == "eagle" and not numbers:
             return StaticTree(tuple(EAGLE_PATHS), "eagle")
         if kind == "chain" and len(numbers) == 1 and numbers[0] > 0:
             return chain(numbers[0])
+        if kind == "binary" and len(numbers) == 1 and 0 < numbers[0] <= 10:
+            return binary(numbers[0])
         if kind == "dynamic" and len(numbers) == 3 and min(numbers) > 0 and numbers[2] > 1:
             return DynamicTree(*numbers)
-    except ValueError:
+    except (ValueError, UserError):
         pass
-    raise UserError(f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE or eagle")
+    raise UserError(f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle, binary:DEPTH, or sampled:TREE[:iid][@TEMPERATURE]")

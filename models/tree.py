@@ -22,15 +22,45 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
+class Form:
+    """Parents and kinds of a batch of trees as the host knows them: one tuple for every row, or a single one that all rows share.
+
+    Hashable, so that what a verifier derives from it is derived once and verification never waits for the device.
+    """
+
+    parents: tuple[tuple[int, ...], ...]
+    kinds: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def shared(cls, parents: list[int], kind: Kind) -> "Form":
+        """All rows alike, all edges of one kind."""
+        return cls((tuple(parents),), ((int(kind),) * len(parents),))
+
+    def row(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(parents, kinds) of one tree of the batch."""
+        return self.parents[index % len(self.parents)], self.kinds[index % len(self.kinds)]
+
+    def drawn(self, index: int) -> list[int]:
+        """The nodes of one tree that have sampled children, ascending: the nodes that `DraftTree.q` has rows for."""
+        parents, kinds = self.row(index)
+        return sorted({p for p, kind in zip(parents, kinds) if p >= 0 and kind != Kind.ONE_HOT})
+
+
+@dataclass(frozen=True)
 class DraftTree:
     """tokens [B, N] int64 target ids, parents [B, N] int64 (-1 for the root and for padding), kind [B, N] int8.
 
-    Siblings stand in draw order.
+    Siblings stand in draw order. Trees with sampled edges carry the draft distributions: q [B, R, Vd] fp32, row r being what the children of
+    the r-th node with sampled children (ascending) were drawn from, before any sibling was taken out; ids [Vd] int64 are the target ids of
+    its columns. known: the form, where the drafter knows it without asking the device.
     """
 
     tokens: torch.Tensor
     parents: torch.Tensor
     kind: torch.Tensor
+    q: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+    known: Form | None = None
 
     @classmethod
     def of(cls, tokens: torch.Tensor, parents: torch.Tensor) -> "DraftTree":
@@ -45,6 +75,13 @@ class DraftTree:
     @property
     def size(self) -> int:
         return self.tokens.size(1)
+
+    @cached_property
+    def form(self) -> Form:
+        """Read from the device (which waits for it) where it is not known."""
+        if self.known is not None:
+            return self.known
+        return Form(*(tuple(map(tuple, x.tolist())) for x in (self.parents, self.kind)))
 
     @cached_property
     def ancestors(self) -> torch.Tensor:

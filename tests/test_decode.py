@@ -7,12 +7,12 @@ import torch
 
 from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling, perturb, process, seen_tokens
-from draftsmith.eval.verify import match
+from draftsmith.eval.verify import follow
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.grow import DynamicTree, chain, parse_tree
-from draftsmith.models.tree import DraftTree, Kind
+from draftsmith.models.tree import DraftTree
 from tests.conftest import tiny_head, tiny_target, trained_head
 from tests.test_heads import packed
 
@@ -51,7 +51,7 @@ class Oracle:
     def begin(self, features, root):
         self.at, self.root = 0, root
 
-    def propose(self):
+    def propose(self, draw):
         ahead = self.text[self.at + 1:self.at + 1 + self.depth]
         ahead = [t if i < self.right else (t + 1) % 61 for i, t in enumerate(ahead + [0] * (self.depth - len(ahead)))]
         return DraftTree.of(torch.tensor([[int(self.root), *ahead]]), torch.arange(-1, self.depth)[None])
@@ -81,16 +81,10 @@ def test_tokens_behind_eos_and_the_limit_do_not_count(target):
     assert trace.tokens == text[:text.index(eos) + 1] and sum(trace.emitted) == len(trace.tokens) - 1
 
 
-def test_match_takes_repeated_siblings_and_deepest_path():
+def test_matching_takes_repeated_siblings_and_deepest_path():
     tree = DraftTree.of(torch.tensor([[1, 5, 5, 6, 7, 8]]), torch.tensor([[-1, 0, 0, 2, 3, 0]]))
-    accepted = match(tree, torch.tensor([[5, 9, 6, 7, 4, 0]]))
+    accepted = follow(tree, torch.tensor([[5, 9, 6, 7, 4, 0]]))
     assert accepted.path[0, :accepted.counts[0]].tolist() == [0, 2, 3, 4] and accepted.next_token.item() == 4
-
-
-def test_match_refuses_sampled_edges():
-    tree = DraftTree(torch.tensor([[1, 5]]), torch.tensor([[-1, 0]]), torch.tensor([[0, int(Kind.IID)]], dtype=torch.int8))
-    with pytest.raises(UserError, match="IID edges, expected ONE_HOT"):
-        match(tree, torch.tensor([[5, 5]]))
 
 
 def test_sample_and_match_has_exactly_the_targets_law():
@@ -106,7 +100,7 @@ def test_sample_and_match_has_exactly_the_targets_law():
     joint = {}
     for pieces in itertools.product(*[list(zip(c, c[1:])) for c in cuts]):
         pick = lambda c: sum(sum(pieces[len(c)]) / 2 >= b for b in borders[c][1:-1])  # noqa: E731
-        accepted = match(tree, torch.tensor([[pick(c) for c in nodes]]))
+        accepted = follow(tree, torch.tensor([[pick(c) for c in nodes]]))
         text = [*tree.tokens[0, accepted.path[0, 1:accepted.counts[0]]].tolist(), int(accepted.next_token)]
         while len(text) < length:  # later passes go on with the noise of the later positions
             text.append(pick(tuple(text)))
