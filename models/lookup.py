@@ -6,6 +6,7 @@ The longest n-gram wins; among its earlier places the latest. A request without 
 import torch
 
 from draftsmith.models.features import Features, FeatureSpec
+from draftsmith.models.noise import Draw
 from draftsmith.models.tree import DraftTree
 
 
@@ -38,7 +39,7 @@ class LookupDrafter:
                     places[tuple(text[-n:])] = len(text)
             text.append(token)
 
-    def propose(self) -> DraftTree:
+    def propose(self, draw: Draw) -> DraftTree:
         drafts = []
         for text, places in zip(self.texts, self.places):
             place = next((places[key] for n in self.grams if (key := tuple(text[-n:])) in places), None)

@@ -11,8 +11,11 @@ from draftsmith.models.drafter import NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features
 from draftsmith.models.lookup import LookupDrafter
+from draftsmith.models.noise import Draw
 from tests.conftest import tiny_target
 from tests.test_decode import PROMPTS
+
+NO_DRAW = Draw(0.0, 0, [], [])  # lookup does not sample
 
 
 def begun(drafter, texts, roots):
@@ -24,18 +27,18 @@ def begun(drafter, texts, roots):
 
 def test_lookup_drafts_what_followed_the_longest_and_latest_match():
     drafter = begun(LookupDrafter(3), [[1, 2, 3, 4, 9, 2, 3, 5, 1, 2], [7, 8, 6, 7], [5]], [3, 8, 5])
-    tree = drafter.propose()
+    tree = drafter.propose(NO_DRAW)
     # row 0: 1 2 3 stood at the start (3-gram) though 2 3 stood later; row 1: 7 8 (2-gram); row 2: no match
     assert tree.tokens.tolist() == [[3, 4, 9, 2], [8, 6, 7, 8], [5, 0, 0, 0]]
     assert tree.parents.tolist() == [[-1, 0, 1, 2], [-1, 0, 1, 2], [-1, -1, -1, -1]] and tree.depths.amax(1).tolist() == [3, 3, 0]
     drafter.select(torch.tensor([1, 0]))
     drafter.observe(Features(torch.tensor([[8, 6], [3, 0]]), torch.zeros(2, 2, 0), torch.tensor([2, 1])), torch.tensor([1, 5]))
     assert drafter.texts == [[7, 8, 6, 7, 8, 6, 1], [1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3, 5]]
-    assert drafter.propose().tokens.tolist() == [[1, 0, 0, 0], [5, 1, 2, 3]]  # 2 3 5 stood before, followed by 1 2 3
+    assert drafter.propose(NO_DRAW).tokens.tolist() == [[1, 0, 0, 0], [5, 1, 2, 3]]  # 2 3 5 stood before, followed by 1 2 3
 
 
 def test_lookup_without_any_match_is_plain_decoding_and_changes_no_text(target):
-    assert begun(LookupDrafter(), [[1, 2]], [3]).propose().size == 1
+    assert begun(LookupDrafter(), [[1, 2]], [3]).propose(NO_DRAW).size == 1
     for sampling in (Sampling(), Sampling(0.8, seed=2)):
         plain = generate(target, NoDrafter(), PROMPTS, sampling, 40, {7})
         assert [t.tokens for t in generate(target, LookupDrafter(4), PROMPTS, sampling, 40, {7})] == [t.tokens for t in plain]
