@@ -54,7 +54,7 @@ class Suite:
         self.recordings: dict[tuple[str, float], Recording] = {}
 
     def measure(self) -> tuple[dict[str, dict], list[dict], dict[str, list]]:
-        """({drafter: documented figures}, cells, {method: trace of the first prompt that does not loop, at the hottest timed temperature})."""
+        """({drafter: documented figures}, cells, {method: its trace of the longest text that does not loop, at the coldest timed temperature})."""
         plan, results, cells = self.plan, {name: {} for name in self.heads}, []
         self.plain = {t: self.reference(t) for t in sorted({0.0, *plan.temperatures, *(t for t, _ in plan.timed)})}
         self.loops = [repeated_4grams([[t for t in trace.tokens if t not in self.stops]]) >= LOOPS for trace in self.plain[0.0]]
@@ -73,8 +73,8 @@ class Suite:
             cells += more
             for name in self.heads:
                 results[name] = documented(name, more, trees[name]) | results[name]  # the first timed comparison is the documented one
-            if (temperature, batch) == max(plan.timed, key=lambda cell: (-cell[1], cell[0])):
-                row = self.loops.index(False) if False in self.loops else 0
+            if (temperature, batch) == min(plan.timed, key=lambda cell: cell[::-1]):
+                row = max(range(len(self.loops)), key=lambda r: (not self.loops[r], len(runs["plain"].traces[r].tokens)))
                 samples = {name: run.traces[row] for name, run in runs.items()}
         for name, result in results.items():
             parts = [cell for cell in cells if cell["drafter"] == name]
