@@ -150,7 +150,7 @@ def draw_all(cells: list[dict], timed: list[dict], samples: dict[str, list[str]]
         pictures.points_by_place([(spot(c), c["method"], c["tau"], c["tau_interval"]) for c in single] + reported, paint,
                                  "acceptance length tau (tokens per pass)", "Acceptance length", folder / "tau.png")
         pictures.points_by_place([(spot(c), c["method"], c[f"{speed}speedup"], c[f"{speed}speedup_interval"]) for c in single], paint,
-                                 f"speedup over plain decoding ({time})", f"Speedup, batch {smallest}", folder / "speedup.png")
+                                 "speedup over plain decoding", f"Speedup, batch {smallest} ({time})", folder / "speedup.png")
         parts.append(picture("tau.png", "Acceptance length by suite and temperature, 95 % intervals; drafters with the timed and with the reported tree."))
         parts.append(picture("speedup.png", f"Speedup by suite and temperature in {time}, 95 % intervals; the dashed line is plain decoding."))
     if len({c["batch"] for c in timed}) > 1:
