@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from tests.conftest import tiny_target  # noqa: E402
 
 
 def make_run(folder: Path) -> Path:
-    """A target of 7 layers, 60 rows and a recipe of some 30 steps."""
+    """A target of 7 layers, 60 rows and a recipe of some 60 steps."""
     tokenizer = train_tokenizer(["def add(a, b):\n    return a + b\n", "import os\nimport sys\n"], 300)
     target = tiny_target(vocab=300)
     target.model.config.eos_token_id = target.model.generation_config.eos_token_id = 2
@@ -46,7 +45,7 @@ def make_run(folder: Path) -> Path:
     recipe["data"] |= {"files": [str(folder / "rows.jsonl")], "max_length": 80, "features": "cached"}
     recipe["head"] |= {"intermediate_size": None, "draft_vocab_size": 200}
     recipe["objective"] |= {"steps": 3}
-    recipe["optimization"] |= {"name": "adamw", "batch_tokens": 100, "epochs": 3}
+    recipe["optimization"] |= {"name": "adamw", "batch_tokens": 100, "epochs": 6}
     recipe["engine"] |= {"checkpoint_minutes": 0}
     recipe["evaluation"] |= {"rows": 4, "times": 3, "max_new_tokens": 8}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -91,28 +90,37 @@ def kill_all(process: subprocess.Popen) -> None:
     time.sleep(0.5)
 
 
+def lines_of(output: Path) -> int:
+    try:
+        return len((output / "log.jsonl").read_text().splitlines())
+    except OSError:
+        return 0
+
+
 def trial(folder: Path, recipe: Path, stage: int, kills: int, rng: random.Random) -> dict:
+    """Every kill waits for a step drawn beforehand, then for up to two steps' time more: steps, checkpoints and shards are all hit; where the
+    log already holds that step it strikes the start."""
     whole, cut = folder / f"whole-{stage}", folder / f"cut-{stage}"
-    seconds = finish(recipe, whole, stage)
-    print(f"ZeRO-{stage}: a run that is not killed takes {seconds:.0f} s", flush=True)
-    left = steps = 0
-    while kills > left:
+    finish(recipe, whole, stage)
+    total = lines_of(whole)
+    seconds = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])["seconds"] / total
+    print(f"ZeRO-{stage}: {total} steps of {seconds:.2f} s with their checkpoints", flush=True)
+    left = 0
+    for number, step in enumerate(sorted(rng.sample(range(total - 3), kills)), 1):
         process = start(recipe, cut, stage)
-        try:
-            process.wait(timeout=rng.uniform(0.2, 1.0) * seconds)
-            assert (cut / "drafter").exists(), (folder / f"cut-{stage}.log").read_text()[-3000:]
-            shutil.rmtree(cut)  # it came through: from the start again
-            continue
-        except subprocess.TimeoutExpired:
-            kill_all(process)
-        left += 1
-        steps += check_visible(cut, stage)
-        print(f"ZeRO-{stage}: kill {left}, {'at ' + ', '.join(p.name for p in (cut / 'checkpoints').glob('step-*')) if steps else 'nothing yet'}", flush=True)
+        while lines_of(cut) < step and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 2 * seconds))
+        assert process.poll() is None, (folder / f"cut-{stage}.log").read_text()[-3000:]
+        kill_all(process)
+        left += check_visible(cut, stage)
+        shown = ", ".join(p.name for p in (cut / "checkpoints").glob("step-*"))
+        print(f"ZeRO-{stage}: kill {number} at step {lines_of(cut)}; visible: {shown or 'no checkpoint'}", flush=True)
     finish(recipe, cut, stage)
     a, b = (load_file(p / "drafter" / "model.safetensors") for p in (whole, cut))
     losses = [[json.loads(line)["loss"] for line in (p / "log.jsonl").read_text().splitlines()] for p in (whole, cut)]
-    return {"kills": left, "with_checkpoint": steps, "weights_equal": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
-            "losses_equal": losses[0] == losses[1], "steps": len(losses[0])}
+    return {"kills": kills, "with_checkpoint": left, "steps": total, "weights_equal": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
+            "losses_equal": losses[0] == losses[1]}
 
 
 def main() -> None:

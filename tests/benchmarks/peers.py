@@ -42,7 +42,7 @@ def drafter_weights(shared):
 def draftsmith(shared):
     from transformers import LlamaConfig
 
-    from draftsmith.models.features import Features, Teacher
+    from draftsmith.models.features import Packing, Teacher, TrainingFeatures
     from draftsmith.models.heads import Eagle3Config, Eagle3Head
 
     config = Eagle3Config.for_target(LlamaConfig(num_hidden_layers=8, **SIZES), draft_vocab_size=len(shared["ids"]))
@@ -53,10 +53,11 @@ def draftsmith(shared):
         return F.linear(hidden, shared["lm_head"] if ids is None else shared["lm_head"][ids])
 
     def loss(data):
-        lengths = torch.full((len(data["tokens"]),), data["tokens"].size(1))
-        features = Features(data["tokens"], data["taps"], lengths, data["mask"], Teacher(data["final"], project))
-        total, metrics = head.loss(features, STEPS, DECAY)
-        return total, metrics["loss"]
+        documents, length = data["tokens"].shape
+        packing = Packing(tuple(range(0, documents * length + 1, length)), data["mask"].flatten())
+        teacher = Teacher(data["final"].flatten(0, 1)[packing.rows + 1], project)
+        total, sums = head.loss(TrainingFeatures(data["tokens"].flatten(), data["taps"].flatten(0, 1), packing, teacher), STEPS, DECAY)
+        return total, sums["loss"] / sums["rows"]
 
     return head, loss
 

@@ -46,7 +46,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from draftsmith.models.features import FeatureSpec
+from draftsmith.models.features import FeatureSpec, Packing
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.targets import TextTarget
 
@@ -110,21 +110,22 @@ def prepare(folder: Path, shapes: dict[str, tuple[int, int]]) -> torch.Tensor:
     config = LlamaConfig(vocab_size=8192, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
                          num_key_value_heads=4, max_position_embeddings=4096)
     target = TextTarget(LlamaForCausalLM(config).float())
-    spec = FeatureSpec(taps=(*Eagle3Config.for_target(config).taps, config.num_hidden_layers))
+    spec, last = FeatureSpec(taps=(*Eagle3Config.for_target(config).taps, "last")), []
+    target.body.norm.register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0]))
     counts = torch.zeros(config.vocab_size)
     for name, (documents, length) in shapes.items():
         tokens = torch.randint(config.vocab_size, (documents, length), generator=torch.Generator().manual_seed(length))
         mask = torch.ones_like(tokens, dtype=torch.bool)
         if name == "half":
             mask[:, :length // 2] = False
-        features = target.features(tokens, torch.full((documents,), length), mask, spec)
-        taps, last = features.hidden.split([3 * config.hidden_size, config.hidden_size], -1)
-        save_file({"tokens": tokens, "mask": mask, "taps": taps.contiguous(), "last": last.contiguous(), "final": features.teacher.final},
-                  folder / f"{name}.safetensors")
+        packing = Packing(tuple(range(0, documents * length + 1, length)), mask.flatten())
+        hidden = target.features(tokens.flatten(), packing, spec).hidden.view(documents, length, -1)
+        taps, states = (x.contiguous() for x in hidden.split([3 * config.hidden_size, config.hidden_size], -1))
+        save_file({"tokens": tokens, "mask": mask, "taps": taps, "last": last.pop().contiguous(), "final": states}, folder / f"{name}.safetensors")
         if name in TIMED:
-            counts += torch.bincount(target.project(features.teacher.final).argmax(-1).flatten(), minlength=config.vocab_size)
+            counts += torch.bincount(target.project(states).argmax(-1).flatten(), minlength=config.vocab_size)
         if name == "1x256":
-            final = features.teacher.final[0]
+            final = states[0]
     ids = counts.topk(2048).indices.sort().values
     missed = float(1 - counts[ids].sum() / counts.sum())
     print(f"draft vocabulary: {int((counts > 0).sum())} different argmaxes, {missed:.1%} of the rows outside")
