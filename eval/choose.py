@@ -184,11 +184,10 @@ def fit(runs: dict[TreePolicy | None, Run]) -> Costs:
                  line(dynamic, lambda t: [1.0, t.depth - 1, (t.depth - 1) * t.top_k], draft))
 
 
-def measure_costs(target: TextTarget, head, prompts: list[list[int]], stops: set[int], batch: int, max_new_tokens: int = 32,
-                  progress=lambda done: None) -> Costs:
-    """Times `TIMED` and plain decoding interleaved, greedy, in batches of `batch` prompts."""
+def measure_costs(target: TextTarget, head, prompts: list[list[int]], sampling: Sampling, stops: set[int], batch: int, max_new_tokens: int = 32) -> Costs:
+    """Times `TIMED` and plain decoding interleaved, in batches of `batch` prompts. (Sampling costs noise for every row of a tree.)"""
     decoders = {None: Looped(target, NoDrafter())} | {tree: Looped(target, HeadDrafter(head, tree)) for tree in TIMED}
-    return fit(interleaved(decoders, prompts, Sampling(), max_new_tokens, stops, batch, progress))
+    return fit(interleaved(decoders, prompts, sampling, max_new_tokens, stops, batch))
 
 
 def ranking(taus: dict[TreePolicy, float], costs: Costs) -> list[tuple[TreePolicy, float, float]]:

@@ -50,11 +50,11 @@ class Suite:
         self.name, self.target, self.heads, self.baselines, self.prompts, self.stops = name, target, heads, baselines, prompts, stops
         self.plan, self.journal, self.report = plan, journal, report
         self.categories = {c: [row for row, other in enumerate(categories) if other == c] for c in dict.fromkeys(categories)}
-        self.costs: dict[tuple[str, int], Costs] = {}
+        self.costs: dict[tuple[str, bool, int], Costs] = {}
         self.recordings: dict[tuple[str, float], Recording] = {}
 
     def measure(self) -> tuple[dict[str, dict], list[dict], dict[str, list]]:
-        """({drafter: documented figures}, cells, {method: trace of the first prompt that does not loop, at the hottest timed temperature})."""
+        """({drafter: documented figures}, cells, {method: its trace of the longest text that does not loop, at the coldest timed temperature})."""
         plan, results, cells = self.plan, {name: {} for name in self.heads}, []
         self.plain = {t: self.reference(t) for t in sorted({0.0, *plan.temperatures, *(t for t, _ in plan.timed)})}
         self.loops = [repeated_4grams([[t for t in trace.tokens if t not in self.stops]]) >= LOOPS for trace in self.plain[0.0]]
@@ -73,8 +73,8 @@ class Suite:
             cells += more
             for name in self.heads:
                 results[name] = documented(name, more, trees[name]) | results[name]  # the first timed comparison is the documented one
-            if (temperature, batch) == max(plan.timed, key=lambda cell: (-cell[1], cell[0])):
-                row = self.loops.index(False) if False in self.loops else 0
+            if (temperature, batch) == min(plan.timed, key=lambda cell: cell[::-1]):
+                row = max(range(len(self.loops)), key=lambda r: (not self.loops[r], len(runs["plain"].traces[r].tokens)))
                 samples = {name: run.traces[row] for name, run in runs.items()}
         for name, result in results.items():
             parts = [cell for cell in cells if cell["drafter"] == name]
@@ -142,7 +142,7 @@ class Suite:
         key = f"{self.name}/{temperature}/{batch}/{name} tree"
         if self.journal is None or key not in self.journal:
             self.report(f"{self.name}, T={temperature:g}, batch {batch}: choosing a tree for {name}")
-            expected = {str(t): {"tau": a, "speedup": s} for t, a, s in ranking(self.expected(name, temperature), self.cost(name, batch))[:SHOWN]}
+            expected = {str(t): {"tau": a, "speedup": s} for t, a, s in ranking(self.expected(name, temperature), self.cost(name, temperature, batch))[:SHOWN]}
             if self.journal is None:
                 return parse_tree(next(iter(expected))), expected
             self.journal.add(key, {"expected": expected})
@@ -155,11 +155,12 @@ class Suite:
                                                         self.sampling(temperature), self.plan.max_new_tokens, self.stops)
         return expected_tau(self.recordings[name, temperature])
 
-    def cost(self, name: str, batch: int) -> Costs:
-        if (name, batch) not in self.costs:
+    def cost(self, name: str, temperature: float, batch: int) -> Costs:
+        key = name, temperature > 0, batch  # no temperature above 0 costs more than another
+        if key not in self.costs:
             some = self.prompts[:max(2 * batch, self.plan.choice_prompts)]
-            self.costs[name, batch] = measure_costs(self.target, self.heads[name], some, self.stops, batch)
-        return self.costs[name, batch]
+            self.costs[key] = measure_costs(self.target, self.heads[name], some, self.sampling(temperature), self.stops, batch)
+        return self.costs[key]
 
 
 def figures(cell: dict) -> dict:

@@ -79,15 +79,20 @@ def tokens_and_passes(traces: list[Trace]) -> tuple[list[int], list[int]]:
     return [sum(t.emitted) for t in traces], [len(t.emitted) for t in traces]
 
 
-def acceptance_by_depth(traces: list[Trace]) -> list[float]:
-    """Conditional acceptance: of the passes that drafted level d and accepted level d - 1, the share that accepted level d."""
-    rates = []
+def passes_by_depth(traces: list[Trace]) -> list[tuple[int, int]]:
+    """Per depth: passes that drafted level d and accepted level d - 1, and those of them that accepted level d."""
+    counts = []
     for depth in range(1, max((max(t.drafted, default=0) for t in traces), default=0) + 1):
         reached = [a for t in traces for a, d in zip(t.accepted, t.drafted) if d >= depth and a >= depth - 1]
         if not reached:
             break
-        rates.append(sum(a >= depth for a in reached) / len(reached))
-    return rates
+        counts.append((len(reached), sum(a >= depth for a in reached)))
+    return counts
+
+
+def acceptance_by_depth(traces: list[Trace]) -> list[float]:
+    """Conditional acceptance: of the passes that drafted level d and accepted level d - 1, the share that accepted level d."""
+    return [accepted / reached for reached, accepted in passes_by_depth(traces)]
 
 
 def divergences(plain: list[Trace], other: list[Trace]) -> list[dict]:
@@ -157,7 +162,8 @@ def acceptance(traces: list[Trace], seed: int = 0) -> dict:
 def summary(run: Run, plain: list[Trace] | None, timed_plain: Run | None = None, seed: int = 0) -> dict:
     """All figures of one method. plain: reference texts with margins (None where the texts are drawn from other random numbers);
     timing keys only beside a timed plain run over the same batches."""
-    figures = acceptance(run.traces, seed) | {"acceptance_by_depth": acceptance_by_depth(run.traces)}
+    figures = acceptance(run.traces, seed) | {
+        "acceptance_by_depth": acceptance_by_depth(run.traces), "passes_by_depth": [reached for reached, _ in passes_by_depth(run.traces)]}
     if plain is not None:
         different = divergences(plain, run.traces)
         figures |= {"identical": len(run.traces) - len(different), "divergences": different, "lossless": all(d["tolerated"] for d in different)}
@@ -175,7 +181,8 @@ def summary(run: Run, plain: list[Trace] | None, timed_plain: Run | None = None,
         }
         if all("busy" in seconds for seconds in (*run.seconds, *timed_plain.seconds)):
             mine, plains = (tokens_and_seconds(one, busy=True) for one in (run, timed_plain))
-            figures |= {"busy_speedup": sum(mine[0]) / sum(mine[1]) / (sum(plains[0]) / sum(plains[1])),
+            figures |= {"busy_tokens_per_second": sum(mine[0]) / sum(mine[1]),
+                        "busy_speedup": sum(mine[0]) / sum(mine[1]) / (sum(plains[0]) / sum(plains[1])),
                         "busy_speedup_interval": quotient_interval(mine, plains, seed)}
     return figures
 

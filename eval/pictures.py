@@ -85,8 +85,8 @@ def points_by_place(cells: list[tuple[str, str, float, list[float]]], paint: dic
     figure.savefig(path)
 
 
-def by_batch(cells: list[tuple[float, str, int, float, list[float], float]], paint: dict[str, str], path: Path) -> None:
-    """cells: (temperature, method, batch size, tau, [low, high], tokens a second)."""
+def by_batch(cells: list[tuple[float, str, int, float, list[float], float]], paint: dict[str, str], time: str, path: Path) -> None:
+    """cells: (temperature, method, batch size, tau, [low, high], tokens a second of `time`)."""
     temperatures, names = sorted({c[0] for c in cells}), list(dict.fromkeys(c[1] for c in cells))
     figure, grid = canvas(10.5, 0.4 + 3.2 * len(temperatures), len(temperatures), 2)
     for (left, right), temperature in zip(grid, temperatures):
@@ -101,7 +101,7 @@ def by_batch(cells: list[tuple[float, str, int, float, list[float], float]], pai
         for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted({c[2] for c in cells}), sorted({c[2] for c in cells}))
-        tidy(left, xlabel="batch size (prompts)", ylabel="tokens per second, all rows", title=f"Throughput, T={temperature:g}")
+        tidy(left, xlabel="batch size (prompts)", ylabel="tokens per second, all rows", title=f"Throughput ({time}), T={temperature:g}")
         tidy(right, xlabel="batch size (prompts)", ylabel="tau (tokens per pass)", title=f"Acceptance length, T={temperature:g}")
         left.set_ylim(bottom=0)
         right.set_ylim(bottom=0)

@@ -5,6 +5,7 @@ from pathlib import Path
 from draftsmith.eval import pictures
 
 SAMPLES = 3  # methods whose text is shown
+FEW = 20  # passes that say little about a depth
 
 
 def write_report(document: dict, folder: Path, sweep: dict | None = None, logs: dict[str, list[dict]] | None = None) -> Path:
@@ -128,12 +129,16 @@ def draw_all(cells: list[dict], timed: list[dict], samples: dict[str, list[str]]
     """Draws what there are figures for; the Markdown of each."""
     parts, large = [], [c for c in cells if "speedup" not in c and c["acceptance_by_depth"]]
     suite = cells[0]["suite"]
-    curves = [(f"{c['drafter']} {c['tree']}", c["temperature"], c["acceptance_by_depth"]) for c in large if c["suite"] == suite]
+    enough = lambda c: [rate for rate, passes in zip(c["acceptance_by_depth"], c["passes_by_depth"]) if passes >= FEW]  # noqa: E731
+    curves = [(f"{c['drafter']} {c['tree']}", c["temperature"], enough(c)) for c in large if c["suite"] == suite]
     if curves:
         pictures.acceptance_by_depth(curves, folder / "acceptance.png")
-        parts.append(picture("acceptance.png", f"Of the passes that drafted a level and accepted the one above, the share that accepted it (suite {suite})."))
+        parts.append(picture("acceptance.png", f"Of the passes that drafted a level and accepted the one above, the share that accepted it (suite {suite}; "
+                             f"depths that fewer than {FEW} passes reached are left out)."))
     trees = {f"{c['drafter']} {c['tree']}" for c in large if c["tree"].startswith("dynamic")}
     paint = pictures.colours([*dict.fromkeys(c["method"] for c in timed), *sorted(trees)])
+    # On a CPU other programs stretch the wall's time; the tables have both.
+    speed, time = ("busy_", "the decoding thread's own time") if all("busy_speedup" in c for c in timed) else ("", "wall time")
     smallest = min(c["batch"] for c in timed)
     place = timed[0]["temperature"]
     bars = [(label(c), c["ms_per_pass"]) for c in timed if (c["suite"], c["temperature"], c["batch"]) == (suite, place, smallest)]
@@ -144,14 +149,14 @@ def draw_all(cells: list[dict], timed: list[dict], samples: dict[str, list[str]]
         reported = [(spot(c), f"{c['drafter']} {c['tree']}", c["tau"], c["tau_interval"]) for c in large if c["tree"].startswith("dynamic")]
         pictures.points_by_place([(spot(c), c["method"], c["tau"], c["tau_interval"]) for c in single] + reported, paint,
                                  "acceptance length tau (tokens per pass)", "Acceptance length", folder / "tau.png")
-        pictures.points_by_place([(spot(c), c["method"], c["speedup"], c["speedup_interval"]) for c in single], paint, "speedup over plain decoding (wall)",
-                                 f"Speedup, batch {smallest}", folder / "speedup.png")
+        pictures.points_by_place([(spot(c), c["method"], c[f"{speed}speedup"], c[f"{speed}speedup_interval"]) for c in single], paint,
+                                 "speedup over plain decoding", f"Speedup, batch {smallest} ({time})", folder / "speedup.png")
         parts.append(picture("tau.png", "Acceptance length by suite and temperature, 95 % intervals; drafters with the timed and with the reported tree."))
-        parts.append(picture("speedup.png", "Wall-clock speedup by suite and temperature, 95 % intervals; the dashed line is plain decoding."))
+        parts.append(picture("speedup.png", f"Speedup by suite and temperature in {time}, 95 % intervals; the dashed line is plain decoding."))
     if len({c["batch"] for c in timed}) > 1:
-        pictures.by_batch([(c["temperature"], c["method"], c["batch"], c["tau"], c["tau_interval"], c["tokens_per_second"]) for c in timed
-                           if c["suite"] == suite], paint, folder / "batch.png")
-        parts.append(picture("batch.png", f"Throughput and acceptance length by batch size (suite {suite})."))
+        pictures.by_batch([(c["temperature"], c["method"], c["batch"], c["tau"], c["tau_interval"], c[f"{speed}tokens_per_second"]) for c in timed
+                           if c["suite"] == suite], paint, time, folder / "batch.png")
+        parts.append(picture("batch.png", f"Throughput in {time} and acceptance length by batch size (suite {suite})."))
     shown = {name: texts for name, texts in samples.items() if name != "plain" and not name.startswith("hf-")}
     shown = dict(list(sorted(shown.items(), key=lambda item: len(item[1])))[:SAMPLES])
     if shown:

@@ -18,7 +18,7 @@ def choose(target: TextTarget, head, prompts: list[list[int]], stops: set[int], 
            ) -> list[tuple[TreePolicy, float, float]]:
     """The expected ranking (tree, tau, speedup), best first."""
     recording = record(target, head, prompts, sampling, max_new_tokens, stops)
-    return ranking(expected_tau(recording), measure_costs(target, head, prompts, stops, batch))
+    return ranking(expected_tau(recording), measure_costs(target, head, prompts, sampling, stops, batch))
 
 
 def sweep(target: TextTarget, head, prompts: list[list[int]], stops: set[int], trees: list[TreePolicy], sampling: Sampling, batch: int,
