@@ -59,21 +59,23 @@ class Packing:
         return torch.minimum(following, bound) - ends
 
     @cached_property
-    def rows(self) -> torch.Tensor:
-        """[P] int64: the rows of step 0, those of many steps first (equal ones ascending), so that each step's rows are the first ones."""
-        reach = self._reach
-        return torch.sort(-reach, stable=True).indices[:int((reach > 0).sum())]
+    def reach(self) -> torch.Tensor:
+        """[T] int64: in how many steps each row takes part."""
+        none = torch.zeros(1, dtype=torch.int64)
+        return torch.where(torch.cat([self.positions[1:], none]) > 0, torch.cat([self.written[1:] - 1, none]), 0)
 
     @cached_property
-    def _reach(self) -> torch.Tensor:
-        """[T] int64: in how many steps each row takes part."""
-        reach = torch.cat([self.written[1:] - 1, torch.zeros(1, dtype=torch.int64)])
-        return torch.where(torch.cat([self.positions[1:], torch.zeros(1, dtype=torch.int64)]) > 0, reach, 0)
+    def rows(self) -> torch.Tensor:
+        """[P] int64, ascending: the rows of step 0. The row k places behind one that takes part in step k is the k-th next of them."""
+        return (self.reach > 0).nonzero().flatten()
+
+    def takes_part(self, step: int) -> torch.Tensor:
+        """[P] bool: which of `rows` take part in a step."""
+        return self.reach[self.rows] > step
 
     def counts(self, steps: int) -> list[int]:
         """How many rows take part in each of the first `steps` steps."""
-        reach = self._reach
-        return [int((reach > k).sum()) for k in range(steps)]
+        return [int((self.reach > k).sum()) for k in range(steps)]
 
 
 @dataclass(frozen=True)

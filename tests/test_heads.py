@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Packing
-from draftsmith.models.heads import attention as ttt
-from draftsmith.models.heads import vocabulary
+from draftsmith.models.heads import attention, vocabulary
 from draftsmith.models.heads.distill import chain_walk
 from tests.conftest import pack, tiny_head, tiny_target
 
@@ -72,7 +71,7 @@ def test_packing_counts_the_rounds_that_decoding_can_reach():
         packing = Packing(borders, mask)
         for k in range(4):
             want = [t for a, b in zip(borders, borders[1:]) for t in range(a, b) if t + 2 + k < b and mask[t + 1:t + 3 + k].all()]
-            assert sorted(packing.rows[:packing.counts(4)[k]].tolist()) == want
+            assert packing.rows[packing.takes_part(k)].tolist() == want and packing.counts(4)[k] == len(want)
         assert packing.positions.tolist() == [i for n in lengths for i in range(n)]
 
 
@@ -122,32 +121,85 @@ def test_context_after_a_round_equals_prefill_on_the_committed_tokens(target, he
     torch.testing.assert_close(grown.cache.store[..., :12, :], fresh.cache.store[..., :12, :], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("kernel", ["flash", "blocks"])
-def test_step_attention_equals_dense_masked_attention_with_its_gradients(kernel, groups):
-    torch.manual_seed(0)
-    borders, heads, dim, steps, scale = (0, 11, 14, 22), 4, 8, 3, 0.3
-    rows = torch.tensor([21, 1, 2, 5, 8, 12, 14])
-    make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
-    query, key0, value0 = make(len(rows), heads, dim), make(22, heads, dim), make(22, heads, dim)
-    keys, values = ([make(len(rows), heads // groups, dim) for _ in range(steps)] for _ in range(2))
-    leaves = [query, key0, value0, *keys, *values]
+@pytest.mark.parametrize("kernel", [attention.FlashOnCPU, attention.Blocks])
+def test_kernels_equal_dense_attention_alone_and_merged_with_other_scores(kernel):
+    """The merged attention has one more key per query; with the merged output and log-sum-exp the kernel's backward gives its own share."""
+    g = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g, requires_grad=True)  # noqa: E731
+    mask = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
+    packing, heads, dim, scale = Packing((0, 10, 13, 22), mask), 2, 4, 0.3
+    rows, count = packing.rows, len(packing.rows)
+    query, key, value, other, more, weight = make(count, heads, dim), make(22, heads, dim), make(22, heads, dim), make(count, heads), make(
+        count, heads, dim), make(count, heads, dim).detach()
+    out, lse = [], []
+    for p, row in enumerate(rows.tolist()):
+        first = max(b for b in packing.borders if b <= row)
+        scores = torch.cat([torch.einsum("hd,khd->hk", query[p], key[first:row + 1]) * scale, other[p][:, None]], 1)
+        out.append(torch.einsum("hk,khd->hd", scores.softmax(1), torch.cat([value[first:row + 1], more[p][None]])))
+        lse.append(scores.logsumexp(1))
+    want = torch.autograd.grad((torch.stack(out) * weight).sum(), (query, key, value))
+    strips = attention.strips_of(packing, 3)
+    with torch.no_grad():
+        alone, total = kernel.forward(query, key, value, strips, scale)
+        merged = torch.logaddexp(total, other)
+        both = alone * (total - merged).exp()[..., None] + more * (other - merged).exp()[..., None]
+        torch.testing.assert_close(merged, torch.stack(lse), atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(both, torch.stack(out), atol=1e-12, rtol=1e-12)
+        for got, w in zip(kernel.backward(weight, query, key, value, both, merged, strips, scale), want):
+            torch.testing.assert_close(got, w, atol=1e-11, rtol=1e-11)
 
-    def dense():
-        out = []
-        for p, row in enumerate(rows.tolist()):
-            first = max(b for b in borders if b <= row)
-            k = torch.cat([key0[first:row + 1], *[x[p][None].repeat_interleave(groups, 1) for x in keys]])
-            v = torch.cat([value0[first:row + 1], *[x[p][None].repeat_interleave(groups, 1) for x in values]])
-            out.append(((query[p] * k).sum(-1) * scale).softmax(0)[..., None].mul(v).sum(0))
-        return torch.stack(out)
 
-    run = {"flash": lambda q, k0, v0, *d: ttt._FlashStep.apply(q, k0, v0, rows, borders, scale, *d),
-           "blocks": lambda q, k0, v0, *d: ttt._block_step(q, k0, v0, rows, borders, scale, d[:steps], d[steps:], block=3)}
-    got, want, weight = run[kernel](query, key0, value0, *keys, *values), dense(), torch.randn(len(rows), heads, dim).double()
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
-    for a, b in zip(torch.autograd.grad((got * weight).sum(), leaves), torch.autograd.grad((want * weight).sum(), leaves)):
-        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+@pytest.mark.parametrize("kernel", [attention.FlashOnCPU, attention.Blocks])
+def test_unrolled_layer_has_the_gradients_of_the_plain_computation(kernel, monkeypatch):
+    """fp64: every parameter's gradient through 4 steps against autograd of the same layer written plainly, row by row."""
+    target = tiny_target()
+    target.model.double()
+    head = tiny_head(target, 40).double()
+    features = pack(target, head, documents(target, (9, 7)), [3, 0])
+    monkeypatch.setattr("draftsmith.models.heads.eagle3.kernel_for", lambda device: kernel)
+    weights = [torch.randn(len(rows), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k, (rows, _) in
+               enumerate(head.unroll(features, 4))]
+    names, parameters = zip(*[(n, p) for n, p in head.named_parameters() if not n.startswith(("norm", "lm_head"))])
+    got = torch.autograd.grad(sum((o * w).sum() for (_, o), w in zip(head.unroll(features, 4), weights)), parameters)
+    plain = plain_unroll(head, features, 4)
+    for (rows, output), (same, want) in zip(head.unroll(features, 4), plain):
+        assert torch.equal(rows, same)
+        torch.testing.assert_close(output, want, atol=1e-11, rtol=1e-11)
+    want = torch.autograd.grad(sum((o * w).sum() for (_, o), w in zip(plain, weights)), parameters)
+    for name, a, b in zip(names, got, want):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def plain_unroll(head, features, steps):
+    """The same by the definition: rows one at a time, attention over the list of visible keys."""
+    layer, packing, fused = head.midlayer, features.packing, head._fuse(features.hidden)
+    attention_, states, outputs = layer.self_attn, {}, []
+    repeat = lambda x: attention_.repeat(x, 0)  # noqa: E731
+
+    def consume(token, hidden, position):
+        u = layer.widen(head._embed(token), hidden)
+        cos, sin = head._angles(torch.tensor(position))
+        return attention_.query(u, cos, sin), *attention_.key_value(u, cos, sin)
+
+    first = {}
+    for start, stop in zip(packing.borders, packing.borders[1:]):
+        for t in range(start, stop - 1):
+            first[t] = consume(features.tokens[t + 1], fused[t], t - start)
+    for k in range(steps):
+        rows = packing.rows[packing.takes_part(k)]
+        level = []
+        for t in rows.tolist():
+            start = max(b for b in packing.borders if b <= t)
+            hidden, diagonal = states.get(t, (fused[t], []))
+            query, key, value = first[t] if k == 0 else consume(features.tokens[t + 1 + k], hidden, t - start + k)
+            diagonal = diagonal if k == 0 else [*diagonal, (key, value)]
+            keys = torch.stack([repeat(first[c][1]) for c in range(start, t + 1)] + [repeat(x) for x, _ in diagonal])
+            values = torch.stack([repeat(first[c][2]) for c in range(start, t + 1)] + [repeat(x) for _, x in diagonal])
+            share = (torch.einsum("hd,khd->hk", query, keys) * attention_.scale).softmax(-1)
+            states[t] = layer.finish(hidden, torch.einsum("hk,khd->hd", share, values)), diagonal
+            level.append(states[t][0])
+        outputs.append((rows, torch.stack(level)))
+    return outputs
 
 
 def test_gradient_flows_through_all_steps():

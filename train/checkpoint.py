@@ -58,8 +58,8 @@ class Checkpoints:
                 older = [p for p in self.folder.glob("step-*") if p != shown]
                 hidden.rename(shown)
                 _to_disk(self.folder)
-                for place in older:
-                    shutil.rmtree(place)
+                for place in older:  # invisible first: a kill in the middle of a removal must not leave half of one
+                    shutil.rmtree(place.rename(self.folder / f".{place.name}"))
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system says
             shutil.rmtree(hidden, ignore_errors=True)
             last = self.latest()

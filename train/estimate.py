@@ -1,9 +1,9 @@
 """What a run will take before anything is loaded: parameters are counted on the meta device, time is measured on one layer and one short step.
 
-Memory is per process, in bytes. Activations of the drafter (saved for backward) per row and step: three norms, the projections and their
-turned copies, attention's query, output and log-sum-exp, and the MLP's four inner states,
+Memory is per process, in bytes. Activations of the drafter (`models/heads/unroll.py`: what forward keeps and backward adds) per row that is trained
+on and step,
 
-    8 h + 4 I + (5 H + 4 H_kv) D   numbers,
+    10 h + 5 I + (3 H + 4 H_kv) D   numbers,
 
 and once per taught token the teacher's probabilities [Vd] in fp32. What Python and its libraries take (about 0.7 GB) is not in it.
 """
@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from draftsmith.models.features import Packing, Teacher, TrainingFeatures
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.targets import Description
+from draftsmith.train.loop import build_optimizer
 from draftsmith.train.recipe import DrafterRecipe
 
-PROBE = 256  # tokens of the timed layer and step
+PROBE = 1024  # tokens of the timed layer and step, at most
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -49,7 +50,7 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
     config, engine, spec = described.config, recipe.engine, recipe.optimization
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        head = meta_head(recipe, config, model.get_input_embeddings().weight)
+        head = head_like(recipe, config, model.get_input_embeddings().weight)
     item = 4 if device.type == "cpu" else 2  # a target runs in fp32 on a CPU, in its own half precision elsewhere
     target_parameters, head_parameters = (sum(p.numel() for p in m.parameters()) for m in (model, head))
     part = lambda stage: world if engine.zero_stage >= stage else 1  # noqa: E731
@@ -57,13 +58,13 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
     matrices = sum(p.numel() for n, p in head.named_parameters() if p.ndim == 2 and "lm_head" not in n) if spec.name == "muon" else 0
     optimizer = 4 * matrices + 8 * (head_parameters - matrices) + (0 if engine.dtype == "fp32" and engine.zero_stage == 0 else 4 * head_parameters)
     c = head.config
-    saved = 8 * c.hidden_size + 4 * c.intermediate_size + (5 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim
-    hidden = config.hidden_size
+    saved = 10 * c.hidden_size + 5 * c.intermediate_size + (3 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim
+    hidden, written = config.hidden_size, corpus[1] / corpus[0] if corpus else 1.0
     memory = {
         "target": target_parameters * item // (world if engine.target == "sharded" else 1),
         "target's states": rows * ((len(c.taps) + 8) * hidden + 3 * (config.intermediate_size or hidden)) * item,
         "head": head_parameters * width // part(3), "gradients": head_parameters * width // part(2), "optimizer": optimizer // part(1),
-        "activations": rows * (recipe.objective.steps * saved * width + 4 * c.draft_vocab_size),
+        "activations": int(rows * written * (recipe.objective.steps * saved * width + 4 * c.draft_vocab_size)),
     }
     disk = {"drafter": head_parameters * 2, "checkpoint": head_parameters * (width + 4) + optimizer}
     if corpus is not None:
@@ -71,39 +72,40 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
         if recipe.data.features == "cached":
             disk["features"] = (corpus[0] * len(c.taps) + corpus[1]) * hidden * item
     tokens = None if corpus is None else int(corpus[0] * spec.epochs)
-    return Estimate(target_parameters, head_parameters, memory, disk, probe(recipe, config, device) if timed else {}, tokens)
+    seconds = probe(recipe, config, device, written) if timed else {}
+    return Estimate(target_parameters, head_parameters, memory, disk, seconds, tokens)
 
 
-def meta_head(recipe: DrafterRecipe, config, embedding: torch.Tensor) -> Eagle3Head:
+def head_like(recipe: DrafterRecipe, config, embedding: torch.Tensor) -> Eagle3Head:
+    """The recipe's head on the embedding's device, which may be meta."""
     wanted = Eagle3Config.for_target(config, recipe.head.intermediate_size, recipe.head.draft_vocab_size)
     return Eagle3Head(wanted, embedding, torch.arange(wanted.draft_vocab_size, device=embedding.device))
 
 
-def probe(recipe: DrafterRecipe, config, device: torch.device) -> dict[str, float]:
-    """Seconds per token on this device: the target's layers (two layers less one, times their number) and one training step with its optimizer."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    tokens = torch.zeros(1, PROBE, dtype=torch.int64, device=device)
+def probe(recipe: DrafterRecipe, config, device: torch.device, written: float) -> dict[str, float]:
+    """Seconds per token on this device: the target's layers (three less one, halved, times their number) and one training step with its
+    optimizer, on a row of which the target wrote a share of `written`."""
+    dtype, size = torch.float32 if device.type == "cpu" else torch.bfloat16, min(PROBE, recipe.optimization.batch_tokens)
+    tokens = torch.zeros(1, size, dtype=torch.int64, device=device)
     with torch.no_grad():
         one, three = (median_seconds(lambda m=_few_layers(config, n, device, dtype): m(input_ids=tokens, use_cache=False), device) for n in (1, 3))
     layer = max(three - one, 0.0) / 2
     hidden, vocab = config.hidden_size, config.vocab_size
     matrix = torch.randn(vocab, hidden, device=device, dtype=dtype) * 0.02
-    head = meta_head(recipe, config, torch.empty(vocab, hidden, device="meta")).to_empty(device=device)
-    head.embedding, head.ids = matrix, torch.arange(head.config.draft_vocab_size, device=device)
-    head._rope = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in Eagle3Head(head.config, matrix[:1].cpu())._rope)
+    head = head_like(recipe, config, matrix).to(device)
     for p in head.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    packing = Packing((0, PROBE), torch.ones(PROBE, dtype=torch.bool))
-    states = torch.randn(PROBE, len(head.config.taps) * hidden, device=device, dtype=dtype)
+    packing = Packing((0, size), torch.arange(size) >= round(size * (1 - written)))
+    states = torch.randn(size, len(head.config.taps) * hidden, device=device, dtype=dtype)
     final = torch.randn(len(packing.rows), hidden, device=device, dtype=dtype)
     features = TrainingFeatures(tokens[0], states, packing, Teacher(final, lambda x, ids: x @ matrix.T))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0)
+    optimizer = build_optimizer(recipe, head)
 
     def step():
         head.loss(features, recipe.objective.steps, recipe.objective.decay)[0].backward()
 
     drafter, update = median_seconds(step, device), median_seconds(optimizer.step, device)
-    return {"target": layer * config.num_hidden_layers / PROBE, "drafter": drafter / PROBE, "optimizer": update / recipe.optimization.batch_tokens}
+    return {"target": layer * config.num_hidden_layers / size, "drafter": drafter / size, "optimizer": update / recipe.optimization.batch_tokens}
 
 
 def _few_layers(config, layers: int, device, dtype):

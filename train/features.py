@@ -113,14 +113,12 @@ class Cached:
         tokens, packing = self.online.rows.pack(numbers)
         get = lambda n, what: self._shard(self.entries[n]).get_tensor(f"{n}.{what}")  # noqa: E731
         hidden = torch.cat([get(n, "hidden") for n in numbers])
-        # Entries stand in the order of the text, `packing.rows` in that of the steps.
-        final = torch.cat([get(n, "final") for n in numbers])[packing.rows.argsort().argsort()]
+        final = torch.cat([get(n, "final") for n in numbers])
         return TrainingFeatures(tokens.to(target.device), hidden.to(target.device), packing, Teacher(final.to(target.device), target.project))
 
     def _keep(self, numbers: list[int], features: TrainingFeatures) -> None:
-        hidden, packing = features.hidden.cpu(), features.packing
-        order = packing.rows.argsort()
-        taught, final = packing.rows[order] + 1, features.teacher.final.cpu()[order]
+        hidden, final, packing = features.hidden.cpu(), features.teacher.final.cpu(), features.packing
+        taught = packing.rows + 1
         for n, start, stop in zip(numbers, packing.borders, packing.borders[1:]):
             if n not in self.entries:
                 self.waiting[f"{n}.hidden"] = hidden[start:stop].clone()

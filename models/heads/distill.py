@@ -19,7 +19,7 @@ CHUNK = 2**20  # elements of one [rows, Vd] chunk: it stays in a processor's cac
 @dataclass(frozen=True)
 class Lesson:
     """The teacher at P tokens: probs [P, Vd] over the draft vocabulary (renormalised), choice [P] its most probable draft index,
-    covered [P] fp32: 1 where the target's own argmax over V can be drafted."""
+    covered [P] bool: the target's own argmax over V can be drafted."""
 
     probs: torch.Tensor
     choice: torch.Tensor
@@ -37,44 +37,56 @@ def teach(teacher: Teacher, ids: torch.Tensor) -> Lesson:
         covered.append(drafted.gather(-1, best[:, None])[:, 0] >= logits.amax(-1))
         choice.append(best)
         probs.append(drafted.softmax(-1))
-    return Lesson(torch.cat(probs), torch.cat(choice), torch.cat(covered).float())
+    return Lesson(torch.cat(probs), torch.cat(choice), torch.cat(covered))
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, lesson: Lesson, at, scale):
-        losses, right = [], []
-        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        size = max(64, CHUNK // weight.size(0))
-        for start in range(0, len(states), size):
-            cut = slice(start, start + size)
-            logits = (states[cut] @ weight.T).float()
-            probs = lesson.probs.index_select(0, at[cut])
-            top = logits.amax(-1)
-            right.append(logits.gather(-1, lesson.choice[at[cut], None])[:, 0] >= top)
-            expected = torch.linalg.vecdot(probs, logits)
-            student = logits.softmax(-1)
-            losses.append(top - student.amax(-1).log() - expected)
-            if grad_states is not None:
-                slope = student.sub_(probs).mul_(scale[cut, None]).to(states.dtype)
-                torch.mm(slope, weight, out=grad_states[cut])
-                if grad_weight is not None:
-                    grad_weight += slope.T @ states[cut]
-        losses, right = torch.cat(losses), torch.cat(right)
+    def forward(ctx, states, weight, lesson: Lesson, scale):
+        (steps, count, _), size = states.shape, max(64, CHUNK // weight.size(0))
+        losses, right = scale.new_zeros(steps, count), torch.zeros(steps, count, dtype=torch.bool, device=states.device)
+        grad_states = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
+        scale = scale[..., None].to(states.dtype)
+        for k in range(steps):
+            for start in range(0, count - k, size):
+                cut, taught = slice(start, min(start + size, count - k)), slice(start + k, min(start + size + k, count))
+                x, probs = states[k, cut], lesson.probs[taught]
+                logits = (x @ weight.T).to(losses.dtype)
+                top = logits.amax(-1)
+                right[k, cut] = (logits.gather(-1, lesson.choice[taught, None])[:, 0] >= top) & lesson.covered[taught]
+                expected = torch.linalg.vecdot(probs, logits)
+                student = logits.softmax(-1)
+                losses[k, cut] = (top - student.amax(-1).log() - expected) * lesson.covered[taught]
+                if grad_states is not None:
+                    slope, part = student.sub_(probs).to(states.dtype), scale[k, cut] * lesson.covered[taught, None]
+                    torch.mm(slope, weight, out=grad_states[k, cut]).mul_(part)
+                    if grad_weight is not None:
+                        _add_product(grad_weight, slope.T, x * part)
         ctx.save_for_backward(grad_states, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(losses, right)
-        return (losses * scale).sum(), losses, right
+        return (losses * scale[..., 0]).sum(), losses, right
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None
+        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None
 
 
-def soft_cross_entropy(states: torch.Tensor, weight: torch.Tensor, lesson: Lesson, at: torch.Tensor, scale: torch.Tensor):
-    """states [N, h], weight [Vd, h]; at [N] which token of the lesson each row is taught; scale [N] fp32 row weights
-    -> (loss, per-row cross-entropy [N], whether the row's most probable draft token is the teacher's [N] bool)."""
-    return _SoftCrossEntropy.apply(states, weight, lesson, at, scale)
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, without a copy where the precisions agree."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def soft_cross_entropy(states: torch.Tensor, weight: torch.Tensor, lesson: Lesson, scale: torch.Tensor):
+    """states [K, P, h], weight [Vd, h], scale [K, P] fp32 row weights; row i of step k is taught what the lesson says of token i + k.
+
+    -> (loss, cross-entropy [K, P], whether the most probable draft token is the teacher's [K, P] bool). Tokens whose argmax cannot be drafted
+    count nothing and are never right; the last k rows of step k have nothing to be taught.
+    """
+    return _SoftCrossEntropy.apply(states, weight, lesson, scale)
 
 
 def chain_walk(packing: Packing, leading: list[int]) -> tuple[int, int]:

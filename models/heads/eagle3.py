@@ -15,9 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, TrainingFeatures
-from draftsmith.models.heads.attention import step_attention
+from draftsmith.models.heads.attention import kernel_for, strips_of
 from draftsmith.models.heads.distill import chain_walk, soft_cross_entropy, teach
+from draftsmith.models.heads.unroll import Plan, turn, unroll
 from draftsmith.models.slots import SlotCache
+
+SUMS = ("rows", "right", "tried", "kept", "loss")
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,6 @@ class Eagle3Config:
         )
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in the half-split layout. x [..., H, D]; cos and sin [..., 1, D], the first half of sin negated."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
-
-
 def _frequencies(config: "Eagle3Config", device) -> tuple[torch.Tensor, float]:
     """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError for types that change with the length."""
     kind = config.rope_parameters.get("rope_type", "default")
@@ -97,20 +95,16 @@ class Attention(nn.Module):
 
     def query(self, u, cos, sin):
         """u [..., 2h] -> [..., H, D], turned."""
-        return _turn(self.q_proj(u).unflatten(-1, (self.heads, self.head_dim)), cos, sin)
+        return turn(self.q_proj(u).unflatten(-1, (self.heads, self.head_dim)), cos, sin)
 
     def key_value(self, u, cos, sin):
         """u [..., 2h] -> keys (turned) and values [..., H_kv, D]."""
-        key = _turn(self.k_proj(u).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
+        key = turn(self.k_proj(u).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
         return key, self.v_proj(u).unflatten(-1, (self.kv_heads, self.head_dim))
 
     def weight(self):
         """Query, key and value projections as one matrix [(H + 2 H_kv) D, 2h]."""
         return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
-
-    def heads_of(self, x):
-        """[P, heads D] -> [P, heads, D]."""
-        return x.unflatten(-1, (-1, self.head_dim))
 
     def repeat(self, x, dim: int):
         """Key/value heads to query heads."""
@@ -212,7 +206,7 @@ class Eagle3Head(nn.Module):
         return self.lm_head(self.norm(output))
 
     def _angles(self, positions: torch.Tensor):
-        """positions [...] -> cos, sin [..., 1, D] for `_turn`, in the head's dtype."""
+        """positions [...] -> cos, sin [..., 1, D] for `turn`, in the head's dtype."""
         frequencies, scaling = self._rope
         angles = positions[..., None, None].float() * frequencies.to(positions.device)
         cos, sin = (x.to(self.fc.weight.dtype) for x in (angles.cos() * scaling, angles.sin() * scaling))
@@ -228,39 +222,37 @@ class Eagle3Head(nn.Module):
 
     # Training
 
-    def unroll(self, features: TrainingFeatures, steps: int):
-        """Training-time test over the rounds that decoding can reach (`Packing`): teacher tokens, the head's own features.
+    def unroll(self, features: TrainingFeatures, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Training-time test over the rounds that decoding can reach: teacher tokens, the head's own features.
 
-        Yields for k = 0 .. steps - 1, as long as any row takes part: (rows [P_k], the first ones of `packing.rows`, layer output [P_k, h]).
+        For k = 0 .. steps - 1: (the rows [P_k] that take part (`Packing`), layer output [P_k, h]).
+        """
+        packing, outputs = features.packing, self._unroll(features, steps)
+        parts = [packing.takes_part(k) for k in range(steps)]
+        return [(packing.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)]
+
+    def _unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
+        """Layer outputs [K, P, h] of all `packing.rows` at all steps; where a row takes no part they mean nothing.
+
         The attention's input is `[embedding, H]`; a token's embedding is the same in every step, so that its half of the projections is
         computed once.
         """
         attention, layer, packing = self.midlayer.self_attn, self.midlayer, features.packing
-        rows, positions = packing.rows.to(features.tokens.device), packing.positions.to(features.tokens.device)
-        table = self._angles(torch.arange(int(packing.positions.max()) + steps, device=rows.device))
-        hidden = self._fuse(features.hidden)
+        device, last = features.tokens.device, len(features.tokens) - 1
+        rows, positions, ahead = packing.rows.to(device), packing.positions.to(device), torch.arange(steps, device=device)[:, None]
+        hidden, queries = self._fuse(features.hidden), attention.heads * attention.head_dim
         for_embedding, for_hidden = attention.weight().split(hidden.size(-1), 1)
         embedded = F.linear(layer.input_layernorm(self._embed(features.tokens)), for_embedding)
-        queries = attention.heads * attention.head_dim
         whole = F.linear(layer.hidden_norm(hidden), for_hidden[queries:]) + embedded[:, queries:].roll(-1, 0)
-        key0, value0 = attention.heads_of(whole).chunk(2, 1)
-        key0 = attention.repeat(_turn(key0, *(x.index_select(0, positions) for x in table)), 1)
-        value0 = attention.repeat(value0, 1)
-        h, keys, values = hidden.index_select(0, rows), [], []
-        for k, count in enumerate(packing.counts(steps)):
-            if count == 0:
-                return
-            rows, h, keys, values = rows[:count], h[:count], [x[:count] for x in keys], [x[:count] for x in values]
-            angles = [x.index_select(0, positions[rows] + k) for x in table]
-            width = queries if k == 0 else None  # a row's keys and values of step 0 are in `key0`
-            new = F.linear(layer.hidden_norm(h), for_hidden[:width]) + embedded[:, :width].index_select(0, rows + 1 + k)
-            new, turned = attention.heads_of(new), attention.heads + (attention.kv_heads if k else 0)
-            mixed = _turn(new[:, :turned], *angles)
-            if k > 0:
-                keys, values = [*keys, mixed[:, attention.heads:]], [*values, new[:, turned:]]
-            attended = step_attention(mixed[:, :attention.heads], key0, value0, rows, packing.borders, keys, values, attention.scale)
-            h = layer.finish(h, attended)
-            yield rows, h
+        key0, value0 = whole.unflatten(-1, (-1, attention.head_dim)).chunk(2, 1)
+        key0, value0 = attention.repeat(turn(key0, *self._angles(positions)), 1), attention.repeat(value0, 1)
+        kernel = kernel_for(device)
+        plan = Plan(rows, (rows + 1 + ahead).clamp(max=last), *self._angles(positions[rows] + ahead), strips_of(packing, kernel.block), kernel,
+                    attention.scale, (attention.heads, attention.kv_heads), self.config.rms_norm_eps)
+        mlp = layer.mlp
+        weights = (for_hidden, layer.hidden_norm.weight, attention.o_proj.weight, layer.post_attention_layernorm.weight,
+                   torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight)
+        return unroll(hidden, embedded, key0, value0, weights, plan)
 
     def loss(self, features: TrainingFeatures, steps: int, decay: float, counts: list[float] | None = None):
         """Soft cross-entropy against the target restricted to the draft vocabulary (EAGLE-3), mean over each step's rows:
@@ -273,32 +265,22 @@ class Eagle3Head(nn.Module):
         (tokens, rounds) of the greedy chain that this predicts.
         """
         packing, device = features.packing, features.tokens.device
-        here = packing.counts(steps)
-        sums = {name: torch.zeros(steps, device=device) for name in ("right", "tried", "kept", "loss")}
-        sums |= {"rows": torch.tensor(here, dtype=torch.float32, device=device), "walk": torch.zeros(2, device=device)}
-        if here[0] == 0:
-            return sum(p.sum() * 0.0 for p in self.parameters()), sums
-        lesson, where = teach(features.teacher, self.ids), torch.empty(len(features.tokens), dtype=torch.int64, device=device)
-        first = packing.rows.to(device)
-        where[first + 1] = torch.arange(len(first), device=device)
-        outputs, at = [], []
-        for k, (rows, output) in enumerate(self.unroll(features, steps)):
-            outputs.append(self.norm(output))
-            at.append(where.index_select(0, rows + 1 + k))
-        shares = [torch.full((len(a),), decay**k / max(counts[k] if counts else here[k], 1), device=device) for k, a in enumerate(at)]
-        at = torch.cat(at)
-        covered = lesson.covered.index_select(0, at)
-        total, losses, right = soft_cross_entropy(torch.cat(outputs), self.lm_head.weight, lesson, at, torch.cat(shares) * covered)
-        right, losses = right & (covered > 0), losses * covered
-        alive, leading = torch.ones_like(first, dtype=torch.bool), torch.zeros_like(first)
-        for k, (hit, cost) in enumerate(zip(right.split(here[:len(outputs)]), losses.split(here[:len(outputs)]))):
-            alive = alive[:len(hit)]
-            sums["right"][k], sums["loss"][k], sums["tried"][k] = hit.sum(), cost.sum(), alive.sum()
-            alive = alive & hit
-            sums["kept"][k] = alive.sum()
-            leading[:len(hit)] += alive
-        sums["walk"] += torch.tensor(chain_walk(packing, where.zero_().index_copy_(0, first, leading).tolist()), device=device)
-        return total, sums
+        rows, here = packing.rows, packing.counts(steps)
+        if len(rows) == 0:
+            nothing = torch.zeros(steps, device=device)
+            return sum(p.sum() * 0.0 for p in self.parameters()), {name: nothing for name in SUMS} | {"walk": torch.zeros(2, device=device)}
+        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        lesson = teach(features.teacher, self.ids)
+        shares = torch.tensor([decay**k / max(n, 1) for k, n in enumerate(counts or here)], device=device)
+        total, losses, right = soft_cross_entropy(self.norm(self._unroll(features, steps)), self.lm_head.weight, lesson, parts * shares[:, None])
+        right &= parts
+        alive = right.cumprod(0).bool()  # right so far
+        before = torch.cat([torch.ones_like(parts[:1]), alive[:-1]]) & parts
+        leading = torch.zeros(len(features.tokens), dtype=torch.int64)
+        leading[rows] = alive.sum(0).cpu()
+        sums = {"rows": parts, "right": right, "tried": before, "kept": alive, "loss": losses * parts}
+        return total, {name: value.sum(1).float() for name, value in sums.items()} | {
+            "walk": torch.tensor(chain_walk(packing, leading.tolist()), dtype=torch.float32, device=device)}
 
     # Decoding
 
