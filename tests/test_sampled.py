@@ -145,6 +145,22 @@ def test_texts_do_not_depend_on_the_batch_and_end_at_eos(target, name, tree):
     assert sum(sum(t.accepted) for t in batched) > 0
 
 
+@pytest.mark.parametrize(("name", "tree"), [("rejection", "sampled:binary:3"), ("traversal", "sampled:binary:3"), ("block", "sampled:chain:4")])
+def test_an_end_token_inside_the_tree_cuts_the_text_and_changes_nothing_before_it(target, name, tree):
+    drafter, sampling, rule = HeadDrafter(trained_head(target, 50), parse_tree(tree)), Sampling(0.5, seed=2), RULES[name]
+    free = generate(target, drafter, PROMPTS, sampling, 24, verifier=rule)
+    accepted = set()  # tokens that stood on an accepted path
+    for trace in free:
+        at = 1
+        for emitted in trace.emitted:
+            accepted |= set(trace.tokens[at:at + emitted - 1])
+            at += emitted
+    assert accepted
+    for end in sorted(accepted)[:3]:
+        for trace, whole in zip(generate(target, drafter, PROMPTS, sampling, 24, {end}, verifier=rule), free):
+            assert trace.tokens == whole.tokens[:whole.tokens.index(end) + 1 if end in whole.tokens else None]
+
+
 @pytest.mark.parametrize("name", ["rejection", "traversal", "block", "spectr"])
 def test_at_temperature_0_every_rule_emits_the_greedy_text(target, name):
     head = trained_head(target, 50)

@@ -334,7 +334,7 @@ class NoWaiting(TorchDispatchMode):
 def test_verification_does_not_wait_for_the_device(shape):
     """A tree whose form is known, its schedule made once: from then on a cycle is a fixed sequence of operators."""
     tree, logits = drafted(shape, 64, 3)
-    rules = [RULES["traversal"], RULES["rejection"], *([RULES["block"]] if shape.depth == shape.size - 1 else [])]
+    rules = [RULES["typical"], *([RULES["block"]] if shape.depth == shape.size - 1 else []), RULES["rejection"], RULES["traversal"]]
     for rule in rules:
         noise = Bulk(3, torch.Generator())
         rule(tree, logits, noise)
