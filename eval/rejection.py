@@ -49,7 +49,7 @@ class Residuals:
         else:
             q = self.q.index_select(0, wave.drawn)
             drawn = q.gather(1, token)[:, 0].double()
-            chance = torch.where(drawn > 0, share / drawn.clamp(min=self.tiny), 0.0)
+            chance = torch.where(drawn > 0, share / drawn, 0.0)
             left.mul_(w[:, None].to(left.dtype)).sub_(q).clamp_(min=0)
             total = left.sum(1)
             rest = total.double()

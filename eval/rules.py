@@ -2,12 +2,12 @@
 
 from draftsmith.eval.rejection import Rejection
 from draftsmith.eval.spectr import KSeq
-from draftsmith.eval.traversal import Block, Traversal
+from draftsmith.eval.traversal import BLOCK, Traversal
 from draftsmith.eval.typical import Typical
 from draftsmith.eval.verify import MATCH, Verifier
 from draftsmith.models.errors import UserError
 
-RULES: dict[str, Verifier] = {rule.name: rule for rule in (MATCH, Rejection(), Traversal(), Block(), KSeq(), Typical())}
+RULES: dict[str, Verifier] = {rule.name: rule for rule in (MATCH, Rejection(), Traversal(), BLOCK, KSeq(), Typical())}
 
 
 def parse_rule(text: str) -> Verifier:

@@ -5,12 +5,14 @@ part of a likely path. Nodes are tried in post-order. When one is tried all befo
 q alone: they are computed level by level without any random number.
 """
 
+from functools import lru_cache
+
 import torch
 
 from draftsmith.eval.rejection import Residuals, target_ids
 from draftsmith.eval.schedule import schedule
 from draftsmith.eval.verify import DraftVerifier, Law
-from draftsmith.models.tree import Form, Kind
+from draftsmith.models.tree import DraftTree, Form, Kind
 
 
 def first_hit(chances: torch.Tensor) -> torch.Tensor:
@@ -19,21 +21,12 @@ def first_hit(chances: torch.Tensor) -> torch.Tensor:
     return chances * torch.cat([torch.ones_like(missed[..., :1]), missed[..., :-1]], -1)
 
 
-class Traversal(DraftVerifier):
-    """Lossless (Theorem 3.3) for all kinds of edge, if how many children a node has is known before they are drawn."""
-
-    name = "traversal"
-
-    def law(self, tree, logits):
-        """w(child) = min(1, w p(x) / q(x)) when its turn among its siblings comes; once all of a node's children were rejected its own w is
-        its threshold (Algorithm 2)."""
-        left = Residuals(tree, logits)
-        for wave in left.plan.waves:
-            left.w.index_copy_(0, wave.child, left.reject(wave))
-        plan, thresholds = left.plan, left.w.view_as(tree.tokens) * left.plan.real
-        thresholds[:, 0] = 1.0
-        stop = torch.zeros_like(thresholds).scatter_(1, plan.order, first_hit(thresholds.gather(1, plan.order)))
-        return Law(stop, left.following, plan.depths)
+@lru_cache(maxsize=64)
+def is_chain(form: Form) -> bool:
+    """No tree of this form branches, and padding stands behind."""
+    chain = tuple(range(-1, len(form.parents[0]) - 1))
+    lengths = [len(parents) - parents[1:].count(-1) for parents in form.parents]
+    return all(parents == chain[:n] + (-1,) * (len(parents) - n) for parents, n in zip(form.parents, lengths))
 
 
 class Block(DraftVerifier):
@@ -44,10 +37,7 @@ class Block(DraftVerifier):
     remedy = "verify trees with traversal"
 
     def _wrong_shape(self, form: Form) -> str:
-        chain = tuple(range(-1, len(form.parents[0]) - 1))
-        if all(parents == chain[:len(parents) - parents[1:].count(-1)] + (-1,) * parents[1:].count(-1) for parents in form.parents):
-            return ""
-        return "a tree that branches, expected chains (padded behind)"
+        return "" if is_chain(form) else "a tree that branches, expected chains (padded behind)"
 
     def law(self, tree, logits):
         plan, p = schedule(tree), logits.softmax(-1)
@@ -80,3 +70,28 @@ class Block(DraftVerifier):
             return torch.where(ended[:, None], raw, residual)
 
         return Law(first_hit(thresholds.flip(1)).flip(1), following, plan.depths)
+
+
+BLOCK = Block()
+
+
+class Traversal(DraftVerifier):
+    """Lossless (Theorem 3.3) for all kinds of edge, if how many children a node has is known before they are drawn."""
+
+    name = "traversal"
+
+    def law(self, tree, logits):
+        if is_chain(tree.form):
+            return BLOCK.law(tree, logits)
+        return self.by_levels(tree, logits)
+
+    def by_levels(self, tree: DraftTree, logits: torch.Tensor) -> Law:
+        """w(child) = min(1, w p(x) / q(x)) when its turn among its siblings comes; once all of a node's children were rejected its own w is
+        its threshold (Algorithm 2)."""
+        left = Residuals(tree, logits)
+        for wave in left.plan.waves:
+            left.w.index_copy_(0, wave.child, left.reject(wave))
+        plan, thresholds = left.plan, left.w.view_as(tree.tokens) * left.plan.real
+        thresholds[:, 0] = 1.0
+        stop = torch.zeros_like(thresholds).scatter_(1, plan.order, first_hit(thresholds.gather(1, plan.order)))
+        return Law(stop, left.following, plan.depths)

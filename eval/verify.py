@@ -7,6 +7,7 @@ Each rule says for which kinds and shapes of tree it is lossless and refuses the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -60,7 +61,7 @@ class Verifier:
 
     def check(self, tree: DraftTree) -> None:
         """Raises UserError naming what was found, what is expected and what helps."""
-        found = self._wrong_kind(tree) or self._wrong_shape(tree.form)
+        found = refusal(self, tree.form, 0 if tree.q is None else tree.q.size(1))
         if found:
             raise UserError(f"{self.name}: found {found}" + (f" ({self.remedy})" if self.remedy else ""))
 
@@ -74,8 +75,9 @@ class Verifier:
         last = law.draw(noise.uniform(1, logits.device))
         return accept(tree, last, law.following(last), noise)
 
-    def _wrong_kind(self, tree: DraftTree) -> str:
-        kinds = {kind for parents, kinds in zip(tree.form.parents, tree.form.kinds) for p, kind in zip(parents, kinds) if p >= 0}
+    def _wrong_kind(self, form: Form, rows: int) -> str:
+        """rows: how many rows of q the tree carries."""
+        kinds = {kind for parents, kinds in zip(form.parents, form.kinds) for p, kind in zip(parents, kinds) if p >= 0}
         if not kinds <= self.kinds:
             names = lambda some: ", ".join(Kind(k).name for k in sorted(some))  # noqa: E731
             return f"{names(kinds - self.kinds)} edges, expected {names(self.kinds)}"
@@ -88,15 +90,21 @@ class Verifier:
 class DraftVerifier(Verifier):
     """A rule that reads the draft distributions: sampled edges must come with them, the children of a node be sampled in one way."""
 
-    def _wrong_kind(self, tree: DraftTree) -> str:
-        form, drawn = tree.form, [tree.form.drawn(b) for b in range(len(tree.form.parents))]
-        if any(drawn) and (tree.q is None or tree.q.size(1) < max(map(len, drawn))):
-            return f"sampled edges under {max(map(len, drawn))} nodes and q rows for {0 if tree.q is None else tree.q.size(1)}, expected one each"
+    def _wrong_kind(self, form, rows):
+        drawn = max(len(form.drawn(b)) for b in range(len(form.parents)))
+        if drawn > rows:
+            return f"sampled edges under {drawn} nodes and q rows for {rows}, expected one each"
         for parents, kinds in zip(form.parents, form.kinds):
             ways = {(p, kind) for p, kind in zip(parents, kinds) if p >= 0}
             if any((p, Kind.IID) in ways for p, kind in ways if kind == Kind.WITHOUT_REPLACEMENT):
                 return "WITHOUT_REPLACEMENT beside IID edges under one node, expected one of them (sample all children of a node in one way)"
-        return super()._wrong_kind(tree)
+        return super()._wrong_kind(form, rows)
+
+
+@lru_cache(maxsize=64)
+def refusal(rule: Verifier, form: Form, rows: int) -> str:
+    """Why a rule is not lossless for trees of this form, or nothing; found once for each form."""
+    return rule._wrong_kind(form, rows) or rule._wrong_shape(form)
 
 
 def accept(tree: DraftTree, last: torch.Tensor, weights: torch.Tensor, noise: Noise) -> Accepted:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from draftsmith.models.features import Features, FeatureSpec
-from draftsmith.models.grow import SampledTree, TreePolicy
+from draftsmith.models.grow import AdaptiveTree, SampledTree, TreePolicy
 from draftsmith.models.noise import Draw
 from draftsmith.models.tree import DraftTree
 
@@ -59,7 +59,7 @@ class HeadDrafter:
 
     def propose(self, draw):
         beam = self.head.roots(self.context)
-        if isinstance(self.policy, SampledTree):
+        if isinstance(self.policy, SampledTree | AdaptiveTree):
             return self.policy.sample(self.head, beam, self.root, draw)
         return self.policy.grow(self.head, beam, self.root)
 

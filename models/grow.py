@@ -1,10 +1,10 @@
-"""Growing a draft tree from a learned head: the EAGLE-2 dynamic tree, static shapes (a chain is one of them), and static shapes
+"""Growing a draft tree from a learned head: the EAGLE-2 dynamic tree, static shapes (a chain is one of them), and shapes
 whose nodes are sampled.
 
 A policy sees the head only through `roots` and `expand`. All scores are fp32 log-probabilities at temperature 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -173,6 +173,56 @@ class SampledTree:
         return DraftTree(tokens, parents, torch.full_like(tokens, int(self.kind), dtype=torch.int8), torch.cat(rows, 1), head.ids, self.form)
 
 
+@dataclass(frozen=True)
+class AdaptiveTree:
+    """Sampled without replacement like `SampledTree`, `width` drafted nodes on each of `depth` levels; how many of them are children of which
+    node of the level before is decided from q before any of them is drawn.
+
+    A draw at a node is taken to be accepted with probability c = max q there, hence its j-th child to be reached with c (1 - c)^(j - 1) times
+    the node's own chance; the `width` greatest chances of a level are drafted. Dropping nodes by what they turned out to be would be lossy.
+    """
+
+    width: int
+    depth: int
+    temperature: float | None = None
+
+    def __str__(self) -> str:
+        return f"sampled:adaptive:{self.width}x{self.depth}" + (f"@{self.temperature:g}" if self.temperature else "")
+
+    @property
+    def size(self) -> int:
+        return 1 + self.width * self.depth
+
+    def sample(self, head, beam, root: torch.Tensor, draw: Draw) -> DraftTree:
+        """root [B] -> trees of `size` nodes that carry q. At temperature 0: the dynamic tree of the same width, depth and size."""
+        width = min(self.width, len(head.ids))
+        if draw.temperature == 0:
+            return DynamicTree(width, self.depth, self.size).grow(head, beam, root)
+        temperature, uniform = self.temperature or draw.temperature, draw.uniform(self.size * width).to(root.device).unflatten(1, (-1, width))
+        tokens, source = root[:, None], torch.zeros_like(root)[:, None]
+        reach, first = torch.ones(len(root), 1, device=root.device), 0
+        all_tokens, all_parents, rows = [tokens], [source - 1], []
+        for _ in range(self.depth):
+            logp, beam = head.expand(beam, tokens, source)
+            rows.append((logp / temperature).softmax(-1))
+            sure, nodes = rows[-1].amax(-1, keepdim=True), tokens.size(1)
+            chances = (reach[..., None] * sure * (1 - sure) ** torch.arange(width, device=root.device)).flatten(1)
+            # Equal chances: the earlier rank first, so that a node's children are its first draws; then all in draw order
+            chosen = torch.sort(chances, dim=1, descending=True, stable=True).indices[:, :width].sort(1).values
+            source, reach = chosen // width, chances.gather(1, chosen)
+            picks = without_replacement(rows[-1], uniform[:, first:first + nodes]).flatten(1)
+            tokens = head.ids[picks.gather(1, chosen)]
+            all_tokens.append(tokens)
+            all_parents.append(first + source)
+            first += nodes
+        tokens, parents = torch.cat(all_tokens, 1), torch.cat(all_parents, 1)
+        tree = DraftTree(tokens, parents, torch.full_like(tokens, int(Kind.WITHOUT_REPLACEMENT), dtype=torch.int8))
+        drawn = [tree.form.drawn(row) for row in range(len(root))]
+        longest = max(map(len, drawn))
+        places = torch.tensor([some + [0] * (longest - len(some)) for some in drawn], device=root.device)
+        return replace(tree, q=torch.cat(rows, 1)[torch.arange(len(root), device=root.device)[:, None], places], ids=head.ids, known=tree.form)
+
+
 def with_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """q [..., V], uniform [..., k] fp64 -> [..., k] independent draws, by inverse CDF in fp64. Tokens of probability 0 are never drawn."""
     below = q.double().cumsum(-1)
@@ -189,7 +239,7 @@ def without_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.cat(picks, -1)
 
 
-TreePolicy = DynamicTree | StaticTree | SampledTree
+TreePolicy = DynamicTree | StaticTree | SampledTree | AdaptiveTree
 
 
 def chain(depth: int) -> StaticTree:
@@ -202,15 +252,21 @@ def binary(depth: int) -> StaticTree:
 
 
 def parse_tree(text: str) -> TreePolicy:
-    """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of EAGLE-1), or a static
-    one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`."""
+    """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of EAGLE-1), a static
+    one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`, or `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`."""
     kind, _, rest = text.partition(":")
     try:
         if kind == "sampled":
             shape, _, temperature = rest.partition("@")
             heat = float(temperature) if "@" in rest else None
+            if heat is not None and not 0 < heat < float("inf"):
+                raise ValueError
+            if shape.startswith("adaptive:"):
+                width, depth = (int(n) for n in shape.removeprefix("adaptive:").split("x"))
+                if width > 0 and depth > 0:
+                    return AdaptiveTree(width, depth, heat)
             tree = parse_tree(shape.removesuffix(":iid"))
-            if isinstance(tree, StaticTree) and (heat is None or 0 < heat < float("inf")):
+            if isinstance(tree, StaticTree):
                 return SampledTree(tree, Kind.IID if shape.endswith(":iid") else Kind.WITHOUT_REPLACEMENT, heat)
         numbers = [int(n) for n in rest.split("x")] if rest else []
         if kind == "eagle" and not numbers:
@@ -223,4 +279,5 @@ def parse_tree(text: str) -> TreePolicy:
             return DynamicTree(*numbers)
     except (ValueError, UserError):
         pass
-    raise UserError(f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle, binary:DEPTH, or sampled:TREE[:iid][@TEMPERATURE]")
+    raise UserError(f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle, binary:DEPTH, sampled:TREE[:iid][@TEMPERATURE] "
+                    "or sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]")

@@ -207,9 +207,8 @@ def continuations(rule, policy, head: TableHead, p: torch.Tensor, texts: torch.T
         noise = Bulk(len(going), generator)
         tree = relabel(policy.sample(head, head.roots(done[going]), torch.zeros_like(going), noise))
         at = done[going, None].repeat(1, tree.size)
-        for node, parent in enumerate(tree.form.parents[0]):
-            if parent >= 0:
-                at[:, node] = at[:, parent] * vocab + 1 + tree.tokens[:, node]
+        for node in range(1, tree.size):
+            at[:, node] = at.gather(1, tree.parents[:, node, None])[:, 0] * vocab + 1 + tree.tokens[:, node]
         accepted = rule(tree, p[at].float().log(), noise)
         rows = torch.arange(len(going))
         emitted = torch.cat([tree.tokens[rows[:, None], accepted.path[:, 1:]], accepted.next_token[:, None]], 1)

@@ -68,6 +68,37 @@ def test_sampled_trees_carry_what_their_children_were_drawn_from(target, head, t
         assert policy.kind == Kind.IID or len(set(below)) == len(below)
 
 
+def test_adaptive_trees_decide_how_many_children_before_they_are_drawn(target, head):
+    """Other random numbers for the draws of the last level change its tokens and nothing of the tree's form."""
+    features = target.open(head.feature_spec, 1, 16).prefill([[3, 1, 4, 1]]).features
+    policy = parse_tree("sampled:adaptive:3x3")
+
+    class Changed(Draw):
+        def uniform(self, count):
+            values = super().uniform(count)
+            values[:, 3 * (1 + 3):] = 1 - values[:, 3 * (1 + 3):]  # three for the root, three for each of three nodes, then the last level
+            return values
+
+    with torch.no_grad():
+        trees = [policy.sample(head, head.roots(head.prefill(features)), torch.tensor([2]), draw(1.0, 3, [0], [4])) for draw in (Draw, Changed)]
+    one, two = trees
+    assert torch.equal(one.parents, two.parents) and torch.equal(one.tokens[:, :7], two.tokens[:, :7]) and not torch.equal(one.tokens, two.tokens)
+    assert one.size == 10 and torch.equal(one.q, two.q) and int(one.depths.max()) == 3
+    inner, parents = one.form.drawn(0), one.parents[0].tolist()
+    assert one.q.shape[1] == len(inner)
+    for row, node in enumerate(inner):
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        beam, zero = head.roots(head.prefill(features)), torch.zeros(1, 1, dtype=torch.long)
+        with torch.no_grad():
+            for step in path:
+                logp, beam = head.expand(beam, one.tokens[:, step, None], zero)
+        torch.testing.assert_close(one.q[0, row], logp[0, 0].softmax(-1), atol=1e-5, rtol=1e-4)
+        below = one.tokens[0, [c for c, p in enumerate(parents) if p == node]].tolist()
+        assert len(set(below)) == len(below)
+
+
 def test_at_temperature_0_the_shape_holds_the_most_probable_tokens(target, head):
     features = target.open(head.feature_spec, 1, 16).prefill([[3, 1, 4, 1]]).features
     roots = lambda: (head, head.roots(head.prefill(features)), torch.tensor([2]))  # noqa: E731
@@ -103,7 +134,7 @@ def test_a_root_alone_is_plain_sampling_under_every_rule(target, name):
 
 
 @pytest.mark.parametrize(("name", "tree"), [("rejection", "sampled:binary:3"), ("traversal", "sampled:binary:3"), ("traversal", "sampled:eagle"),
-                                            ("block", "sampled:chain:4"), ("traversal", "dynamic:4x3x10")])
+                                            ("block", "sampled:chain:4"), ("traversal", "dynamic:4x3x10"), ("traversal", "sampled:adaptive:3x3")])
 def test_texts_do_not_depend_on_the_batch_and_end_at_eos(target, name, tree):
     head, sampling = trained_head(target, 50), Sampling(0.7, top_p=0.95, seed=1)
     drafter = HeadDrafter(head, parse_tree(tree))
@@ -112,6 +143,22 @@ def test_texts_do_not_depend_on_the_batch_and_end_at_eos(target, name, tree):
     assert [t.tokens for t in batched] == [t.tokens for t in alone]
     assert all(len(t.tokens) == 1 + sum(t.emitted) <= 24 and not {7, 9} & set(t.tokens[:-1]) for t in batched)
     assert sum(sum(t.accepted) for t in batched) > 0
+
+
+@pytest.mark.parametrize(("name", "tree"), [("rejection", "sampled:binary:3"), ("traversal", "sampled:binary:3"), ("block", "sampled:chain:4")])
+def test_an_end_token_inside_the_tree_cuts_the_text_and_changes_nothing_before_it(target, name, tree):
+    drafter, sampling, rule = HeadDrafter(trained_head(target, 50), parse_tree(tree)), Sampling(0.5, seed=2), RULES[name]
+    free = generate(target, drafter, PROMPTS, sampling, 24, verifier=rule)
+    accepted = set()  # tokens that stood on an accepted path
+    for trace in free:
+        at = 1
+        for emitted in trace.emitted:
+            accepted |= set(trace.tokens[at:at + emitted - 1])
+            at += emitted
+    assert accepted
+    for end in sorted(accepted)[:3]:
+        for trace, whole in zip(generate(target, drafter, PROMPTS, sampling, 24, {end}, verifier=rule), free):
+            assert trace.tokens == whole.tokens[:whole.tokens.index(end) + 1 if end in whole.tokens else None]
 
 
 @pytest.mark.parametrize("name", ["rejection", "traversal", "block", "spectr"])
@@ -133,14 +180,14 @@ def test_decoding_refuses_a_tree_that_the_rule_does_not_take(target, head):
 PREFIXES, COUNT, LENGTH = (1, 3), 50_000, 3
 
 
-def worst_g(name, tree, relabel=lambda tree: tree):
-    """G over its one-in-a-million bound, the worst of the prefixes, 50,000 texts behind each."""
+def worst_g(name, tree, relabel=lambda tree: tree, count=COUNT):
+    """G over its one-in-a-million bound, the worst of the prefixes, `count` texts behind each."""
     generator = torch.Generator().manual_seed(1)
     texts = texts_up_to(6, 4)
     p, q = random_rows(texts, 4, generator, 0.1), random_rows(texts, 4, generator)
     policy, head, worst = parse_tree(tree), TableHead((p + q) / 2, torch.tensor([0, 1, 3])), 0.0
     for prefix in PREFIXES:
-        start = torch.full((COUNT,), prefix)
+        start = torch.full((count,), prefix)
         found = continuations(RULES[name], policy, head, p, start, LENGTH, generator, relabel)
         statistic, bound = g_test(prefix, found, p, LENGTH)
         worst = max(worst, statistic / bound)
@@ -153,6 +200,11 @@ def worst_g(name, tree, relabel=lambda tree: tree):
     ("block", "sampled:chain:3"), ("spectr", "sampled:binary:1:iid")])
 def test_fifty_thousand_texts_follow_the_targets_joint_law(name, tree):
     assert worst_g(name, tree) < 1
+
+
+@pytest.mark.parametrize("name", ["rejection", "traversal"])
+def test_adaptive_trees_keep_the_targets_joint_law(name):
+    assert worst_g(name, "sampled:adaptive:3x2", count=2_000) < 1
 
 
 @pytest.mark.parametrize(("name", "tree", "relabelled"), [

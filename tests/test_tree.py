@@ -148,13 +148,14 @@ def test_static_ranks_are_the_draft_order(target, head):
         assert head.ids[logp[0, 0].topk(rank + 1).indices[rank]] == path[-1]
 
 
-@pytest.mark.parametrize("text", ["chain:5", "dynamic:10x7x60", "eagle", "binary:3", "sampled:chain:5", "sampled:binary:4:iid", "sampled:eagle@0.8"])
+@pytest.mark.parametrize("text", ["chain:5", "dynamic:10x7x60", "eagle", "binary:3", "sampled:chain:5", "sampled:binary:4:iid", "sampled:eagle@0.8",
+                                  "sampled:adaptive:4x3", "sampled:adaptive:4x3@0.5"])
 def test_tree_text_round_trip(text):
     assert str(parse_tree(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "chain", "chain:0", "chain:x", "dynamic:3x4", "dynamic:3x4x1", "eagle:3", "star:3", "binary:11", "sampled:",
-                                  "sampled:dynamic:3x2x4", "sampled:chain:2@0", "sampled:chain:2@", "sampled:sampled:chain:2"])
+                                  "sampled:dynamic:3x2x4", "sampled:chain:2@0", "sampled:chain:2@", "sampled:adaptive:3", "sampled:sampled:chain:2"])
 def test_bad_tree_text_is_refused(text):
     with pytest.raises(UserError, match="tree: found"):
         parse_tree(text)
