@@ -38,7 +38,7 @@ class Recorder(HeadDrafter):
         super().begin(features, root)
         self.requests = torch.arange(len(root))
 
-    def propose(self):
+    def propose(self, draw):
         self.drafts.append((self.requests.tolist(), self.policy.candidates(self.head, self.head.roots(self.context), self.root)))
         return DraftTree.root_only(self.root)
 

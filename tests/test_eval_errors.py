@@ -129,8 +129,8 @@ def test_a_target_without_a_tokenizer(refused, place, changed):
 
 
 METHODS = {
-    "a folder that is none": (["{place}/none"], "{place}/none/draftsmith.json: no target named"),
-    "a folder that is none, with a target": (["{place}/none", "--target", "{place}/target"], "config.json is missing"),
+    "a folder that is none": (["{place}/none"], "{place}/none: no such directory; expected a drafter directory"),
+    "a folder that is none, with a target": (["{place}/none", "--target", "{place}/target"], "{place}/none: no such directory"),
     "an unknown bundled drafter": (["bundled:drafters/none"], "bundled:drafters/none: no such bundled model"),
     "a method twice": (["{place}/drafter", "lookup", "lookup"], "methods: found lookup twice, expected each once"),
     "nothing that names a target": (["lookup", "hf-lookup"], "methods: found no drafter among lookup, hf-lookup, expected one that names its target"),

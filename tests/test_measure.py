@@ -72,9 +72,9 @@ def test_evaluation_gives_all_documented_keys_and_finds_a_lossy_drafter(target, 
         assert low <= cell["tau"] <= high and sum(cell[k]["prompts"] for k in ("looping", "not_looping") if cell[k]) == len(PROMPTS)
         assert cell["speedup"] == 1.0 if cell["method"] == "plain" else True
     assert samples.keys() == {"plain", "lookup", "hf-lookup", "one", "two"}
-    from draftsmith.eval import decode
+    from draftsmith.eval import verify
 
-    monkeypatch.setattr(decode, "match", lambda tree, chosen: match_wrongly(tree, chosen))
+    monkeypatch.setattr(verify, "follow", match_wrongly)
     assert not measured(target, {"one": head})[0]["one"]["lossless"]
 
 

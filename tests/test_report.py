@@ -89,7 +89,7 @@ def test_baselines_alone_need_no_drafter(place, tmp_path):
 
 
 def test_verify_proves_and_finds(place, tmp_path, monkeypatch, capsys):
-    from draftsmith.eval import decode
+    from draftsmith.eval import verify
     from tests.test_measure import match_wrongly
 
     arguments = ["draftsmith", "verify", str(place / "run" / "drafter"), "lookup", "--suite", str(place / "chat.jsonl"), "--limit", "2", "--tree", "chain:2",
@@ -101,7 +101,7 @@ def test_verify_proves_and_finds(place, tmp_path, monkeypatch, capsys):
     # 2 dtypes x (greedy, T=1, T=1 with everything) x (3 methods alone, 4 in batches)
     assert found["lossless"] and len(found["comparisons"]) == 2 * 3 * 7 and sum(c["claimed"] for c in found["comparisons"]) == 21
     assert all(not c["differences"] for c in found["comparisons"] if c["claimed"])
-    monkeypatch.setattr(decode, "match", lambda tree, chosen: match_wrongly(tree, chosen))
+    monkeypatch.setattr(verify, "follow", match_wrongly)
     with pytest.raises(SystemExit) as end:
         main()
     lossy = [c for c in json.loads((tmp_path / "lossless.json").read_text())["comparisons"] if not c["lossless"]]

@@ -1,9 +1,9 @@
 """Causal attention of some rows within packed documents, in memory linear in the length, with the log-sum-exp that merging needs.
 
-Two kernels, each a pair `forward(query, key, value, strips, scale) -> out, lse` and `backward(grad, query, key, value, out, lse, strips, scale,
-d_key, d_value) -> d_query`, which adds to d_key and d_value. query, out [P, H, D] and lse [P, H] are the rows that are trained on, ascending; key, value [T, H, D] (repeated to
-the query heads) all rows. A caller that merges the result with other scores passes its merged `out` and `lse` to `backward` and gets the
-gradients of this part of the merged attention exactly.
+Two kernels, each a pair `forward(query, key, value, strips, scale) -> out, lse` and
+`backward(grad, query, key, value, out, lse, strips, scale, d_key, d_value) -> d_query`, which adds to d_key and d_value. query, out [P, H, D] and
+lse [P, H] are the rows that are trained on, ascending; key, value [T, H, D] (repeated to the query heads) all rows. A caller that merges the
+result with other scores passes its merged `out` and `lse` to `backward` and gets the gradients of this part of the merged attention exactly.
 """
 
 from typing import NamedTuple
