@@ -145,7 +145,9 @@ def test_kernels_equal_dense_attention_alone_and_merged_with_other_scores(kernel
         both = alone * (total - merged).exp()[..., None] + more * (other - merged).exp()[..., None]
         torch.testing.assert_close(merged, torch.stack(lse), atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(both, torch.stack(out), atol=1e-12, rtol=1e-12)
-        for got, w in zip(kernel.backward(weight, query, key, value, both, merged, strips, scale), want):
+        sums = torch.ones_like(key), torch.ones_like(value)  # gradients are added
+        d_query = kernel.backward(weight, query, key, value, both, merged, strips, scale, *sums)
+        for got, w in zip((d_query, sums[0] - 1, sums[1] - 1), want):
             torch.testing.assert_close(got, w, atol=1e-11, rtol=1e-11)
 
 

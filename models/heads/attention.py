@@ -1,7 +1,7 @@
 """Causal attention of some rows within packed documents, in memory linear in the length, with the log-sum-exp that merging needs.
 
-Two kernels, each a pair `forward(query, key, value, strips, scale) -> out, lse` and `backward(grad, query, key, value, out, lse, strips, scale)
--> gradients of the three`. query, out [P, H, D] and lse [P, H] are the rows that are trained on, ascending; key, value [T, H, D] (repeated to
+Two kernels, each a pair `forward(query, key, value, strips, scale) -> out, lse` and `backward(grad, query, key, value, out, lse, strips, scale,
+d_key, d_value) -> d_query`, which adds to d_key and d_value. query, out [P, H, D] and lse [P, H] are the rows that are trained on, ascending; key, value [T, H, D] (repeated to
 the query heads) all rows. A caller that merges the result with other scores passes its merged `out` and `lse` to `backward` and gets the
 gradients of this part of the merged attention exactly.
 """
@@ -75,9 +75,9 @@ class FlashOnCPU:
         return out, lse
 
     @classmethod
-    def backward(cls, grad, query, key, value, out, lse, strips, scale):
-        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        sums = [_heads_first(x) for x in grads]
+    def backward(cls, grad, query, key, value, out, lse, strips, scale, d_key, d_value):
+        d_query = torch.zeros_like(query)
+        sums = [_heads_first(x) for x in (d_query, d_key, d_value)]
         grad, query, key, value, out, lse = (_heads_first(x) for x in (grad, query, key, value, out, lse))
         for strip in strips:
             mine = slice(strip.first, strip.last)
@@ -86,7 +86,7 @@ class FlashOnCPU:
                 parts = _flash_backward(d, q, key[:, :, a:b], value[:, :, a:b], o, s, 0.0, causal, scale=scale)
                 for total, part, place in zip(sums, parts, (mine, slice(a, b), slice(a, b))):
                     total[:, :, place].add_(part)
-        return grads
+        return d_query
 
 
 class Blocks:
@@ -113,18 +113,18 @@ class Blocks:
         return out, lse
 
     @classmethod
-    def backward(cls, grad, query, key, value, out, lse, strips, scale):
-        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    def backward(cls, grad, query, key, value, out, lse, strips, scale, d_key, d_value):
+        d_query = torch.zeros_like(query)
         for strip in strips:
             mine, seen = slice(strip.first, strip.last), slice(strip.start, strip.stop)
             weights = (cls._scores(query, key, strip, scale) - lse[mine].T[..., None]).exp()
             pull = torch.einsum("qhd,khd->hqk", grad[mine], value[seen])
             delta = torch.linalg.vecdot(grad[mine], out[mine]).T[..., None]
             slope = (weights * (pull - delta) * scale).to(query.dtype)
-            grads[0][mine] = torch.einsum("hqk,khd->qhd", slope, key[seen])
-            grads[1][seen] += torch.einsum("hqk,qhd->khd", slope, query[mine])
-            grads[2][seen] += torch.einsum("hqk,qhd->khd", weights.to(grad.dtype), grad[mine])
-        return grads
+            d_query[mine] = torch.einsum("hqk,khd->qhd", slope, key[seen])
+            d_key[seen] += torch.einsum("hqk,qhd->khd", slope, query[mine])
+            d_value[seen] += torch.einsum("hqk,qhd->khd", weights.to(grad.dtype), grad[mine])
+        return d_query
 
 
 def kernel_for(device: torch.device):

@@ -118,9 +118,7 @@ class _Unroll(torch.autograd.Function):
             torch.mm(d_gate_up[k], w_gate_up, out=d_v[k])
             torch.add(d_out[k], _norm_backward(d_v[k], y[k], second, w_after), out=d_y[k])
             d_attended, out = (d_y[k] @ w_out).unflatten(1, (heads, dim)), attended[k].unflatten(1, (heads, dim))
-            d_query, more_key0, more_value0 = plan.kernel.backward(d_attended, query, key0, value0, out, lse, plan.strips, plan.scale)
-            d_key0 += more_key0
-            d_value0 += more_value0
+            d_query = plan.kernel.backward(d_attended, query, key0, value0, out, lse, plan.strips, plan.scale, d_key0, d_value0)
             grouped, d_grouped, pulled = (t.unflatten(1, group) for t in (query, d_query, d_attended))
             delta = torch.linalg.vecdot(pulled, out.unflatten(1, group))
             for weight, key, value, d_key, d_value in zip(weights[1:], keys[:k], values[:k], d_keys, d_values):
