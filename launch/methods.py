@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from draftsmith.eval.baselines import Generate
 from draftsmith.eval.measure import Decoder, Looped, decode_batches
@@ -55,7 +54,7 @@ class Methods:
             if not wanted:
                 raise UserError(f"methods: found no drafter among {', '.join(names)}, expected one that names its target, or --target")
             target_name = next(iter(wanted.values()))
-        target, tokenizer = load_target(target_name, dtype), load_tokenizer(target_name)
+        target, tokenizer = TextTarget.load(target_name, dtype), load_tokenizer(target_name)
         heads = {name: load_drafter(place, target.embedding, target.layers) for name, place in places.items()}
         lookup, baselines = LookupDrafter(), {}
         for name in names:
@@ -66,7 +65,7 @@ class Methods:
             elif name == "hf-lookup":
                 baselines[name] = Generate(target, prompt_lookup_num_tokens=lookup.depth, max_matching_ngram_size=max(lookup.grams))
             elif name == "hf-assisted":
-                baselines[name] = Generate(target, assistant=load_target(assistant, target.dtype))
+                baselines[name] = Generate(target, assistant=TextTarget.load(assistant, target.dtype))
         return cls(target, tokenizer, stop_ids(target, tokenizer), heads, folders, baselines)
 
     def prompts(self, file: str, limit: int | None, max_new_tokens: int, rows: int, skip_long: bool, report=print) -> list[Prompt]:
@@ -104,14 +103,6 @@ class Methods:
         return {"dtype": str(self.target.dtype).removeprefix("torch."), "device": device_name(self.target.device),
                 "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
                 "torch": torch.__version__}
-
-
-def load_target(name: str, dtype: torch.dtype | None) -> TextTarget:
-    """As `TextTarget.load`; weights that are torn or of another shape are the user's to repair too."""
-    try:
-        return TextTarget.load(name, dtype)
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"target {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
 
 
 def labels(folders: list[str]) -> dict[str, str]:

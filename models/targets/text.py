@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftsmith.models.errors import UserError
@@ -73,7 +74,7 @@ class TextTarget:
             config = AutoConfig.from_pretrained(place)
             dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
             model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # the last two: torn weights, or of another shape
             raise UserError(f"target {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
         return cls(model.to(device), str(name))
 
