@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import gpu
+from tests.benchmarks import gpu, verification
+from tests.conftest import trained_head
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,3 +47,13 @@ def test_accelerator_benchmark_refuses_what_it_cannot_measure(arguments, message
     with pytest.raises(SystemExit) as refusal:
         gpu.main()
     assert refusal.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_verification_benchmark_pairs_the_rules_on_the_same_trees(target):
+    prompts, head = [[3, 1, 4], [1, 5, 9, 2, 6], [8]], trained_head(target, 50)
+    figures = verification.acceptance(target, head, prompts, {7}, "sampled:binary:2", 1.0, 8, 20, True)
+    assert figures["trees"] >= 20 and 0 < figures["traversal"]["expected"] < 2 and 0 < figures["ceiling_of_any_accepted"] <= 1
+    assert figures["traversal_over_rrs_interval"][0] <= figures["traversal_over_rrs"] <= figures["traversal_over_rrs_interval"][1]
+    top_k = verification.acceptance(target, head, prompts, {7}, "dynamic:3x2x6", 1.0, 8, 20, False)
+    assert top_k["largest_difference"] < 1e-5 and abs(top_k["traversal"]["expected"] - top_k["match"]["expected"]) < 1e-5
+    assert verification.worst_law_error(1) < 1e-12

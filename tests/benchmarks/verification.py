@@ -187,7 +187,7 @@ def main():
         figures["top_k"][f"T={temperature}"] = top_k
         print(f"top-k tree 5x5x26, T={temperature}: {json.dumps(top_k)}", flush=True)
         if not arguments.quick:
-            figures["speed"][f"T={temperature}"] = speed(target, head, prompts[:24], stops, temperature, 48)
+            figures["speed"][f"T={temperature}"] = speed(target, head, prompts, stops, temperature, 64)
             for name, row in figures["speed"][f"T={temperature}"].items():
                 print(f"speed, T={temperature}, {name}: {json.dumps(row)}", flush=True)
     if arguments.output:
