@@ -20,10 +20,45 @@ def say(line: str) -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
-    """Train a drafter by a recipe (one process; `deepspeed --module draftsmith.train RECIPE` for several)."""
+    """Train a drafter by a recipe (one process; `draftsmith launch RECIPE` for several)."""
     from draftsmith.launch.training import main
 
     raise SystemExit(main([recipe, *(overrides or [])]))
+
+
+@app.command()
+def launch(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None,
+           gpus: Annotated[int, typer.Option(min=1, help="processes on this machine, one a GPU; with --slurm: on each machine, default 1")] = None,
+           hosts: Annotated[Path, typer.Option(help="machines, as DeepSpeed writes them: NAME slots=N a line")] = None,
+           node_rank: Annotated[int, typer.Option(help="start only the part of this machine, number K of the hostfile: no ssh needed")] = None,
+           master_addr: Annotated[str, typer.Option(help="where the processes meet; default: the first machine of the hostfile")] = None,
+           master_port: Annotated[int, typer.Option(min=1, max=65535)] = None,
+           slurm: Annotated[bool, typer.Option(help="write a batch script that saves, queues itself again and resumes, and submit it")] = False,
+           nodes: Annotated[int, typer.Option(min=1, help="machines of the Slurm job; default: 1")] = None,
+           time: Annotated[str, typer.Option(help="limit of the Slurm job, after which it is queued again; default: 24:00:00")] = None,
+           partition: Annotated[str, typer.Option(help="of the Slurm job")] = None,
+           dry_run: Annotated[bool, typer.Option(help="show what would be run and written")] = False):
+    """Train by a recipe in several processes: on this machine, on those of a hostfile, or by Slurm. The same command resumes a lost run."""
+    from draftsmith.launch import nodes as machines
+    from draftsmith.launch.slurm import in_a_queue
+
+    overrides = overrides or []
+    _belong({"--node-rank": node_rank, "--master-addr": master_addr, "--master-port": master_port}, hosts is not None, "--hosts")
+    _belong({"--nodes": nodes, "--time": time, "--partition": partition}, slurm, "--slurm")
+    if slurm and hosts is None:
+        raise SystemExit(in_a_queue(recipe, overrides, nodes or 1, gpus or 1, time or "24:00:00", partition, dry_run, say))
+    if hosts is not None and not slurm and gpus is None:
+        raise SystemExit(machines.on_hosts(recipe, overrides, hosts, node_rank, master_addr, master_port, dry_run, say))
+    if gpus and not slurm and hosts is None:
+        raise SystemExit(machines.on_this_machine(recipe, overrides, gpus, dry_run, say))
+    found = [name for name, given in {"--gpus": gpus, "--hosts": hosts, "--slurm": slurm}.items() if given]
+    raise UserError(f"launch: found {' '.join(found) or 'no place to run'}, expected --gpus N, --hosts FILE or --slurm")
+
+
+def _belong(options: dict, there: bool, owner: str) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given and not there:
+        raise UserError(f"launch: found {given[0]} without {owner}, expected both or neither")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
@@ -9,8 +10,11 @@ from draftsmith.models.errors import UserError
 USAGE = "usage: draftsmith train RECIPE [section.key=value ...] [--dry-run]"
 
 
-def main(arguments: list[str]) -> int:
-    """arguments: RECIPE [section.key=value ...]; the launcher's --local_rank is accepted and ignored. Returns the exit code."""
+def main(arguments: list[str], tell: Callable[[str], None] = lambda reason: None) -> int:
+    """arguments: RECIPE [section.key=value ...]; the launcher's --local_rank is accepted and ignored. Returns the exit code.
+
+    tell: gets the reason of exit code 2, which only the first process prints.
+    """
     arguments = [a for a in arguments if not a.startswith("--local_rank")]
     try:
         dry = "--dry-run" in arguments
@@ -21,6 +25,7 @@ def main(arguments: list[str]) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(str(error))
         return 2
 
 

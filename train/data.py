@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def prepare(files: list[str], max_length: int, max_bad_rows: float, tokenizer, s
     place = folder / key_of(files, max_length, tokenizer, stops, vocab_size)
     if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{place.name}-{os.getpid()}"
+        partial = folder / f".{place.name}-{socket.gethostname()}-{os.getpid()}"  # machines may share the folder
         try:
             partial.mkdir()
             _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, partial, report)
