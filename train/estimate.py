@@ -19,6 +19,7 @@ from draftsmith.models.features import Packing, Teacher, TrainingFeatures
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.targets import Description
 from draftsmith.train.loop import build_optimizer
+from draftsmith.train.lora import Adapter
 from draftsmith.train.recipe import DrafterRecipe
 
 PROBE = 1024  # tokens of the timed layer and step, at most
@@ -51,22 +52,26 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         head = head_like(recipe, config, model.get_input_embeddings().weight)
+        head_parameters = sum(p.numel() for p in head.parameters())
+        if recipe.lora is not None:
+            Adapter(head, recipe.lora, recipe.head.start_from, recipe.seed)
     item = 4 if device.type == "cpu" else 2  # a target runs in fp32 on a CPU, in its own half precision elsewhere
-    target_parameters, head_parameters = (sum(p.numel() for p in m.parameters()) for m in (model, head))
+    target_parameters = sum(p.numel() for p in model.parameters())
+    whole, trained = sum(p.numel() for p in head.parameters()), sum(p.numel() for p in head.parameters() if p.requires_grad)
     part = lambda stage: world if engine.zero_stage >= stage else 1  # noqa: E731
     width, rows = BYTES[engine.dtype], spec.batch_tokens
     matrices = sum(p.numel() for n, p in head.named_parameters() if p.ndim == 2 and "lm_head" not in n) if spec.name == "muon" else 0
-    optimizer = 4 * matrices + 8 * (head_parameters - matrices) + (0 if engine.dtype == "fp32" and engine.zero_stage == 0 else 4 * head_parameters)
+    optimizer = 4 * matrices + 8 * (trained - matrices) + (0 if engine.dtype == "fp32" and engine.zero_stage == 0 else 4 * trained)
     c = head.config
     saved = 10 * c.hidden_size + 5 * c.intermediate_size + (3 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim
     hidden, written = config.hidden_size, corpus[1] / corpus[0] if corpus else 1.0
     memory = {
         "target": target_parameters * item // (world if engine.target == "sharded" else 1),
         "target's states": rows * ((len(c.taps) + 8) * hidden + 3 * (config.intermediate_size or hidden)) * item,
-        "head": head_parameters * width // part(3), "gradients": head_parameters * width // part(2), "optimizer": optimizer // part(1),
+        "head": whole * width // part(3), "gradients": trained * width // part(2), "optimizer": optimizer // part(1),
         "activations": int(rows * written * (recipe.objective.steps * saved * width + 4 * c.draft_vocab_size)),
     }
-    disk = {"drafter": head_parameters * 2, "checkpoint": head_parameters * (width + 4) + optimizer}
+    disk = {"drafter": head_parameters * 2, "checkpoint": whole * width + head_parameters * 4 + optimizer}
     if corpus is not None:
         disk["rows"] = corpus[0] * 5
         if recipe.data.features == "cached":
@@ -95,6 +100,8 @@ def probe(recipe: DrafterRecipe, config, device: torch.device, written: float) -
     head = head_like(recipe, config, matrix).to(device)
     for p in head.parameters():
         torch.nn.init.normal_(p, std=0.02)
+    if recipe.lora is not None:
+        Adapter(head, recipe.lora, recipe.head.start_from, recipe.seed)
     packing = Packing((0, size), torch.arange(size) >= round(size * (1 - written)))
     states = torch.randn(size, len(head.config.taps) * hidden, device=device, dtype=dtype)
     final = torch.randn(len(packing.rows), hidden, device=device, dtype=dtype)

@@ -14,12 +14,14 @@ from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
+from draftsmith.models.heads.adapted import merged
 from draftsmith.models.heads.vocabulary import most_frequent
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed
 from draftsmith.train.checkpoint import Checkpoints, termination
 from draftsmith.train.data import Rows, await_rows, prepare
 from draftsmith.train.features import Cached, Online
+from draftsmith.train.lora import Adapter
 from draftsmith.train.optimizers import AdamW, MuonAdamW
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
@@ -56,17 +58,26 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
 def build_optimizer(recipe: DrafterRecipe, head: Eagle3Head):
     spec = recipe.optimization
     if spec.name == "adamw":
-        return AdamW(head.parameters(), lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        return AdamW([p for p in head.parameters() if p.requires_grad], lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
     named = list(head.named_parameters())
     return MuonAdamW([p for n, p in named if p.ndim == 2 and "lm_head" not in n], [p for n, p in named if p.ndim != 2 or "lm_head" in n],
                      spec.muon_lr, spec.lr)
 
 
+def size(parameters) -> int:
+    """Numbers in parameters that may be partitioned."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def gathered(head: Eagle3Head, zero_stage: int):
+    """A block in which all of a head's parameters are whole, partitioned or not; all processes enter it."""
+    return distributed.load_deepspeed().zero.GatheredParameters(list(head.parameters())) if zero_stage == 3 else contextlib.nullcontext()
+
+
 def consolidated(head: Eagle3Head, zero_stage: int) -> Eagle3Head:
-    """An fp32 copy of a head whose parameters may be partitioned; all processes call this."""
-    gather = distributed.load_deepspeed().zero.GatheredParameters(list(head.parameters())) if zero_stage == 3 else contextlib.nullcontext()
-    with gather:
-        weights = {name: value.detach().to(torch.float32, copy=True) for name, value in head.state_dict().items()}
+    """An fp32 copy of a head whose parameters may be partitioned, its adapter merged; all processes call this."""
+    with gathered(head, zero_stage):
+        weights = {name: value.detach().to(torch.float32, copy=True) for name, value in merged(head).items()}
     twin = type(head)(head.config, head.embedding, head.ids).to(head.embedding.device, torch.float32)
     twin.load_state_dict(weights)
     return twin.eval()
@@ -140,6 +151,7 @@ class Run:
                             f"{spec.batch_tokens} tokens (optimization.batch_tokens)")
         self.target = TextTarget.load(recipe.target, device=device)
         self.head = build_head(recipe, self.target, rows.counts, stops).to(device)
+        self.adapter = Adapter(self.head, recipe.lora, recipe.head.start_from, recipe.seed) if recipe.lora else None
         self.coverage = float(rows.counts[self.head.ids.cpu()].sum() / rows.counts.sum())
         self.about = {"target": recipe.target, "recipe": recipe.model_dump(), "settings": settings, "world_size": world,
                       "draft_vocab_coverage": self.coverage}
@@ -148,7 +160,10 @@ class Run:
         found = self.checkpoints.read(place) if place else None
         resumes = found is not None and found["world_size"] == world
         if found and not resumes:
-            self.head.load_state_dict(load_drafter(place / "drafter", self.target.embedding, self.target.layers).state_dict())
+            if self.adapter is None:
+                self.head.load_state_dict(load_drafter(place / "drafter", self.target.embedding, self.target.layers).state_dict())
+            else:
+                self.adapter.load(self.adapter.read(place / "adapter"))
             say(f"{place} was written by {found['world_size']} processes, this run has {world}: its weights are a warm start, "
                 "optimizer and schedule begin anew")
         if recipe.engine.target == "sharded":
@@ -163,8 +178,8 @@ class Run:
             say(f"resumed at step {self.state.step}")
         self.features = self._features()
         say(f"{len(numbers):,} rows, {tokens:,} tokens, {int(rows.mask.sum()):,} written by the target; head "
-            f"{sum(p.numel() if not hasattr(p, 'ds_numel') else p.ds_numel for p in self.head.parameters()) / 1e6:.2f} M parameters, draft vocabulary "
-            f"covers {self.coverage:.2%}; {self.schedule.total} steps on {world} process{'es' * (world > 1)}")
+            f"{size(self.head.parameters()) / 1e6:.2f} M parameters, {size(p for p in self.head.parameters() if p.requires_grad) / 1e6:.2f} M of them "
+            f"trained, draft vocabulary covers {self.coverage:.2%}; {self.schedule.total} steps on {world} process{'es' * (world > 1)}")
 
     def _features(self):
         """Where a step's features come from."""
@@ -262,32 +277,46 @@ class Run:
 
     def _measure(self) -> float:
         """Acceptance length on the held-out rows' prompts; the best drafter so far is kept in `output/best`."""
-        head = consolidated(self.head, self.recipe.engine.zero_stage)
+        head, adapter = self._now()
         tau = self.evaluator(self.target, head, [self.rows.prompt(n) for n in self.kept], self.stops)
         if self.state.best is None or tau >= self.state.best["tau"]:
             self.state.best = {"tau": tau, "step": self.state.step}
             if self.rank == 0:
-                save_drafter(head, self.output / "best", {**self.about, **asdict(self.state)})
+                self._write(head, adapter, self.output / "best")
         self.say(f"step {self.state.step}: acceptance length {tau:.3f} on {len(self.kept)} held-out prompts (best {self.state.best['tau']:.3f} at "
                  f"step {self.state.best['step']})")
         return tau
 
     def _save(self) -> None:
         """A checkpoint of all processes. Raises UserError when it cannot be written; the one before stays."""
-        head = consolidated(self.head, self.recipe.engine.zero_stage)
+        head, adapter = self._now()
         self.features.flush()
-        self.checkpoints.save(self.engine, asdict(self.state), lambda place: save_drafter(head, place, {**self.about, **asdict(self.state)}, torch.float32))
+        self.checkpoints.save(self.engine, asdict(self.state), lambda place: self._write(head, adapter, place, torch.float32))
 
     def _finish(self) -> Path:
-        """The drafter directory: the best measured drafter, or the last one."""
-        folder, best, head = self.output / "drafter", self.state.best, consolidated(self.head, self.recipe.engine.zero_stage)
+        """The drafter directory: the best measured drafter, or the last one; what it was adapted by stands in `output/adapter`."""
+        folder, best, (head, adapter) = self.output / "drafter", self.state.best, self._now()
         if self.rank == 0:
             if best is not None and best["step"] < self.state.step:
-                head = load_drafter(self.output / "best", self.target.embedding, self.target.layers)
+                head = load_drafter(self.output / "best" / "drafter", self.target.embedding, self.target.layers)
+                adapter = adapter and self.adapter.read(self.output / "best" / "adapter")
                 self.say(f"the drafter of step {best['step']} is kept: acceptance length {best['tau']:.3f} on the held-out prompts")
-            save_drafter(head, folder, {**self.about, **asdict(self.state)})
+            self._write(head, adapter, self.output)
             for leftover in (self.checkpoints.folder, self.output / "best"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            self.say(f"drafter saved in {folder}")
+            self.say(f"drafter saved in {folder}" + (f", adapter in {self.output / 'adapter'}" if adapter else ""))
         distributed.barrier(self.world)
         return folder
+
+    def _now(self) -> tuple[Eagle3Head, dict[str, torch.Tensor] | None]:
+        """The drafter as it stands, and what its adapter holds (None without lora); all processes call this."""
+        stage = self.recipe.engine.zero_stage
+        with gathered(self.head, stage):
+            adapter = self.adapter.state() if self.adapter else None
+        return consolidated(self.head, stage), adapter
+
+    def _write(self, head: Eagle3Head, adapter: dict[str, torch.Tensor] | None, place: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """`place/drafter`, and before it `place/adapter`: where there is a drafter its adapter is there too."""
+        if adapter is not None:
+            self.adapter.save(place / "adapter", adapter)
+        save_drafter(head, place / "drafter", {**self.about, **asdict(self.state)}, dtype)

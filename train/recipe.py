@@ -78,6 +78,14 @@ class Head(Strict):
     start_from: str | None
 
 
+class Lora(Strict):
+    """Adapts the drafter of `head.start_from` by low-rank changes of the linear layers named in `modules`; all else stays."""
+
+    rank: int = Field(gt=0)
+    alpha: int = Field(gt=0)
+    modules: list[str] = Field(min_length=1)
+
+
 class Objective(Strict):
     steps: int = Field(gt=0)
     decay: float = Field(gt=0, le=1)
@@ -119,6 +127,7 @@ class DrafterRecipe(Strict):
     seed: int
     data: Data
     head: Head
+    lora: Lora | None
     objective: Objective
     optimization: Optimization
     engine: Engine
@@ -135,4 +144,8 @@ class DrafterRecipe(Strict):
             raise ValueError(f"engine.zero_stage: found {self.engine.zero_stage}, expected 0 with optimization.name muon (it needs whole matrices)")
         if self.optimization.name == "muon" and self.optimization.muon_lr is None:
             raise ValueError("optimization.muon_lr: found null, expected a rate with optimization.name muon")
+        if self.lora is not None and self.head.start_from is None:
+            raise ValueError("head.start_from: found null, expected a drafter to adapt with lora")
+        if self.lora is not None and self.optimization.name == "muon":
+            raise ValueError("optimization.name: found muon, expected adamw with lora (Muon bounds the step of a matrix, not of a product of two)")
         return self

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, TrainingFeatures
+from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.attention import kernel_for, strips_of
 from draftsmith.models.heads.distill import chain_walk, soft_cross_entropy, teach
 from draftsmith.models.heads.unroll import Plan, turn, unroll
@@ -104,7 +105,7 @@ class Attention(nn.Module):
 
     def weight(self):
         """Query, key and value projections as one matrix [(H + 2 H_kv) D, 2h]."""
-        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        return torch.cat([matrix(self.q_proj), matrix(self.k_proj), matrix(self.v_proj)])
 
     def repeat(self, x, dim: int):
         """Key/value heads to query heads."""
@@ -250,8 +251,8 @@ class Eagle3Head(nn.Module):
         plan = Plan(rows, (rows + 1 + ahead).clamp(max=last), *self._angles(positions[rows] + ahead), strips_of(packing, kernel.block), kernel,
                     attention.scale, (attention.heads, attention.kv_heads), self.config.rms_norm_eps)
         mlp = layer.mlp
-        weights = (for_hidden, layer.hidden_norm.weight, attention.o_proj.weight, layer.post_attention_layernorm.weight,
-                   torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight)
+        weights = (for_hidden, layer.hidden_norm.weight, matrix(attention.o_proj), layer.post_attention_layernorm.weight,
+                   torch.cat([matrix(mlp.gate_proj), matrix(mlp.up_proj)]), matrix(mlp.down_proj))
         return unroll(hidden, embedded, key0, value0, weights, plan)
 
     def loss(self, features: TrainingFeatures, steps: int, decay: float, counts: list[float] | None = None):
@@ -272,7 +273,7 @@ class Eagle3Head(nn.Module):
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
         lesson = teach(features.teacher, self.ids)
         shares = torch.tensor([decay**k / max(n, 1) for k, n in enumerate(counts or here)], device=device)
-        total, losses, right = soft_cross_entropy(self.norm(self._unroll(features, steps)), self.lm_head.weight, lesson, parts * shares[:, None])
+        total, losses, right = soft_cross_entropy(self.norm(self._unroll(features, steps)), matrix(self.lm_head), lesson, parts * shares[:, None])
         right &= parts
         alive = right.cumprod(0).bool()  # right so far
         before = torch.cat([torch.ones_like(parts[:1]), alive[:-1]]) & parts
