@@ -37,7 +37,7 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.measurement import CHAIN_DEPTH, LARGE_TREE, bundled, check_writable, write_json
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
-from draftsmith.models.features import FeatureSpec, Packing, Teacher, TrainingFeatures
+from draftsmith.models.features import Features, FeatureSpec, Packing, Teacher, TrainingFeatures
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import chain, parse_tree
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
