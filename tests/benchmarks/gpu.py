@@ -41,6 +41,7 @@ from draftsmith.models.features import Features, FeatureSpec, Packing, Teacher, 
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import chain, parse_tree
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
+from draftsmith.models.noise import Draw
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.tree import DraftTree
 
@@ -216,7 +217,7 @@ def draft(scale: Scale, device: torch.device) -> dict:
         drafter, calls = HeadDrafter(head, policy), []
         drafter.begin(features, root)
         for _ in range(warm_up + scale.repeats):
-            calls.append(timed(device, drafter.propose)[1:])
+            calls.append(timed(device, lambda d=drafter: d.propose(Draw(0.0, 0, [0], [scale.context])))[1:])
             drafter.observe(committed, root)
         size = size_of(head) * policy.depth - fused * (policy.depth - 1)
         rows.append({"what": str(policy), "width": None, **beside_floor(medians(calls[warm_up:]), size, bandwidth)})
