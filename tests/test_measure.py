@@ -51,9 +51,9 @@ def test_evaluation_gives_all_documented_keys_and_finds_a_lossy_drafter(target, 
     assert {"tree_tau", "chain_tau", "predicted_chain_tau", "speedup", "accounted_speedup", "ideal_speedup", "lossless", "tree"} <= result.keys()
     assert result["lossless"] and result["identical"] == "24/24" and result["tree"] in ("chain:2", "dynamic:3x2x5")
     assert set(result["timed"]["ms_per_pass"]) == {"draft", "verify", "overhead", "total"}
-    from draftsmith.eval import decode
+    from draftsmith.eval import verify
 
-    monkeypatch.setattr(decode, "match", lambda tree, chosen: match_wrongly(tree, chosen))
+    monkeypatch.setattr(verify, "follow", match_wrongly)
     broken = evaluate(target, {"one": head}, PROMPTS, {7}, plan, report=lambda line: None)["one"]
     assert not broken["lossless"]
 
