@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 LONGEST = 400  # characters of a reason
+SAVED = 143  # exit code of a run that was asked to stop and saved its state; also that of a process that SIGTERM killed
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Record:
     code: int | None = None
     ended: float | None = None
     reason: str = ""
+
+    @property
+    def saved(self) -> bool:
+        return self.code == SAVED and bool(self.reason)
 
     @property
     def how(self) -> str:
@@ -118,7 +123,10 @@ def _read(reader: int) -> str:
 def train(arguments: list[str], tell: Callable[[str], None]) -> int:
     from draftsmith.launch.training import main
 
-    return main(arguments, tell)
+    code = main(arguments, tell)
+    if code == SAVED:
+        tell("saved")
+    return code
 
 
 if __name__ == "__main__":
