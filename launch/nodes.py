@@ -23,6 +23,7 @@ from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
 PORT = 29500
 GRACE = 10.0  # seconds that the other processes have to end by themselves when one is lost
+SETTLE = 40.0  # seconds to wait for other machines that were asked to stop: DeepSpeed gives them 30
 
 Say = Callable[[str], None]
 
@@ -98,6 +99,7 @@ def _run(place: list[str], recipe: str, overrides: list[str], dry_run: bool, say
     say(shlex.join(command))
     if dry_run:
         return 0
+    folder.mkdir(parents=True, exist_ok=True)
     job = Job(command, folder)
     code = job.wait()
     lost = job.lost()
@@ -141,6 +143,9 @@ class Job:
                 if waiting and lost and not lost.saved and time.time() - lost.ended > GRACE:
                     self._signal(signal.SIGKILL)
                     waiting = False
+            limit = time.time() + SETTLE
+            while self.asked and time.time() < limit and any(r.code is None and r.started > self.since for r in records(self.folder)):
+                time.sleep(0.2)  # through ssh the launcher ends before its machines do
         finally:
             for number, handler in self.before.items():
                 signal.signal(number, handler)

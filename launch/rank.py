@@ -4,6 +4,7 @@
 record, FOLDER/rank-K.json, is there from the start of process K; a good end removes it. Nothing here imports torch before the fork.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -86,7 +87,8 @@ def watch(folder: Path, rank: int, work: Callable[[Callable[[str], None]], int])
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = code if code >= 0 else 128 - code
     if code:
-        replace(record, code=code, ended=time.time(), reason=_read(reader)).write(folder)
+        with contextlib.suppress(OSError):  # a full disk, say: then the record stays without an end
+            replace(record, code=code, ended=time.time(), reason=_read(reader)).write(folder)
     else:
         (folder / f"rank-{rank}.json").unlink(missing_ok=True)
     return code

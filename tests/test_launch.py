@@ -220,6 +220,11 @@ def test_a_recipe_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert "none.yaml: no such recipe" in refused(monkeypatch, capsys, ["none.yaml", "--gpus", "2"])
 
 
+def test_an_output_that_cannot_be_written(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file" in refused(monkeypatch, capsys, [str(folder / "recipe.yaml"), f"output={tmp_path}/file/out", "--gpus", "2"])
+
+
 def test_dry_runs_show_the_command_and_write_nothing(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
     assert read_hostfile(tmp_path / "hosts") == {"a": 8, "b": 4}
