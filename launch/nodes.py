@@ -4,6 +4,7 @@ This file knows processes and machines, not training: it starts the DeepSpeed la
 reads from their records (launch/rank.py) which one was lost. `OUTPUT/processes` must be a folder that all machines share, as OUTPUT itself.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
 PORT = 29500
 GRACE = 10.0  # seconds that the other processes have to end by themselves when one is lost
-SAVED = 143  # exit code of a run that was asked to stop and saved its state
+SETTLE = 40.0  # seconds to wait for other machines that were asked to stop: DeepSpeed gives them 30
 
 Say = Callable[[str], None]
 
@@ -98,11 +99,14 @@ def _run(place: list[str], recipe: str, overrides: list[str], dry_run: bool, say
     say(shlex.join(command))
     if dry_run:
         return 0
+    folder.mkdir(parents=True, exist_ok=True)
     job = Job(command, folder)
     code = job.wait()
     lost = job.lost()
-    if lost is None or lost.code == SAVED or (lost.code == 2 and lost.rank == 0):  # rank 0 says itself what the user did wrong
-        return code if lost is None else lost.code
+    if lost is None:
+        return code
+    if lost.saved or (lost.code == 2 and lost.rank == 0 and lost in job.own()):  # process 0 has said here what was wrong
+        return lost.code
     print(f"error: process {lost.rank} on {lost.host} (pid {lost.pid}) {lost.how}; {_resumes(output)}", file=sys.stderr, flush=True)
     return lost.code or code
 
@@ -136,9 +140,12 @@ class Job:
             while self.process.poll() is None:
                 time.sleep(0.2)
                 lost = self.lost()
-                if waiting and lost and lost.code != SAVED and time.time() - lost.ended > GRACE:
+                if waiting and lost and not lost.saved and time.time() - lost.ended > GRACE:
                     self._signal(signal.SIGKILL)
                     waiting = False
+            limit = time.time() + SETTLE
+            while self.asked and time.time() < limit and any(r.code is None and r.started > self.since for r in records(self.folder)):
+                time.sleep(0.2)  # through ssh the launcher ends before its machines do
         finally:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
@@ -149,10 +156,11 @@ class Job:
         """The process that ended first, since this job began, without having finished."""
         found = [r for r in records(self.folder) if r.ended is not None and r.ended > self.since]
         if self.process.returncode is not None:  # what the launcher started cannot be running any more
-            found += [r for r in self._own() if r.code is None]
+            found += [r for r in self.own() if r.code is None]
         return min(found, key=lambda r: r.ended or r.started, default=None)
 
-    def _own(self) -> list[Record]:
+    def own(self) -> list[Record]:
+        """The processes that this launcher started on this machine."""
         return [r for r in records(self.folder) if (r.host, r.session) == (socket.gethostname(), self.process.pid)]
 
     def _ask(self) -> None:
@@ -161,11 +169,10 @@ class Job:
         self.asked = True
 
     def _signal(self, number: int) -> None:
-        running = [r.pid for r in self._own() if r.code is None]
-        try:
-            for pid in running:
+        running = [r.pid for r in self.own() if r.code is None]
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            if not running:  # none has started here yet, or all are on other machines
+        if not running:  # none has started here yet, or all are on other machines
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass

@@ -4,6 +4,7 @@
 record, FOLDER/rank-K.json, is there from the start of process K; a good end removes it. Nothing here imports torch before the fork.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 LONGEST = 400  # characters of a reason
+SAVED = 143  # exit code of a run that was asked to stop and saved its state; also that of a process that SIGTERM killed
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Record:
     code: int | None = None
     ended: float | None = None
     reason: str = ""
+
+    @property
+    def saved(self) -> bool:
+        return self.code == SAVED and bool(self.reason)
 
     @property
     def how(self) -> str:
@@ -81,7 +87,8 @@ def watch(folder: Path, rank: int, work: Callable[[Callable[[str], None]], int])
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = code if code >= 0 else 128 - code
     if code:
-        replace(record, code=code, ended=time.time(), reason=_read(reader)).write(folder)
+        with contextlib.suppress(OSError):  # a full disk, say: then the record stays without an end
+            replace(record, code=code, ended=time.time(), reason=_read(reader)).write(folder)
     else:
         (folder / f"rank-{rank}.json").unlink(missing_ok=True)
     return code
@@ -118,7 +125,10 @@ def _read(reader: int) -> str:
 def train(arguments: list[str], tell: Callable[[str], None]) -> int:
     from draftsmith.launch.training import main
 
-    return main(arguments, tell)
+    code = main(arguments, tell)
+    if code == SAVED:
+        tell("saved")
+    return code
 
 
 if __name__ == "__main__":

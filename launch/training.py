@@ -39,7 +39,8 @@ def run(arguments: list[str]) -> int:
     try:
         train(recipe, say, evaluator(recipe), extra)
     except Terminated as reason:
-        print(reason, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(reason, file=sys.stderr)
         return 143
     return 0
 

@@ -55,15 +55,18 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "drafter" / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def two_nodes(folder, tmp_path_factory):
-    """A run on two machines, both of them this one."""
-    place = tmp_path_factory.mktemp("nodes")
+def start_nodes(folder: Path, place: Path, *more) -> list[subprocess.Popen]:
+    """The two machines of a hostfile, both of them this one."""
     (place / "hosts").write_text("# two names of one machine\n127.0.0.1 slots=1\nlocalhost slots=1  # loopback\n")
     port = free_port()
-    nodes = [start(place, folder / "recipe.yaml", *ZERO2, f"output={place}/out", "--hosts", "hosts", "--node-rank", k, "--master-port", port)
-             for k in (0, 1)]
-    for code, said in [end(node) for node in nodes]:
+    return [start(place, folder / "recipe.yaml", *ZERO2, f"output={place}/out", *more, "--hosts", "hosts", "--node-rank", k, "--master-port", port)
+            for k in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def two_nodes(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("nodes")
+    for code, said in [end(node) for node in start_nodes(folder, place)]:
         assert code == 0, said[-3000:]
     return place / "out"
 
@@ -81,21 +84,24 @@ def test_two_nodes_train_as_one_process_does(folder, two_nodes, tmp_path):
 
 @pytest.mark.timeout(900)
 def test_a_job_that_loses_a_process_says_so_and_resumes(folder, two_nodes, tmp_path):
-    """Process 1 is killed; started again, the job is told to stop; started once more, it ends with the weights of the run on two nodes."""
-    output, command = tmp_path / "out", [folder / "recipe.yaml", *ZERO2, f"output={tmp_path}/out", "engine.checkpoint_minutes=0", "--gpus", "2"]
-    job = start(tmp_path, *command)
-    await_step(output, 3, job)
-    victim = next(r for r in records(output / "processes") if r.rank == 1)
+    """The process of node 1 is killed while that of node 0 hangs, as in a collective without an end; started again, the job is told to stop;
+    started once more, it ends with the weights of the run that nothing happened to."""
+    output, often = tmp_path / "out", "engine.checkpoint_minutes=0"
+    nodes = start_nodes(folder, tmp_path, often)
+    await_step(output, 3, nodes[0])
+    hanging, victim = records(output / "processes")
+    os.kill(hanging.pid, signal.SIGSTOP)
     os.kill(victim.pid, signal.SIGKILL)
     killed = time.time()
-    code, said = end(job)
-    last = said.strip().splitlines()[-1]
-    assert code == 137 and time.time() - killed < 60, said[-3000:]
-    assert last.startswith(f"error: process 1 on {victim.host} (pid {victim.pid}) was killed by SIGKILL"), said[-3000:]
-    assert f"{output}/checkpoints/step-" in last and last.endswith("is complete: the same command resumes there")
+    for code, said in [end(node) for node in nodes]:
+        last = said.strip().splitlines()[-1]
+        assert code == 137 and time.time() - killed < 60, said[-3000:]
+        assert last.startswith(f"error: process 1 on {victim.host} (pid {victim.pid}) was killed by SIGKILL"), said[-3000:]
+        assert f"{output}/checkpoints/step-" in last and last.endswith("is complete: the same command resumes there")
     step = log_of(output)[-1]["step"]
     assert step < log_of(output)[-1]["total"]
 
+    command = [folder / "recipe.yaml", *ZERO2, f"output={output}", often, "--gpus", "2"]
     job = start(tmp_path, *command)
     await_step(output, step + 3, job)
     job.terminate()
@@ -212,6 +218,11 @@ def test_bad_options(folder, tmp_path, monkeypatch, capsys, options, message):
 
 def test_a_recipe_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert "none.yaml: no such recipe" in refused(monkeypatch, capsys, ["none.yaml", "--gpus", "2"])
+
+
+def test_an_output_that_cannot_be_written(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file" in refused(monkeypatch, capsys, [str(folder / "recipe.yaml"), f"output={tmp_path}/file/out", "--gpus", "2"])
 
 
 def test_dry_runs_show_the_command_and_write_nothing(folder, tmp_path, capsys, monkeypatch):
