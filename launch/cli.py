@@ -83,12 +83,12 @@ def pretrain(recipe: str, overrides: Annotated[list[str], typer.Argument(help="s
 
 @app.command()
 def prompts(output: str, count: Count = 1000, package: list[str] = ["python"], seed: int = 0, held_out: bool = False,
-            target: Target = "bundled:targets/code"):
+            tests: Annotated[bool, typer.Option(help="test functions instead of documented ones")] = False, target: Target = "bundled:targets/code"):
     """Cut questions (signature and docstring) out of Python source on this machine."""
     from draftsmith.launch.prompts import write_prompts
     from draftsmith.models.chat import load_tokenizer
 
-    say(f"prompts in {write_prompts(package, output, count, seed, load_tokenizer(target), held_out)}")
+    say(f"prompts in {write_prompts(package, output, count, seed, load_tokenizer(target), held_out, tests)}")
 
 
 @app.command()

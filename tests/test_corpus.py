@@ -75,3 +75,11 @@ def test_prompts_of_the_two_splits_are_disjoint(tmp_path):
         ["rich", "typer", "omegaconf", "pluggy"], str(tmp_path / name), 40, 0, tokenizer, held, max_question=900, max_answer=2000).read_text().splitlines()]
     train, held = read("train.jsonl", False), read("held.jsonl", True)
     assert train and not {n.rsplit(":", 1)[0] for n in train} & {n.rsplit(":", 1)[0] for n in held}
+
+
+def test_prompts_of_tests_are_other_files(tmp_path, tokenizer):
+    """No file gives both kinds; of test files only the tests, documented or not."""
+    kinds = [{f.module for f in corpus.find_sources(["networkx", "mpmath"], tests=tests)} for tests in (False, True)]
+    assert kinds[0] and kinds[1] and not kinds[0] & kinds[1] and all("/test" in module for module in kinds[1])
+    found = write_prompts(["mpmath"], str(tmp_path / "tests.jsonl"), 5, 0, tokenizer, held_out=False, tests=True, max_question=500, max_answer=2000)
+    assert all(json.loads(line)["name"].rpartition(":")[2].startswith("test") for line in found.read_text().splitlines())

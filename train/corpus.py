@@ -14,7 +14,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "encodings", "pydoc_data", "lib2to3", "turtledemo", "site-packages",
+TEST_FOLDERS = {"test", "tests", "testing"}
+SKIPPED_FOLDERS = {"idlelib", "encodings", "pydoc_data", "lib2to3", "turtledemo", "site-packages",
                    "_vendor", "vendor", "third_party", "__pycache__"}
 
 
@@ -48,8 +49,9 @@ def is_held_out(module: str, share: float = 0.03) -> bool:
     return int(hashlib.sha256(module.encode()).hexdigest()[:8], 16) / 2**32 < share
 
 
-def find_sources(packages: list[str], max_bytes: int = 200_000) -> list[SourceFile]:
-    """Source files of the standard library ("python") and of the named installed distributions, in a fixed order.
+def find_sources(packages: list[str], max_bytes: int = 200_000, tests: bool = False) -> list[SourceFile]:
+    """Source files of the standard library ("python") and of the named installed distributions, in a fixed order: those outside of folders of
+    tests, or those inside.
 
     Packages that are not installed are left out; generated or enormous files (over `max_bytes`) are skipped.
     """
@@ -65,7 +67,8 @@ def find_sources(packages: list[str], max_bytes: int = 200_000) -> list[SourceFi
                 continue
             paths = [(Path(p.locate()), Path(str(p))) for p in listed if str(p).endswith(".py") and not str(p).startswith("..")]
         for path, relative in sorted(paths, key=lambda pair: str(pair[1])):
-            if set(relative.parts[:-1]) & SKIPPED_FOLDERS or not path.is_file() or path.stat().st_size > max_bytes:
+            folders = set(relative.parts[:-1])
+            if folders & SKIPPED_FOLDERS or bool(folders & TEST_FOLDERS) != tests or not path.is_file() or path.stat().st_size > max_bytes:
                 continue
             try:
                 text = path.read_text("utf-8")
