@@ -13,7 +13,7 @@ HELD_OUT = 0.03  # share of module paths that no training of the bundled models 
 def write_prompts(packages: list[str], output: str, count: int, seed: int, tokenizer, held_out: bool, tests: bool = False,
                   min_answer: int = 24, max_question: int = 128, max_answer: int = 224) -> Path:
     """Writes `count` documented functions of the train (or held-out) split as JSONL {name, messages}, in a seeded order; with `tests` test
-    functions instead, documented or not (no bundled model was trained on any).
+    functions instead, documented or not (the bundled models' corpus leaves their folders out).
 
     Lengths are in tokens. The function's own body is used only to leave out trivial ones; it is not written.
     """
