@@ -11,23 +11,27 @@ drafted tokens at T = 1, the bonus token not counted; law_error: the largest dis
 import argparse
 import json
 import statistics
+import sys
 import time
 from itertools import product
+from pathlib import Path
 
 import torch
 
-from draftsmith.eval.decode import Clock, generate, processed
-from draftsmith.eval.expected import Recorder
-from draftsmith.eval.rules import RULES
-from draftsmith.eval.sampling import Noise, Sampling
-from draftsmith.models.chat import load_tokenizer, stop_ids
-from draftsmith.models.drafter import HeadDrafter, NoDrafter
-from draftsmith.models.formats import load_drafter
-from draftsmith.models.grow import parse_tree
-from draftsmith.models.noise import Draw
-from draftsmith.models.targets import TextTarget, locate
-from draftsmith.models.tree import Kind
-from tests.laws import law_error, random_rows, texts_up_to
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from draftsmith.eval.decode import Clock, generate, processed  # noqa: E402
+from draftsmith.eval.expected import Recorder  # noqa: E402
+from draftsmith.eval.rules import RULES  # noqa: E402
+from draftsmith.eval.sampling import Noise, Sampling  # noqa: E402
+from draftsmith.models.chat import load_tokenizer, stop_ids  # noqa: E402
+from draftsmith.models.drafter import HeadDrafter, NoDrafter  # noqa: E402
+from draftsmith.models.formats import load_drafter  # noqa: E402
+from draftsmith.models.grow import parse_tree  # noqa: E402
+from draftsmith.models.noise import Draw  # noqa: E402
+from draftsmith.models.targets import TextTarget, locate  # noqa: E402
+from draftsmith.models.tree import Kind  # noqa: E402
+from tests.laws import law_error, random_rows, texts_up_to  # noqa: E402
 
 SHAPES = {"chain": "chain:5", "binary": "binary:5", "sparse": "eagle"}
 RULE_NAMES = ("rejection", "traversal", "match")
