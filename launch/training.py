@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from draftsmith.models.errors import UserError
+from draftsmith.models.errors import ProcessError, UserError
 
 USAGE = "usage: draftsmith train RECIPE [section.key=value ...] [--dry-run]"
 
@@ -23,7 +23,7 @@ def main(arguments: list[str], tell: Callable[[str], None] = lambda reason: None
             raise UserError(USAGE)
         return dry_run(arguments) if dry else run(arguments)
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (ProcessError, OSError)):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         tell(str(error))
         return 2

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from draftsmith.models.errors import UserError
+from draftsmith.models.errors import ProcessError, UserError
 from draftsmith.train.distributed import barrier
 
 
@@ -63,7 +63,7 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system says
             shutil.rmtree(hidden, ignore_errors=True)
             last = self.latest()
-            raise UserError(f"{shown}: cannot be written ({' '.join(str(error).split())[:200]}); "
+            raise ProcessError(f"{shown}: cannot be written ({' '.join(str(error).split())[:200]}); "
                             + (f"{last} is complete: the same command resumes there" if last else "there is no checkpoint before it")) from None
         barrier(self.world)
 

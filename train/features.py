@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from draftsmith.models.errors import UserError
+from draftsmith.models.errors import ProcessError, UserError
 from draftsmith.models.features import FeatureSpec, Teacher, TrainingFeatures
 from draftsmith.train.data import Rows
 
@@ -134,7 +134,10 @@ class Cached:
         name = f"shard-{self.rank}-{sum(1 for _ in self.folder.glob(f'shard-{self.rank}-*.json'))}"
         place, note = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
         partial = self.folder / f".{name}"
-        save_file(self.waiting, partial)
+        try:
+            save_file(self.waiting, partial)
+        except SafetensorError as error:
+            raise ProcessError(f"{place}: cannot be written ({' '.join(str(error).split())[:200]})") from None
         numbers = sorted({int(key.split(".")[0]) for key in self.waiting})
         listed = json.dumps({"sha256": _sha256(partial), "rows": numbers})
         partial.replace(place)

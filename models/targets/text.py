@@ -136,7 +136,7 @@ class TextTarget:
     def shard(self, spread) -> None:
         """Lets `spread(model)` partition the weights of this target over processes; the embedding that heads share stays whole."""
         self._shared = self.embedding.clone()
-        self.sharded = spread(self.model)
+        self.sharded = spread(self.model)  # kept alive: its hooks gather the weights
 
     def _hook(self, index: int) -> None:
         """Keeps the state entering layer `index` of every forward from now on (0: the embeddings, scaled where the model scales them)."""
