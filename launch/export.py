@@ -5,6 +5,7 @@ from pathlib import Path
 from string import Template
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.features import Shared
 from draftsmith.models.formats import fetch, layout_for, layout_of, read_files, save_drafter, store
 from draftsmith.models.formats.embedding import read_target
 from draftsmith.models.formats.layout import Serving
@@ -23,13 +24,13 @@ def export_drafter(place: str | Path, out: str | Path, to: str, target: str | No
     stored = read_files(fetch(place))
     target = target or stored.target
     own = layout_of(stored)
-    head = own.read(stored.config, stored.tensors, stored.embedding(), None, stored.folder)
+    head = own.read(stored.config, stored.tensors, stored.shared(), None, stored.folder)
     layout, serving = layout_for(head, to), None
     if target is None:
         raise UserError(f"{stored.folder}: names no target; expected --target")
     if to == "speculators":
         config, architecture, embedding = read_target(target)
-        head = own.read(stored.config, stored.tensors, embedding, config.num_hidden_layers, stored.folder)
+        head = own.read(stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder)
         serving = Serving(locate(target), architecture, depth)
     store(head, out, layout, {"head": head.name, "target": target, **stored.about}, stored.dtype, serving)
     report(f"{len(layout.write(head, stored.dtype, serving)[1])} tensors in {out}, read back and equal\n{command(layout, to, out, locate(target), depth)}")
@@ -41,7 +42,7 @@ def import_drafter(source: str, out: str | Path, target: str, pickle: bool = Fal
     out = new_place(out)
     stored = read_files(fetch(source, (*SAFE_FILES, "*.bin") if pickle else SAFE_FILES), pickle)
     config, _, embedding = read_target(target)
-    head = layout_of(stored).read(stored.config, stored.tensors, embedding, config.num_hidden_layers, stored.folder)
+    head = layout_of(stored).read(stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder)
     trained, wanted = head.config.max_position_embeddings, config.max_position_embeddings
     if trained < wanted:
         rope = {"original_max_position_embeddings": trained, **head.config.rope_parameters}

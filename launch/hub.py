@@ -48,7 +48,7 @@ def stage(place: str, repository: str, folder: Path, results: Path | None, targe
     if serving and named.startswith("bundled:"):
         raise UserError(f"{stored.folder}: found the verifier {named}, expected a Hub id that engines can load; push the drafter that it was exported from")
     layout = layout_of(stored)
-    head = layout.read(stored.config, stored.tensors, stored.embedding(), None, stored.folder)
+    head = layout.read(stored.config, stored.tensors, stored.shared(), None, stored.folder)
     cells, conditions = measured(stored.folder, results)
     store(head, folder, layout, portable({**stored.about, "target": named}), stored.dtype, serving)
     (folder / "README.md").write_text(model_card(repository, read_files(folder), layout, cells, conditions, licence), "utf-8")

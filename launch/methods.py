@@ -55,7 +55,7 @@ class Methods:
                 raise UserError(f"methods: found no drafter among {', '.join(names)}, expected one that names its target, or --target")
             target_name = next(iter(wanted.values()))
         target, tokenizer = TextTarget.load(target_name, dtype), load_tokenizer(target_name)
-        heads = {name: load_drafter(place, target.embedding, target.layers) for name, place in places.items()}
+        heads = {name: load_drafter(place, target.shared, target.layers) for name, place in places.items()}
         lookup, baselines = LookupDrafter(), {}
         for name in names:
             if name == "lookup":

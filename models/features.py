@@ -21,6 +21,15 @@ class FeatureSpec:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What heads share with their target, frozen: its input embedding [V, h], and project(hidden [..., h] after the final norm) -> logits
+    [..., V], its output head (None where no target is at hand)."""
+
+    embedding: torch.Tensor
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Features:
     """Rows of processed tokens, right-padded: tokens [B, S] int64; hidden [B, S, taps * h] detached; lengths [B] int64, the real rows."""
 
@@ -91,9 +100,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TrainingFeatures:
-    """One packed row: tokens [T] int64, hidden [T, taps * h] detached, what of it is trained on, and the teacher."""
+    """One packed row: tokens [T] int64, hidden [T, taps * h] detached, what of it is trained on, and the teacher.
+
+    seed keys whatever an objective draws (noise, dropout), so that a run that is resumed draws what one that was never killed draws.
+    """
 
     tokens: torch.Tensor
     hidden: torch.Tensor
     packing: Packing
     teacher: Teacher
+    seed: int = 0

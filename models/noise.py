@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import torch
 
 
+def seed_of(*key) -> int:
+    """63 bits that depend on the key alone."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "big") >> 1
+
+
 def keyed(seed: int, request: int, position: int, stream: str = "") -> torch.Generator:
     """A fresh CPU generator for this key."""
-    key = f"{seed}/{request}/{position}" + (f"/{stream}" if stream else "")
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, request, position, *([stream] if stream else [])))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import NoDrafter
 from draftsmith.models.features import Packing, TrainingFeatures
-from draftsmith.models.heads import Eagle3Config, Eagle3Head
+from draftsmith.models.heads import Eagle3Config, Eagle3Head, Eagle3Objective
 from draftsmith.models.targets import TextTarget
 from draftsmith.train.pretrain import train_tokenizer
 
@@ -39,7 +39,7 @@ def tiny_head(target: TextTarget, draft_vocab: int | None = None, seed: int = 1,
     torch.manual_seed(seed)
     config = Eagle3Config.for_target(target.config, draft_vocab_size=draft_vocab)
     ids = None if draft_vocab is None else torch.randperm(target.vocab_size)[:draft_vocab].sort().values
-    head = Eagle3Head(config, target.embedding, ids)
+    head = Eagle3Head(config, target.shared, ids)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=sharpness) if parameter.ndim == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return head.eval()
@@ -59,7 +59,7 @@ def trained_head(target: TextTarget, draft_vocab: int | None = None) -> Eagle3He
     features = pack(target, head, rows, [0] * len(rows))
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
     for _ in range(25):
-        loss, _ = head.loss(features, steps=4, decay=0.8)
+        loss, _ = head.loss(features, Eagle3Objective(steps=4, decay=0.8))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

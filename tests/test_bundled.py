@@ -20,7 +20,7 @@ from draftsmith.models.targets import TextTarget, locate
 @pytest.fixture(scope="module")
 def code():
     target, tokenizer = TextTarget.load("bundled:targets/code"), load_tokenizer("bundled:targets/code")
-    head = load_drafter(locate("bundled:drafters/eagle3-code"), target.embedding, target.layers)
+    head = load_drafter(locate("bundled:drafters/eagle3-code"), target.shared, target.layers)
     prompts = [p.tokens for p in read_prompts(bundled("bundled:prompts/code.jsonl"), tokenizer)]
     return target, tokenizer, head, prompts
 

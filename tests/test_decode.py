@@ -12,6 +12,7 @@ from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.grow import DynamicTree, chain, parse_tree
+from draftsmith.models.heads import Eagle3Objective
 from draftsmith.models.tree import DraftTree
 from tests.conftest import tiny_head, tiny_target, trained_head
 from tests.test_heads import packed
@@ -168,5 +169,5 @@ def test_bf16_target_decodes_and_trains_an_fp32_head():
     head = tiny_head(target)
     assert head.fc.weight.dtype == torch.float32  # a head of another dtype than its target
     assert len(generate(target, HeadDrafter(head, chain(2)), [[3, 1]], Sampling(), 6)[0].tokens) == 6
-    loss, _ = head.loss(packed(target, head), steps=3, decay=0.8)
+    loss, _ = head.loss(packed(target, head), Eagle3Objective(steps=3, decay=0.8))
     assert torch.isfinite(loss)

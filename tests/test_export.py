@@ -42,7 +42,7 @@ def test_exports_compute_the_same_and_keep_what_is_known(place, engine):
     folder, target, head = place
     said = []
     out = export_drafter(folder / "drafter", folder / "out", engine, report=said.append)
-    same_logits(target, head, load_drafter(out, target.embedding, target.layers))
+    same_logits(target, head, load_drafter(out, target.shared, target.layers))
     assert json.loads((out / "draftsmith.json").read_text()) == {"head": "eagle3", "target": str(folder / "target"), "steps": 3}
     assert str(out) in said[0] and ("$" not in said[0])
 
@@ -130,7 +130,7 @@ def test_public_eagle3_directories_become_drafters(place, style):
     folder, target, head = place
     public(folder / "drafter", **style)
     out = import_drafter(str(folder / "drafter"), folder / "out", str(folder / "target"), pickle=style.get("pickle", False))
-    same_logits(target, head, load_drafter(out, target.embedding, target.layers))
+    same_logits(target, head, load_drafter(out, target.shared, target.layers))
     config, tensors = files(out)
     assert config["max_position_embeddings"] == 256 and config["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4] and len(tensors) == 15
     assert json.loads((out / "draftsmith.json").read_text())["target"] == str(folder / "target")
@@ -141,7 +141,7 @@ def test_speculators_import_and_round_trip_to_every_engine(place):
     export_drafter(folder / "drafter", folder / "spec", "speculators")
     (folder / "spec" / "draftsmith.json").unlink()
     for out in (import_drafter(str(folder / "spec"), folder / "in", str(folder / "target")), export_drafter(folder / "spec", folder / "raw", "sglang")):
-        same_logits(target, head, load_drafter(out, target.embedding, target.layers))
+        same_logits(target, head, load_drafter(out, target.shared, target.layers))
 
 
 def test_leftovers_never_reach_an_export(place):

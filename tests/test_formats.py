@@ -22,7 +22,7 @@ def test_reload_gives_identical_logits(tmp_path, target, draft_vocab):
     for parameter in head.parameters():  # what is stored is bf16
         parameter.data = parameter.data.to(torch.bfloat16).float()
     folder = save_drafter(head, tmp_path / "drafter", {"target": "tiny"})
-    same_logits(target, head, load_drafter(folder, target.embedding, target.layers))
+    same_logits(target, head, load_drafter(folder, target.shared, target.layers))
     assert ("d2t" in load_file(folder / "model.safetensors")) == (draft_vocab is not None)
 
 
@@ -106,7 +106,7 @@ def spell(rename):
 def test_damaged_directories_are_refused(saved, target, damage, message):
     damage(saved)
     with pytest.raises(UserError, match=message) as caught:
-        load_drafter(saved, target.embedding, target.layers)
+        load_drafter(saved, target.shared, target.layers)
     assert "\n" not in str(caught.value)
 
 
@@ -117,7 +117,7 @@ def test_every_missing_tensor_is_refused(saved, target):
     for name in whole:
         save_file({k: v for k, v in whole.items() if k != name}, saved / "model.safetensors")
         with pytest.raises(UserError, match=f"{name}: missing"):
-            load_drafter(saved, target.embedding, target.layers)
+            load_drafter(saved, target.shared, target.layers)
 
 
 @pytest.mark.parametrize("variant", [
@@ -136,28 +136,28 @@ def test_other_spellings_of_the_same_head_are_read(saved, head, target, variant)
     variant(saved)
     for parameter in head.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).float()
-    same_logits(target, head, load_drafter(saved, target.embedding, target.layers))
+    same_logits(target, head, load_drafter(saved, target.shared, target.layers))
 
 
 def test_a_stored_embedding_is_accepted_where_it_is_the_targets(saved, head, target):
     change_tensors(lambda t: t.update({"embed_tokens.weight": target.embedding.detach().to(torch.bfloat16)}))(saved)
-    load_drafter(saved, target.embedding, target.layers)
+    load_drafter(saved, target.shared, target.layers)
 
 
 def test_equal_vocabularies_need_no_mapping_and_an_identical_one_is_dropped(tmp_path, target):
     folder = save_drafter(tiny_head(target), tmp_path / "drafter", {})
     change_tensors(lambda t: t.update(d2t=torch.zeros(61, dtype=torch.int64), t2d=torch.ones(61, dtype=torch.bool)))(folder)
-    assert torch.equal(load_drafter(folder, target.embedding).ids, torch.arange(61))
+    assert torch.equal(load_drafter(folder, target.shared).ids, torch.arange(61))
     change_tensors(lambda t: t.update(d2t=torch.arange(61)))(folder)  # ids in place of offsets: id 2i
     with pytest.raises(UserError, match="d2t"):
-        load_drafter(folder, target.embedding)
+        load_drafter(folder, target.shared)
 
 
 def test_places_that_hold_no_drafter(tmp_path, target):
     for place, message in ((tmp_path / "none", "no such directory; expected a drafter directory, a Hub id"), ("bundled:drafters/none", "no such bundled"),
                            (tmp_path, "config.json is missing")):
         with pytest.raises(UserError, match=message):
-            load_drafter(place, target.embedding)
+            load_drafter(place, target.shared)
 
 
 def test_the_named_target_is_opened_when_none_is_given():
@@ -178,4 +178,4 @@ def test_failed_save_leaves_the_old_drafter(saved, target):
 def test_saving_again_replaces(saved, target):
     other = tiny_head(tiny_target(), 40, seed=9)
     save_drafter(other, saved, {})
-    assert torch.equal(load_drafter(saved, target.embedding).fc.weight, other.fc.weight.to(torch.bfloat16).float())
+    assert torch.equal(load_drafter(saved, target.shared).fc.weight, other.fc.weight.to(torch.bfloat16).float())

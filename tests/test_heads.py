@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Packing
-from draftsmith.models.heads import attention, vocabulary
+from draftsmith.models.heads import Eagle3Objective, attention, vocabulary
 from draftsmith.models.heads.distill import chain_walk
 from tests.conftest import pack, tiny_head, tiny_target
 
@@ -80,9 +80,9 @@ def test_packed_documents_equal_documents_alone(target, head):
     rows = documents(target)
     together = pack(target, head, rows, [4, 0, 7])
     counts = together.packing.counts(3)
-    loss, sums = head.loss(together, 3, 0.8)
+    loss, sums = head.loss(together, Eagle3Objective(3, 0.8))
     want = torch.autograd.grad(loss, list(head.parameters()))
-    parts = [head.loss(pack(target, head, [row], [start]), 3, 0.8, counts) for row, start in zip(rows, [4, 0, 7])]
+    parts = [head.loss(pack(target, head, [row], [start]), Eagle3Objective(3, 0.8), counts) for row, start in zip(rows, [4, 0, 7])]
     torch.testing.assert_close(sum(p[0] for p in parts), loss)
     for name, value in sums.items():
         torch.testing.assert_close(sum(p[1][name] for p in parts), value)
@@ -243,7 +243,7 @@ def test_taps_equal_hidden_states_and_their_hooks(target, head):
 
 def test_loss_equals_the_plain_formula(target, head):
     features = packed(target, head)
-    loss, sums = head.loss(features, steps=3, decay=0.8)
+    loss, sums = head.loss(features, Eagle3Objective(steps=3, decay=0.8))
     teachers = [target.model(torch.tensor([row])).logits[0].float() for row in documents(target)]
     want, right, leading = 0.0, {}, [0] * len(features.tokens)
     for k, (rows, output) in enumerate(head.unroll(features, 3)):
@@ -275,7 +275,7 @@ def test_chain_walk_visits_roots_only():
 
 
 def test_loss_without_supervised_rows_is_zero_with_gradients(target, head):
-    loss, sums = head.loss(packed(target, head, first=14), steps=2, decay=0.8)
+    loss, sums = head.loss(packed(target, head, first=14), Eagle3Objective(steps=2, decay=0.8))
     loss.backward()
     assert loss.item() == 0 and all(p.grad is not None for p in head.parameters()) and sums["rows"].tolist() == [0, 0]
 
@@ -300,7 +300,7 @@ def test_draft_vocabulary_round_trip_and_ties():
 def test_full_draft_vocabulary_needs_no_map(target):
     head = tiny_head(target)
     assert torch.equal(head.ids, torch.arange(target.vocab_size))
-    loss, _ = head.loss(packed(target, head), steps=2, decay=0.8)
+    loss, _ = head.loss(packed(target, head), Eagle3Objective(steps=2, decay=0.8))
     assert torch.isfinite(loss)
 
 
@@ -316,5 +316,5 @@ def test_rope_and_head_dim_come_from_the_target():
     torch.testing.assert_close(mine[1][:, 0, :8], -sin[0, :, :8])
     with pytest.raises(UserError, match="rope_type: found 'dynamic'"):
         tiny_head(tiny_target(rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}))
-    loss = F.softplus(head.loss(packed(target, head), steps=2, decay=0.8)[0])
+    loss = F.softplus(head.loss(packed(target, head), Eagle3Objective(steps=2, decay=0.8))[0])
     assert torch.isfinite(loss)

@@ -14,6 +14,7 @@ from draftsmith.launch.export import export_drafter
 from draftsmith.launch.training import main
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter
+from draftsmith.models.heads import Eagle3Objective
 from draftsmith.models.heads.adapted import matrix, merged
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed, telemetry
@@ -63,8 +64,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_merged_head(target, head):
     adapted(head)
     whole = tiny_head(target, draft_vocab=40)
     whole.load_state_dict(merged(head))
-    assert type(whole)(whole.config, whole.embedding, whole.ids).state_dict().keys() == merged(head).keys()
-    losses = [h.loss(features, 4, 0.8)[0] for h in (head, whole)]
+    assert type(whole)(whole.config, whole.shared, whole.ids).state_dict().keys() == merged(head).keys()
+    losses = [h.loss(features, Eagle3Objective(4, 0.8))[0] for h in (head, whole)]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(*losses)
@@ -111,12 +112,12 @@ def test_peft_reads_the_adapter_onto_the_first_drafter_and_gets_the_merged_one(f
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 8, sorted(MODULES))
     assert config["base_model_name_or_path"] == f"{folder}/start/drafter"
     target = TextTarget.load(folder / "target")
-    model = peft.PeftModel.from_pretrained(load_drafter(folder / "start" / "drafter", target.embedding, target.layers), finished / "adapter")
-    whole = load_drafter(finished / "drafter", target.embedding, target.layers)
+    model = peft.PeftModel.from_pretrained(load_drafter(folder / "start" / "drafter", target.shared, target.layers), finished / "adapter")
+    whole = load_drafter(finished / "drafter", target.shared, target.layers)
     for name, value in model.merge_and_unload().state_dict().items():
         assert torch.equal(value.to(torch.bfloat16), whole.state_dict()[name].to(torch.bfloat16)), name
     states = torch.randn(5, whole.config.hidden_size)
-    model = peft.PeftModel.from_pretrained(load_drafter(folder / "start" / "drafter", target.embedding, target.layers), finished / "adapter")
+    model = peft.PeftModel.from_pretrained(load_drafter(folder / "start" / "drafter", target.shared, target.layers), finished / "adapter")
     torch.testing.assert_close(model.base_model.model.logits(states), whole.logits(states), atol=0.05, rtol=0.01)  # one of them stored in bf16
     export_drafter(str(finished / "drafter"), str(tmp_path / "served"), "vllm", str(folder / "target"), 5, print)
     assert load_file(tmp_path / "served" / "model.safetensors").keys() == weights(finished).keys()
@@ -183,7 +184,7 @@ def test_the_adapter_is_that_of_the_best_measured_drafter(folder, start, tmp_pat
     monkeypatch.setattr(training, "evaluator", lambda recipe: lambda *_: next(taus))
     assert main([*start, f"output={tmp_path}/out", "evaluation.rows=5", "evaluation.times=2"]) == 0
     target = TextTarget.load(folder / "target")
-    model = peft.PeftModel.from_pretrained(load_drafter(folder / "start" / "drafter", target.embedding, target.layers), tmp_path / "out" / "adapter")
+    model = peft.PeftModel.from_pretrained(load_drafter(folder / "start" / "drafter", target.shared, target.layers), tmp_path / "out" / "adapter")
     kept = weights(tmp_path / "out")
     assert all(torch.equal(value.to(torch.bfloat16), kept[name]) for name, value in model.merge_and_unload().state_dict().items())
 
@@ -212,7 +213,7 @@ def test_the_recipe_that_comes_along_adapts_the_bundled_drafter():
     recipe = read_recipe(Path(ROOT) / "recipes" / "eagle3-code-lora.yaml", DrafterRecipe)
     assert recipe.lora.modules == MODULES and recipe.head.start_from == "bundled:drafters/eagle3-code"
     target = TextTarget.load(recipe.target)
-    head = load_drafter(recipe.head.start_from, target.embedding, target.layers)
+    head = load_drafter(recipe.head.start_from, target.shared, target.layers)
     plain = sum(p.numel() for p in head.parameters())
     Adapter(head, recipe.lora, recipe.head.start_from, recipe.seed)
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad)

@@ -15,7 +15,7 @@ from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing
 from draftsmith.models.grow import parse_tree
-from draftsmith.models.heads import Eagle3Config
+from draftsmith.models.heads import Eagle3Config, Eagle3Objective
 from draftsmith.models.targets import TextTarget, text
 from draftsmith.models.tree import DraftTree
 from tests.conftest import tiny_head, tiny_target
@@ -149,7 +149,7 @@ def test_training_features_equal_hidden_states_and_the_loss_has_gradients(family
         torch.testing.assert_close(features.hidden[start:stop], hidden, atol=2e-5, rtol=0)
         torch.testing.assert_close(features.teacher.project(final[start + 1:stop - 1], None), logits[1:-1], atol=2e-5, rtol=0)
     head = tiny_head(target, 40)
-    loss, _ = head.loss(target.features(tokens, packing, head.feature_spec), steps=3, decay=0.8)
+    loss, _ = head.loss(target.features(tokens, packing, head.feature_spec), Eagle3Objective(steps=3, decay=0.8))
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad.abs().sum() > 0 for p in head.parameters())
 

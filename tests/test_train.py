@@ -35,7 +35,7 @@ def test_inspect_shows_the_mask(folder):
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("head.nme=eagle3", "head.nme: unknown key"), ("seed=abc", "seed: found 'abc'"), ("optimization.lr=-1", "optimization.lr: found -1"),
+    ("head.nme=eagle3", "head.nme: unknown key"), ("head.name=medusa", "head.name: found .medusa.; .*expected one of eagle3"), ("seed=abc", "seed: found 'abc'"), ("optimization.lr=-1", "optimization.lr: found -1"),
     ("engine.zero_stage=7", "engine.zero_stage: found 7"), ("nonsense", "expected section.key=value"), ("data=3", "data"),
 ])
 def test_bad_recipe_values_name_the_key(override, message):
@@ -96,7 +96,7 @@ def test_training_in_one_process_saves_a_loadable_drafter(folder):
     result = run([sys.executable, "-m", "draftsmith.train", folder / "recipe.yaml", f"output={folder}/one"], folder)
     assert result.returncode == 0, result.stderr[-2000:]
     target = TextTarget.load(folder / "target")
-    head = load_drafter(folder / "one" / "drafter", target.embedding, target.layers)
+    head = load_drafter(folder / "one" / "drafter", target.shared, target.layers)
     assert head.config.draft_vocab_size == 200 and 2 in head.ids
     log = log_of(folder / "one")
     assert log[-1]["step"] == log[-1]["total"] == len(log) and log[-1]["loss"] < log[0]["loss"]

@@ -1,11 +1,7 @@
 """What a run will take before anything is loaded: parameters are counted on the meta device, time is measured on one layer and one short step.
 
-Memory is per process, in bytes. Activations of the drafter (`models/heads/unroll.py`: what forward keeps and backward adds) per row that is trained
-on and step,
-
-    10 h + 5 I + (3 H + 4 H_kv) D   numbers,
-
-and once per taught token the teacher's probabilities [Vd] in fp32. What Python and its libraries take (about 0.7 GB) is not in it.
+Memory is per process, in bytes. Activations of the drafter are `saved_per_row` numbers (the head's own config says them) per row that is trained
+on and step, and once per taught token the teacher's probabilities [Vd] in fp32. What Python and its libraries take (about 0.7 GB) is not in it.
 """
 
 import copy
@@ -13,12 +9,12 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from draftsmith.models.features import Packing, Teacher, TrainingFeatures
-from draftsmith.models.heads import Eagle3Config, Eagle3Head
+from draftsmith.models.features import Packing, Shared, Teacher, TrainingFeatures
 from draftsmith.models.targets import Description
-from draftsmith.train.loop import build_optimizer
+from draftsmith.train.loop import build_optimizer, muon_parts
 from draftsmith.train.lora import Adapter
 from draftsmith.train.recipe import DrafterRecipe
 
@@ -60,22 +56,21 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
     whole, trained = sum(p.numel() for p in head.parameters()), sum(p.numel() for p in head.parameters() if p.requires_grad)
     part = lambda stage: world if engine.zero_stage >= stage else 1  # noqa: E731
     width, rows = BYTES[engine.dtype], spec.batch_tokens
-    matrices = sum(p.numel() for n, p in head.named_parameters() if p.ndim == 2 and "lm_head" not in n) if spec.name == "muon" else 0
+    matrices = sum(p.numel() for p in muon_parts(head)[0]) if spec.name == "muon" else 0
     optimizer = 4 * matrices + 8 * (trained - matrices) + (0 if engine.dtype == "fp32" and engine.zero_stage == 0 else 4 * trained)
     c = head.config
-    saved = 10 * c.hidden_size + 5 * c.intermediate_size + (3 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim
     hidden, written = config.hidden_size, corpus[1] / corpus[0] if corpus else 1.0
     memory = {
         "target": target_parameters * item // (world if engine.target == "sharded" else 1),
-        "target's states": rows * ((len(c.taps) + 8) * hidden + 3 * (config.intermediate_size or hidden)) * item,
+        "target's states": rows * ((len(head.feature_spec.taps) + 8) * hidden + 3 * (config.intermediate_size or hidden)) * item,
         "head": whole * width // part(3), "gradients": trained * width // part(2), "optimizer": optimizer // part(1),
-        "activations": int(rows * written * (recipe.objective.steps * saved * width + 4 * c.draft_vocab_size)),
+        "activations": int(rows * written * (recipe.objective.steps * c.saved_per_row * width + 4 * c.draft_vocab_size)),
     }
     disk = {"drafter": head_parameters * 2, "checkpoint": whole * width + head_parameters * 4 + optimizer}
     if corpus is not None:
         disk["rows"] = corpus[0] * 5
         if recipe.data.features == "cached":
-            disk["features"] = (corpus[0] * len(c.taps) + corpus[1]) * hidden * item
+            disk["features"] = (corpus[0] * len(head.feature_spec.taps) + corpus[1]) * hidden * item
     tokens = None if corpus is None else int(corpus[0] * spec.epochs)
     seconds = probe(recipe, config, device, written) if timed else {}
     if seconds and recipe.data.features == "cached":
@@ -83,10 +78,10 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
     return Estimate(target_parameters, head_parameters, memory, disk, seconds, tokens)
 
 
-def head_like(recipe: DrafterRecipe, config, embedding: torch.Tensor) -> Eagle3Head:
-    """The recipe's head on the embedding's device, which may be meta."""
-    wanted = Eagle3Config.for_target(config, recipe.head.intermediate_size, recipe.head.draft_vocab_size)
-    return Eagle3Head(wanted, embedding, torch.arange(wanted.draft_vocab_size, device=embedding.device))
+def head_like(recipe: DrafterRecipe, config, matrix: torch.Tensor) -> nn.Module:
+    """The recipe's head on the device, which may be meta, of a matrix [V, h] that stands for the target's embedding and output head."""
+    wanted = recipe.kind.Config.for_target(config, **recipe.head.shape)
+    return recipe.kind(wanted, Shared(matrix, lambda x: x @ matrix.T), torch.arange(wanted.draft_vocab_size, device=matrix.device))
 
 
 def probe(recipe: DrafterRecipe, config, device: torch.device, written: float) -> dict[str, float]:
@@ -105,13 +100,13 @@ def probe(recipe: DrafterRecipe, config, device: torch.device, written: float) -
     if recipe.lora is not None:
         Adapter(head, recipe.lora, recipe.head.start_from, recipe.seed)
     packing = Packing((0, size), torch.arange(size) >= round(size * (1 - written)))
-    states = torch.randn(size, len(head.config.taps) * hidden, device=device, dtype=dtype)
+    states = torch.randn(size, len(head.feature_spec.taps) * hidden, device=device, dtype=dtype)
     final = torch.randn(len(packing.rows), hidden, device=device, dtype=dtype)
     features = TrainingFeatures(tokens[0], states, packing, Teacher(final, lambda x, ids: x @ matrix.T))
     optimizer = build_optimizer(recipe, head)
 
     def step():
-        head.loss(features, recipe.objective.steps, recipe.objective.decay)[0].backward()
+        head.loss(features, recipe.goal)[0].backward()
 
     drafter, update = median_seconds(step, device), median_seconds(optimizer.step, device)
     return {"target": layer * config.num_hidden_layers / size, "drafter": drafter / size, "optimizer": update / recipe.optimization.batch_tokens}

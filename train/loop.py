@@ -5,17 +5,18 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter, save_drafter
-from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.heads.adapted import merged
 from draftsmith.models.heads.vocabulary import most_frequent
+from draftsmith.models.noise import seed_of
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed
 from draftsmith.train.checkpoint import Checkpoints, termination
@@ -30,38 +31,46 @@ from draftsmith.train.telemetry import Log, Progress, Stopwatch, Wandb, figures
 
 PERSISTENT = 20  # steps in a row with gradients that are not finite, after which a run ends
 
-Evaluator = Callable[[TextTarget, Eagle3Head, list[list[int]], set[int]], float]  # acceptance length on prompts, given the stop ids
+Evaluator = Callable[[TextTarget, nn.Module, list[list[int]], set[int]], float]  # acceptance length on prompts, given the stop ids
 
 
 class Terminated(Exception):
     """The run was asked to stop and saved its state."""
 
 
-def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, stops: set[int]) -> Eagle3Head:
+def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, stops: set[int]) -> nn.Module:
     """The head with its draft vocabulary (the most frequent ids of the data), fresh or from a drafter directory."""
-    spec = recipe.head
+    spec, kind = recipe.head, recipe.kind
+    config = kind.Config.for_target(target.config, **spec.shape)
     if spec.start_from is not None:
-        head = load_drafter(spec.start_from, target.embedding, target.layers)
-        wanted = Eagle3Config.for_target(target.config, spec.intermediate_size, spec.draft_vocab_size)
-        for key in ("intermediate_size", "draft_vocab_size"):
-            if getattr(head.config, key) != getattr(wanted, key):
-                raise UserError(f"head.{key}: found {getattr(wanted, key)}, expected {getattr(head.config, key)} as in {spec.start_from}")
+        head = load_drafter(spec.start_from, target.shared, target.layers)
+        if type(head) is not kind:
+            raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
+        for key in spec.shape:
+            if getattr(head.config, key) != getattr(config, key):
+                raise UserError(f"head.{key}: found {getattr(config, key)}, expected {getattr(head.config, key)} as in {spec.start_from}")
         return head.train()
-    config = Eagle3Config.for_target(target.config, spec.intermediate_size, spec.draft_vocab_size)
     ids = most_frequent(counts, config.draft_vocab_size, sorted(stops))
     torch.manual_seed(recipe.seed)
-    head = Eagle3Head(config, target.embedding, ids)
+    head = kind(config, target.shared, ids)
     head.start_from(target)
     return head
 
 
-def build_optimizer(recipe: DrafterRecipe, head: Eagle3Head):
+def build_optimizer(recipe: DrafterRecipe, head: nn.Module):
     spec = recipe.optimization
     if spec.name == "adamw":
         return AdamW([p for p in head.parameters() if p.requires_grad], lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    named = list(head.named_parameters())
-    return MuonAdamW([p for n, p in named if p.ndim == 2 and "lm_head" not in n], [p for n, p in named if p.ndim != 2 or "lm_head" in n],
-                     spec.muon_lr, spec.lr)
+    matrices, rest = muon_parts(head)
+    return MuonAdamW(matrices, rest, spec.muon_lr, spec.lr)
+
+
+def muon_parts(head: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What Muon trains and what it leaves to AdamW: vectors, and matrices with one row a token."""
+    parts = ([], [])
+    for name, parameter in head.named_parameters():
+        parts[parameter.ndim != 2 or any(table in name for table in head.tables)].append(parameter)
+    return parts
 
 
 def size(parameters) -> int:
@@ -69,16 +78,16 @@ def size(parameters) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
-def gathered(head: Eagle3Head, zero_stage: int):
+def gathered(head: nn.Module, zero_stage: int):
     """A block in which all of a head's parameters are whole, partitioned or not; all processes enter it."""
     return distributed.load_deepspeed().zero.GatheredParameters(list(head.parameters())) if zero_stage == 3 else contextlib.nullcontext()
 
 
-def consolidated(head: Eagle3Head, zero_stage: int) -> Eagle3Head:
+def consolidated(head: nn.Module, zero_stage: int) -> nn.Module:
     """An fp32 copy of a head whose parameters may be partitioned, its adapter merged; all processes call this."""
     with gathered(head, zero_stage):
         weights = {name: value.detach().to(torch.float32, copy=True) for name, value in merged(head).items()}
-    twin = type(head)(head.config, head.embedding, head.ids).to(head.embedding.device, torch.float32)
+    twin = type(head)(head.config, head.shared, head.ids).to(head.ids.device, torch.float32)
     twin.load_state_dict(weights)
     return twin.eval()
 
@@ -108,8 +117,7 @@ def train(recipe: DrafterRecipe, report=print, evaluator: Evaluator | None = Non
         described, tokenizer = describe(recipe.target), load_tokenizer(recipe.target)
         if spec.max_length > described.context_length:
             raise UserError(f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}")
-        if (recipe.head.draft_vocab_size or 0) > described.vocab_size:
-            raise UserError(f"head.draft_vocab_size: found {recipe.head.draft_vocab_size}, expected at most the target's {described.vocab_size}")
+        recipe.kind.Config.for_target(described.config, **recipe.head.shape)
         stops = stop_ids(described, tokenizer)
         arguments = (tokenizer, stops, described.vocab_size, Path(recipe.output) / "rows")
         if local == 0:
@@ -142,7 +150,7 @@ class Run:
     def __init__(self, recipe: DrafterRecipe, settings: dict, rows: Rows, stops: set[int], rank: int, world: int, device: torch.device, say,
                  evaluator: Evaluator | None, engine_extra: dict):
         self.recipe, self.rows, self.stops, self.rank, self.world, self.say, self.evaluator = recipe, rows, stops, rank, world, say, evaluator
-        self.output, spec = Path(recipe.output), recipe.optimization
+        self.output, spec, self.objective = Path(recipe.output), recipe.optimization, recipe.goal
         numbers, self.kept = held_out(len(rows), min(recipe.evaluation.rows, len(rows) // 2) if evaluator else 0, recipe.seed)
         self.schedule = Schedule(rows.lengths, numbers, spec.batch_tokens, world * spec.accumulation, recipe.seed, spec.epochs)
         tokens = int(rows.lengths[numbers].sum())
@@ -161,7 +169,7 @@ class Run:
         resumes = found is not None and found["world_size"] == world
         if found and not resumes:
             if self.adapter is None:
-                self.head.load_state_dict(load_drafter(place / "drafter", self.target.embedding, self.target.layers).state_dict())
+                self.head.load_state_dict(load_drafter(place / "drafter", self.target.shared, self.target.layers).state_dict())
             else:
                 self.adapter.load(self.adapter.read(place / "adapter"))
             say(f"{place} was written by {found['world_size']} processes, this run has {world}: its weights are a warm start, "
@@ -169,7 +177,7 @@ class Run:
         if recipe.engine.target == "sharded":
             distributed.shard(self.target)
         self.optimizer = build_optimizer(recipe, self.head)
-        self.engine = distributed.engine(TrainingStep(self.head, recipe.objective.steps, recipe.objective.decay), self.optimizer,
+        self.engine = distributed.engine(TrainingStep(self.head, self.objective), self.optimizer,
                                          distributed.engine_config(recipe.engine.zero_stage, recipe.engine.dtype, spec.accumulation, spec.clip, engine_extra))
         self.rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         if resumes:
@@ -191,7 +199,7 @@ class Run:
         """All steps that are left, then the drafter directory."""
         recipe, state, total = self.recipe, self.state, self.schedule.total
         logs = self._logs()
-        progress, watch = Progress(self.say, total, self.coverage, recipe.objective.decay), Stopwatch(self.target.device)
+        progress, watch = Progress(self.say, total, self.coverage, self.objective.weights), Stopwatch(self.target.device)
         started, saved, current = time.time() - state.seconds, time.time(), None
         with termination() as terminated:
             for number, epoch, bins in self.schedule.after(state.step):
@@ -199,11 +207,11 @@ class Run:
                     current = epoch
                     self._meet()
                 scale, before = rate_scale(number - 1, total, recipe.optimization.warmup, recipe.optimization.schedule), self._skipped()
-                sums = self._step(bins, scale, watch)
+                sums = self._step(number, bins, scale, watch)
                 skipped = self._skipped() - before
                 state.step, state.tokens, state.seconds = number, state.tokens + sums.pop("tokens"), time.time() - started
                 state.skipped, state.in_a_row = state.skipped + skipped, (state.in_a_row + skipped) * skipped
-                line = {"step": number, "total": total, "epoch": epoch, **figures(sums, recipe.objective.decay), "skipped": state.skipped,
+                line = {"step": number, "total": total, "epoch": epoch, **figures(sums, self.objective.weights), "skipped": state.skipped,
                         "learning_rate": self.rates[-1] * scale, "tokens_per_second": state.tokens / state.seconds, "seconds": state.seconds,
                         "left": state.seconds / number * (total - number), "coverage": self.coverage, "split": watch.take()}
                 if number in self._measured():
@@ -224,17 +232,17 @@ class Run:
             log.finish()
         return self._finish()
 
-    def _step(self, bins: list[list[int]], scale: float, watch: Stopwatch) -> dict[str, torch.Tensor]:
-        """One optimizer step over this process's bins; sums over the rows of all processes, on the CPU."""
+    def _step(self, number: int, bins: list[list[int]], scale: float, watch: Stopwatch) -> dict[str, torch.Tensor]:
+        """Optimizer step `number` over this process's bins; sums over the rows of all processes, on the CPU."""
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates):
             group["lr"] = rate * scale
         with watch.phase("data"):
-            steps, share = self.recipe.objective.steps, len(bins)  # DeepSpeed averages the loss over all bins of a step
+            steps, share = self.objective.steps, len(bins)  # DeepSpeed averages the loss over all bins of a step
             counts = [max(1, n) / share for n in self.rows.pack([row for part in bins for row in part])[1].counts(steps)]
         sums: dict[str, torch.Tensor] = {}
         for part in bins[self.rank::self.world]:
             with watch.phase("target"):
-                features = self.features(part)
+                features = replace(self.features(part), seed=seed_of(self.recipe.seed, number, part))
             with watch.phase("drafter"):
                 loss, more = self.engine(features, counts)
                 self.engine.backward(loss)
@@ -298,7 +306,7 @@ class Run:
         folder, best, (head, adapter) = self.output / "drafter", self.state.best, self._now()
         if self.rank == 0:
             if best is not None and best["step"] < self.state.step:
-                head = load_drafter(self.output / "best" / "drafter", self.target.embedding, self.target.layers)
+                head = load_drafter(self.output / "best" / "drafter", self.target.shared, self.target.layers)
                 adapter = adapter and self.adapter.read(self.output / "best" / "adapter")
                 self.say(f"the drafter of step {best['step']} is kept: acceptance length {best['tau']:.3f} on the held-out prompts")
             self._write(head, adapter, self.output)
@@ -308,14 +316,14 @@ class Run:
         distributed.barrier(self.world)
         return folder
 
-    def _now(self) -> tuple[Eagle3Head, dict[str, torch.Tensor] | None]:
+    def _now(self) -> tuple[nn.Module, dict[str, torch.Tensor] | None]:
         """The drafter as it stands, and what its adapter holds (None without lora); all processes call this."""
         stage = self.recipe.engine.zero_stage
         with gathered(self.head, stage):
             adapter = self.adapter.state() if self.adapter else None
         return consolidated(self.head, stage), adapter
 
-    def _write(self, head: Eagle3Head, adapter: dict[str, torch.Tensor] | None, place: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    def _write(self, head: nn.Module, adapter: dict[str, torch.Tensor] | None, place: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """`place/drafter`, and before it `place/adapter`: where there is a drafter its adapter is there too."""
         if adapter is not None:
             self.adapter.save(place / "adapter", adapter)

@@ -4,20 +4,26 @@ A recipe knows nothing about tensors. Every default that a person would want to 
 """
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.heads import HEADS
 
 
 class Strict(BaseModel):
     """A section of a recipe: no unknown keys, no silent conversion of a wrong type, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @classmethod
+    def kind_of(cls, values: dict) -> "type[Strict]":
+        """The class that checks these values, where they themselves say so."""
+        return cls
 
 
 R = TypeVar("R", bound=Strict)
@@ -48,7 +54,7 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             raise UserError(f"override {override!r}: {' '.join(str(error).split())}") from None
     try:
-        return kind.model_validate(values)
+        return kind.kind_of(values).model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -71,11 +77,21 @@ class Data(Strict):
     features: Literal["online", "cached"]
 
 
+def known(name: str) -> str:
+    if name not in HEADS:
+        raise ValueError(f"expected one of {', '.join(HEADS)}")
+    return name
+
+
 class Head(Strict):
-    name: Literal["eagle3"]
-    intermediate_size: int | None = Field(gt=0)
-    draft_vocab_size: int | None = Field(gt=0)
+    """name and start_from, beside what the head of this name has in its `Shape`."""
+
+    name: Annotated[str, AfterValidator(known)]
     start_from: str | None
+
+    @property
+    def shape(self) -> dict:
+        return self.model_dump(exclude={"name", "start_from"})
 
 
 class Lora(Strict):
@@ -87,8 +103,12 @@ class Lora(Strict):
 
 
 class Objective(Strict):
-    steps: int = Field(gt=0)
-    decay: float = Field(gt=0, le=1)
+    """What the head of the recipe has in its `Objective`."""
+
+
+def section(base: type[R], kind: type) -> type[R]:
+    """A section that also has the fields of a head's dataclass, all of them to be given."""
+    return create_model(base.__name__, __base__=base, **{name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()})
 
 
 class Optimization(Strict):
@@ -134,6 +154,24 @@ class DrafterRecipe(Strict):
     evaluation: Evaluation
     wandb: str | None
     output: str
+
+    @classmethod
+    def kind_of(cls, values):
+        """With the sections `head` and `objective` of the head that is named."""
+        named = HEADS.get(values["head"].get("name")) if isinstance(values.get("head"), dict) else None
+        if named is None:
+            return cls
+        return create_model(cls.__name__, __base__=cls, head=(section(Head, named.Shape), ...), objective=(section(Objective, named.Objective), ...))
+
+    @property
+    def kind(self) -> type:
+        """The head's class."""
+        return HEADS[self.head.name]
+
+    @property
+    def goal(self):
+        """The head's objective."""
+        return self.kind.Objective(**self.objective.model_dump())
 
     @model_validator(mode="after")
     def _fits(self):

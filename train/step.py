@@ -9,15 +9,15 @@ from draftsmith.models.features import TrainingFeatures
 
 
 class TrainingStep(nn.Module):
-    """A head and its objective's settings."""
+    """A head and its objective."""
 
-    def __init__(self, head: nn.Module, steps: int, decay: float):
+    def __init__(self, head: nn.Module, objective):
         super().__init__()
-        self.head, self.steps, self.decay = head, steps, decay
+        self.head, self.objective = head, objective
 
     def forward(self, features: TrainingFeatures, counts: list[float]):
-        """counts [steps]: what each step's sum is divided by. -> (loss, sums that add up over micro-batches and processes)."""
-        return self.head.loss(features, self.steps, self.decay, counts)
+        """counts [objective.steps]: what each step's sum is divided by. -> (loss, sums that add up over micro-batches and processes)."""
+        return self.head.loss(features, self.objective, counts)
 
 
 class PartitionedStep(nn.Module):

@@ -36,15 +36,15 @@ class Stopwatch:
         return taken
 
 
-def figures(sums: dict[str, torch.Tensor], decay: float) -> dict:
-    """Loss, accuracies per step and predicted chain tau from sums over rows (`Eagle3Head.loss`).
+def figures(sums: dict[str, torch.Tensor], weights: list[float]) -> dict:
+    """Loss, accuracies per step and predicted chain tau from sums over rows (those of a head's `loss`); weights: of the steps in the loss.
 
     accuracy[k]: share of step k's rows that agree with the target; conditional[k]: of those whose earlier steps were all right.
     """
     rows, tried = sums["rows"].clamp(min=1), sums["tried"].clamp(min=1)
     losses = sums["loss"] / rows
     tokens, rounds = sums["walk"].tolist()
-    return {"loss": float(sum(decay**k * value for k, value in enumerate(losses.tolist()))), "conditional": (sums["kept"] / tried).tolist(),
+    return {"loss": float(sum(weight * value for weight, value in zip(weights, losses.tolist()))), "conditional": (sums["kept"] / tried).tolist(),
             "accuracy": (sums["right"] / rows).tolist(), "chain_tau": tokens / max(rounds, 1)}
 
 
@@ -70,8 +70,8 @@ class Log:
 class Progress:
     """The line that a person reads, at most every `every` seconds; accuracies are over all rows since the last one."""
 
-    def __init__(self, say, total: int, coverage: float, decay: float, every: float = 10.0):
-        self.say, self.total, self.coverage, self.decay, self.every = say, total, coverage, decay, every
+    def __init__(self, say, total: int, coverage: float, weights: list[float], every: float = 10.0):
+        self.say, self.total, self.coverage, self.weights, self.every = say, total, coverage, weights, every
         self.sums: dict[str, torch.Tensor] = {}
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.shown = 0.0
@@ -81,7 +81,7 @@ class Progress:
         self.seconds = {name: value + seconds[name] for name, value in self.seconds.items()}
         if time.time() - self.shown < self.every and line["step"] < self.total:
             return
-        mean, spent = figures(self.sums, self.decay), sum(self.seconds.values()) or 1.0
+        mean, spent = figures(self.sums, self.weights), sum(self.seconds.values()) or 1.0
         minutes, rest = divmod(int(line["left"]), 60)
         shares = " ".join(f"{name} {value / spent:.0%}" for name, value in self.seconds.items())
         numbers = lambda values: " ".join(f"{v:.2f}" for v in values)  # noqa: E731

@@ -3,11 +3,13 @@
 A layout is one file that ends in a `Layout`, and its name in LAYOUTS; loading, saving, importing and exporting find it there.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.features import Shared
 from draftsmith.models.formats import eagle3, speculators
 from draftsmith.models.formats.layout import Layout, Serving, Stored, read_files, written
 from draftsmith.models.formats.place import fetch
@@ -18,14 +20,14 @@ __all__ = ["LAYOUTS", "fetch", "from_pretrained", "layout_for", "layout_of", "lo
 LAYOUTS = (eagle3.LAYOUT, speculators.LAYOUT)
 
 
-def load_drafter(place: str | Path, embedding: torch.Tensor, taps_below: int | None = None):
-    """The head at a place (directory, Hub id or `bundled:NAME`, any layout), for a target with this embedding [V, h] and `taps_below` layers.
+def load_drafter(place: str | Path, shared: Shared, taps_below: int | None = None):
+    """The head at a place (directory, Hub id or `bundled:NAME`, any layout), for a target that shares this and has `taps_below` layers.
     fp32 or the embedding's dtype.
 
     Raises UserError naming the file and the key when something is missing, unknown or of another target.
     """
     stored = read_files(fetch(place))
-    return layout_of(stored).read(stored.config, stored.tensors, embedding, taps_below, stored.folder)
+    return layout_of(stored).read(stored.config, stored.tensors, shared, taps_below, stored.folder)
 
 
 def from_pretrained(place: str | Path, target: TextTarget | None = None):
@@ -35,7 +37,7 @@ def from_pretrained(place: str | Path, target: TextTarget | None = None):
         if name is None:
             raise UserError(f"{place}: names no target; expected one to be given")
         target = TextTarget.load(name)
-    return load_drafter(place, target.embedding, target.layers)
+    return load_drafter(place, target.shared, target.layers)
 
 
 def save_drafter(head, folder: str | Path, about: dict, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -48,7 +50,7 @@ def store(head, folder: Path, layout: Layout, about: dict, dtype: torch.dtype, s
     """Writes a directory beside its place, checks it by reading it back bit for bit, then moves it there."""
     config, tensors = layout.write(head, dtype, serving)
     with written(folder, config, tensors, about) as new:
-        again = load_drafter(new, head.embedding.float())
+        again = load_drafter(new, replace(head.shared, embedding=head.shared.embedding.float()))
         for (name, value), (_, own) in zip(again.state_dict().items(), head.state_dict().items(), strict=True):
             if not torch.equal(value.to("cpu", dtype), own.to("cpu", dtype)):
                 raise RuntimeError(f"{name} differs after reloading")

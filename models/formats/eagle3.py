@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.features import Shared
 from draftsmith.models.formats.layout import Layout, Serving, Tensors, check_tensors
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.heads.vocabulary import from_offsets, to_offsets
@@ -107,9 +108,10 @@ def rope(stored: dict, place: str) -> dict:
     return found
 
 
-def read(stored: dict, tensors: Tensors, embedding: torch.Tensor, taps_below: int | None, folder: Path) -> Eagle3Head:
+def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> Eagle3Head:
     """`Layout.read`: checked against the target before anything is built."""
-    place, (vocab, hidden) = f"{folder}/config.json", embedding.shape
+    place, embedding = f"{folder}/config.json", shared.embedding
+    vocab, hidden = embedding.shape
     config = from_config(stored, place, taps_below)
     if config.vocab_size != vocab:
         raise UserError(f"{place}: vocab_size: found {config.vocab_size}, expected the target's {vocab}")
@@ -127,7 +129,7 @@ def read(stored: dict, tensors: Tensors, embedding: torch.Tensor, taps_below: in
         ids = from_offsets(tensors.pop("d2t"), tensors.pop("t2d"), vocab) if "d2t" in tensors else None
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    head = Eagle3Head(config, embedding, ids)
+    head = Eagle3Head(config, shared, ids)
     head.load_state_dict({name: value.to(embedding) for name, value in tensors.items()}, assign=True)
     return head.eval()
 

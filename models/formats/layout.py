@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.features import Shared
 
 Tensors = dict[str, torch.Tensor]
 SHOWN = 6  # differences named in one message
@@ -37,14 +38,14 @@ class Layout:
 
     head: its class. engines: {name for `export --to`: command that serves it}, with `$drafter`, `$target` and `$depth` in it.
     recognises(config.json) -> whether a directory is of this layout.
-    read(config, tensors, embedding [V, h], taps_below, folder) -> head; raises UserError for whatever is missing, unknown or of another target.
+    read(config, tensors, shared, taps_below, folder) -> head; raises UserError for whatever is missing, unknown or of another target.
     write(head, dtype, serving) -> (config.json, tensors). The first layout of a head is the one that drafters are kept in; it needs no serving.
     """
 
     head: type
     engines: dict[str, str]
     recognises: Callable[[dict], bool]
-    read: Callable[[dict, Tensors, torch.Tensor, int | None, Path], torch.nn.Module]
+    read: Callable[[dict, Tensors, Shared, int | None, Path], torch.nn.Module]
     write: Callable[[torch.nn.Module, torch.dtype, Serving | None], tuple[dict, Tensors]]
 
 
@@ -78,15 +79,15 @@ class Stored:
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{self.folder}/config.json: speculators_config: {error.args[0]}: missing") from None
 
-    def embedding(self) -> torch.Tensor:
-        """[V, h]: the embedding stored here, or zeros (without memory) of the target's shape, for work that does not look at it."""
+    def shared(self) -> Shared:
+        """Without a target: the embedding stored here, or zeros (without memory) of the target's shape, for work that does not look at it."""
         flat = {**self.config.get("transformer_layer_config", {}), **self.config}
         try:
             shape = flat["vocab_size"], flat.get("target_hidden_size") or flat["hidden_size"]
         except KeyError as error:
             raise UserError(f"{self.folder}/config.json: {error.args[0]}: missing") from None
         own = self.tensors.get("embed_tokens.weight")
-        return torch.zeros(1).expand(shape) if own is None else own.float()
+        return Shared(torch.zeros(1).expand(shape) if own is None else own.float())
 
 
 def read_files(folder: Path, pickle: bool = False) -> Stored:

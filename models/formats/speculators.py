@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.features import Shared
 from draftsmith.models.formats import eagle3
 from draftsmith.models.formats.layout import Layout, Serving, Tensors
 from draftsmith.models.heads import Eagle3Head
@@ -23,7 +24,7 @@ def recognises(config: dict) -> bool:
     return config.get("speculators_model_type") == "eagle3"
 
 
-def read(stored: dict, tensors: Tensors, embedding: torch.Tensor, taps_below: int | None, folder: Path) -> Eagle3Head:
+def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> Eagle3Head:
     """`Layout.read`: the same head as in the EAGLE-3 directory, described elsewhere."""
     place, layer = f"{folder}/config.json", stored.get("transformer_layer_config")
     if "model_type" in stored:
@@ -33,7 +34,7 @@ def read(stored: dict, tensors: Tensors, embedding: torch.Tensor, taps_below: in
     if not isinstance(layer, dict) or layer.get("model_type") != "llama":
         found = layer.get("model_type") if isinstance(layer, dict) else layer
         raise UserError(f"{place}: transformer_layer_config.model_type: found {found!r}, expected 'llama'")
-    return eagle3.read({**layer, **stored}, tensors, embedding, taps_below, folder)
+    return eagle3.read({**layer, **stored}, tensors, shared, taps_below, folder)
 
 
 def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None) -> tuple[dict, Tensors]:

@@ -1,5 +1,21 @@
-"""Draft heads. A head is an `nn.Module` with `feature_spec`, `loss`, `prefill`, `extend`, `roots` and `expand`."""
+"""Draft heads: `nn.Module`s that a recipe names, each in a file of its own, all of one form.
 
-from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head
+A head's class has
+    name                       as recipes and directories call it
+    Shape, Objective           dataclasses: the keys of the recipe's sections `head` and `objective`. Objective.steps: drafted steps that are
+                               trained; Objective.weights: the weight of each step in the loss
+    Config                     its shapes; Config.for_target(text config, **Shape) raises UserError for targets it cannot draft for
+    tables                     parts of the names of matrices with one row a token (embeddings, output heads)
+    (config, shared, ids)      its constructor: `Shared` of the target, the draft vocabulary (None = all)
+    start_from(target)         starts from the target's weights where that helps
+    feature_spec, ids, shared  what it asks of the target; the draft vocabulary [Vd] int64
+    loss(features, objective, counts) -> (loss, sums)
+    prefill(features), extend(context, features), roots(context), expand(beam, tokens, parents)   decoding
+    hang(features, at)         a beam of P roots at inner positions of one packed row, for training on trees
+"""
 
-__all__ = ["Eagle3Config", "Eagle3Head"]
+from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
+
+HEADS = {head.name: head for head in (Eagle3Head,)}
+
+__all__ = ["HEADS", "Eagle3Config", "Eagle3Head", "Eagle3Objective"]

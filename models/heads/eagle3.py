@@ -6,15 +6,17 @@ Row t consumes the target's features at x_t and the embedding of x_{t+1} and pre
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt, Le
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features, FeatureSpec, TrainingFeatures
+from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
 from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.attention import kernel_for, strips_of
 from draftsmith.models.heads.distill import chain_walk, soft_cross_entropy, teach
@@ -22,6 +24,26 @@ from draftsmith.models.heads.unroll import Plan, turn, unroll
 from draftsmith.models.slots import SlotCache
 
 SUMS = ("rows", "right", "tried", "kept", "loss")
+
+
+@dataclass(frozen=True)
+class Eagle3Shape:
+    """What a recipe may choose of a head (None = as the target has it)."""
+
+    intermediate_size: Annotated[int, Gt(0)] | None
+    draft_vocab_size: Annotated[int, Gt(0)] | None
+
+
+@dataclass(frozen=True)
+class Eagle3Objective:
+    """Training-time test: steps (EAGLE-3 reference: 7), and decay (0.8): step k weighs decay^k."""
+
+    steps: Annotated[int, Gt(0)]
+    decay: Annotated[float, Gt(0), Le(1)]
+
+    @property
+    def weights(self) -> list[float]:
+        return [self.decay**k for k in range(self.steps)]
 
 
 @dataclass(frozen=True)
@@ -45,8 +67,10 @@ class Eagle3Config:
         """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3).
 
         Where kinds of layer have ropes of their own (Gemma 3) it is that of full attention, since the head attends to all rows.
-        Raises UserError below 7 layers and without such a rope.
+        Raises UserError below 7 layers, without such a rope, and for more draft tokens than the target has.
         """
+        if (draft_vocab_size or 0) > config.vocab_size:
+            raise UserError(f"head.draft_vocab_size: found {draft_vocab_size}, expected at most the target's {config.vocab_size}")
         layers = config.num_hidden_layers
         if layers < 7:
             raise UserError(f"eagle3: found a target of {layers} layers, expected at least 7 (taps 2, n // 2, n - 3 must differ)")
@@ -67,6 +91,11 @@ class Eagle3Config:
             draft_vocab_size=draft_vocab_size or config.vocab_size,
             taps=(2, layers // 2, layers - 3),
         )
+
+    @property
+    def saved_per_row(self) -> int:
+        """Numbers that training keeps for each row and step (what the forward of `unroll` keeps and its backward adds)."""
+        return 10 * self.hidden_size + 5 * self.intermediate_size + (3 * self.num_attention_heads + 4 * self.num_key_value_heads) * self.head_dim
 
 
 def _frequencies(config: "Eagle3Config", device) -> tuple[torch.Tensor, float]:
@@ -170,11 +199,12 @@ class Beam:
 class Eagle3Head(nn.Module):
     """embedding [V, h] is the target's (not trained, not saved); ids [Vd] int64 is the draft vocabulary."""
 
-    name = "eagle3"
+    name, Shape, Objective, Config = "eagle3", Eagle3Shape, Eagle3Objective, Eagle3Config
+    tables = ("lm_head",)
 
-    def __init__(self, config: Eagle3Config, embedding: torch.Tensor, ids: torch.Tensor | None = None):
+    def __init__(self, config: Eagle3Config, shared: Shared, ids: torch.Tensor | None = None):
         super().__init__()
-        self.config = config
+        self.config, embedding = config, shared.embedding
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         ids = torch.arange(config.vocab_size) if ids is None else ids
         self.register_buffer("ids", ids.to(embedding.device), persistent=False)
@@ -197,6 +227,10 @@ class Eagle3Head(nn.Module):
             signs[1::2] = -1
             # The factor that the norm applies, not what it stores: some families store it less one (Gemma), some have a bias as well
             self.norm.weight.copy_((norm(signs) - norm(-signs)) * signs / 2)
+
+    @property
+    def shared(self) -> Shared:
+        return Shared(self.embedding)
 
     @property
     def feature_spec(self) -> FeatureSpec:
@@ -255,7 +289,7 @@ class Eagle3Head(nn.Module):
                    torch.cat([matrix(mlp.gate_proj), matrix(mlp.up_proj)]), matrix(mlp.down_proj))
         return unroll(hidden, embedded, key0, value0, weights, plan)
 
-    def loss(self, features: TrainingFeatures, steps: int, decay: float, counts: list[float] | None = None):
+    def loss(self, features: TrainingFeatures, objective: Eagle3Objective, counts: list[float] | None = None):
         """Soft cross-entropy against the target restricted to the draft vocabulary (EAGLE-3), mean over each step's rows:
 
         loss = sum_k decay^k / counts[k] sum_rows ( logsumexp(z) - <p, z> ), p = softmax(teacher[ids]) at x_{t+1+k}; rows whose teacher argmax
@@ -265,14 +299,14 @@ class Eagle3Head(nn.Module):
         `rows` of step k, `right` ones agree with the target; all earlier steps were right in `tried`, and step k too in `kept`; `walk` is
         (tokens, rounds) of the greedy chain that this predicts.
         """
-        packing, device = features.packing, features.tokens.device
+        packing, device, steps = features.packing, features.tokens.device, objective.steps
         rows, here = packing.rows, packing.counts(steps)
         if len(rows) == 0:
             nothing = torch.zeros(steps, device=device)
             return sum(p.sum() * 0.0 for p in self.parameters()), {name: nothing for name in SUMS} | {"walk": torch.zeros(2, device=device)}
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
         lesson = teach(features.teacher, self.ids)
-        shares = torch.tensor([decay**k / max(n, 1) for k, n in enumerate(counts or here)], device=device)
+        shares = torch.tensor([weight / max(n, 1) for weight, n in zip(objective.weights, counts or here)], device=device)
         total, losses, right = soft_cross_entropy(self.norm(self._unroll(features, steps)), matrix(self.lm_head), lesson, parts * shares[:, None])
         right &= parts
         alive = right.cumprod(0).bool()  # right so far

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features, FeatureSpec, Packing, Teacher, TrainingFeatures
+from draftsmith.models.features import Features, FeatureSpec, Packing, Shared, Teacher, TrainingFeatures
 from draftsmith.models.slots import SlotCache
 from draftsmith.models.tree import DraftTree
 
@@ -106,6 +106,10 @@ class TextTarget:
         (Gemma: by sqrt(h)); heads normalise embeddings, so that the scale makes no difference to them.
         """
         return self._shared if self._shared is not None else self.model.get_input_embeddings().weight
+
+    @property
+    def shared(self) -> Shared:
+        return Shared(self.embedding, self.project)
 
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`."""

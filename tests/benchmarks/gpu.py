@@ -37,10 +37,10 @@ from draftsmith.launch.measurement import CHAIN_DEPTH, LARGE_TREE
 from draftsmith.launch.methods import bundled, check_writable, write_json
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
-from draftsmith.models.features import Features, FeatureSpec, Packing, Teacher, TrainingFeatures
+from draftsmith.models.features import Features, FeatureSpec, Packing, Shared, Teacher, TrainingFeatures
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import chain, parse_tree
-from draftsmith.models.heads import Eagle3Config, Eagle3Head
+from draftsmith.models.heads import Eagle3Config, Eagle3Head, Eagle3Objective
 from draftsmith.models.noise import Draw
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.tree import DraftTree
@@ -148,7 +148,7 @@ def random_head(scale: Scale, embedding: torch.Tensor) -> Eagle3Head:
     """EAGLE-3's head for the large target in the embedding's dtype, on its device."""
     config = Eagle3Config.for_target(LlamaConfig(**scale.shape), draft_vocab_size=scale.draft_vocab)
     with torch.device(embedding.device):
-        return Eagle3Head(config, embedding, torch.arange(scale.draft_vocab)).to(embedding.dtype)
+        return Eagle3Head(config, Shared(embedding), torch.arange(scale.draft_vocab)).to(embedding.dtype)
 
 
 def random_tokens(scale: Scale, count: int) -> list[int]:
@@ -253,7 +253,7 @@ def bundled_models(scale: Scale, device: torch.device) -> dict:
     rows, parted = [], []
     for dtype in (torch.float32, torch.bfloat16):
         target = TextTarget.load(TARGET, dtype, device)
-        head, stops = load_drafter(bundled(DRAFTER), target.embedding, target.layers), stop_ids(target, tokenizer)
+        head, stops = load_drafter(bundled(DRAFTER), target.shared, target.layers), stop_ids(target, tokenizer)
         drafters = [NoDrafter(), *(HeadDrafter(head, policy) for policy in (parse_tree(LARGE_TREE), chain(CHAIN_DEPTH)))]
         methods = {str(drafter): Looped(target, drafter) for drafter in drafters}
         for temperature in (0.0, 1.0):
@@ -283,7 +283,7 @@ def training(scale: Scale, device: torch.device) -> dict:
     optimizer = torch.optim.AdamW(copies, lr=1e-5)
 
     def step(features):
-        head.loss(features, scale.steps, 0.8)[0].backward()
+        head.loss(features, Eagle3Objective(scale.steps, 0.8))[0].backward()
         for parameter, copy in zip(head.parameters(), copies):
             parameter.grad, copy.grad = None, parameter.grad.float()
         optimizer.step()

@@ -42,11 +42,11 @@ def drafter_weights(shared):
 def draftsmith(shared):
     from transformers import LlamaConfig
 
-    from draftsmith.models.features import Packing, Teacher, TrainingFeatures
-    from draftsmith.models.heads import Eagle3Config, Eagle3Head
+    from draftsmith.models.features import Packing, Shared, Teacher, TrainingFeatures
+    from draftsmith.models.heads import Eagle3Config, Eagle3Head, Eagle3Objective
 
     config = Eagle3Config.for_target(LlamaConfig(num_hidden_layers=8, **SIZES), draft_vocab_size=len(shared["ids"]))
-    head = Eagle3Head(config, shared["embedding"], shared["ids"])
+    head = Eagle3Head(config, Shared(shared["embedding"]), shared["ids"])
     head.load_state_dict(drafter_weights(shared))
 
     def project(hidden, ids):
@@ -56,7 +56,7 @@ def draftsmith(shared):
         documents, length = data["tokens"].shape
         packing = Packing(tuple(range(0, documents * length + 1, length)), data["mask"].flatten())
         teacher = Teacher(data["final"].flatten(0, 1)[packing.rows + 1], project)
-        total, sums = head.loss(TrainingFeatures(data["tokens"].flatten(), data["taps"].flatten(0, 1), packing, teacher), STEPS, DECAY)
+        total, sums = head.loss(TrainingFeatures(data["tokens"].flatten(), data["taps"].flatten(0, 1), packing, teacher), Eagle3Objective(STEPS, DECAY))
         return total, sums["loss"] / sums["rows"]
 
     return head, loss

@@ -129,7 +129,7 @@ def prepare(folder: Path, shapes: dict[str, tuple[int, int]]) -> torch.Tensor:
     ids = counts.topk(2048).indices.sort().values
     missed = float(1 - counts[ids].sum() / counts.sum())
     print(f"draft vocabulary: {int((counts > 0).sum())} different argmaxes, {missed:.1%} of the rows outside")
-    head = Eagle3Head(Eagle3Config.for_target(config, draft_vocab_size=len(ids)), target.embedding, ids)
+    head = Eagle3Head(Eagle3Config.for_target(config, draft_vocab_size=len(ids)), target.shared, ids)
     drafter = {f"drafter.{name}": tensor for name, tensor in head.state_dict().items()}
     save_file({"embedding": target.embedding.clone(), "lm_head": target.head.weight.clone(), "norm": target.body.norm.weight.clone(),
                "ids": ids, **drafter}, folder / "shared.safetensors")

@@ -172,7 +172,7 @@ def main():
     parser.add_argument("--output", help="where to write all figures as JSON")
     arguments = parser.parse_args()
     target, tokenizer = TextTarget.load("bundled:targets/code"), load_tokenizer("bundled:targets/code")
-    head, stops = load_drafter(locate("bundled:drafters/eagle3-code"), target.embedding, target.layers), stop_ids(target, tokenizer)
+    head, stops = load_drafter(locate("bundled:drafters/eagle3-code"), target.shared, target.layers), stop_ids(target, tokenizer)
     from draftsmith.eval.prompts import read_prompts
     from draftsmith.launch.measurement import bundled
 

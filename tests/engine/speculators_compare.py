@@ -28,7 +28,7 @@ def main() -> int:
     tokens = torch.randint(3, target.vocab_size, (96,), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as temporary:
         folder = export_drafter(DRAFTER, Path(temporary) / "eagle3-code", "speculators")
-        head = load_drafter(folder, target.embedding, target.layers)
+        head = load_drafter(folder, target.shared, target.layers)
         config = SpeculatorModelConfig.from_pretrained(folder)
         config.transformer_layer_config._attn_implementation = "eager"
         model = SpeculatorModel.from_pretrained(folder, config=config, dtype=torch.float32).eval()

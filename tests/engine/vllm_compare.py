@@ -61,7 +61,7 @@ def main() -> int:
 
 def decode(drafter: str, target_name: str, prompts: list[list[int]], depth: int, new_tokens: int) -> list[Trace]:
     target = TextTarget.load(target_name)
-    head = load_drafter(drafter, target.embedding, target.layers)
+    head = load_drafter(drafter, target.shared, target.layers)
     return [generate(target, HeadDrafter(head, chain(depth)), [p], Sampling(), new_tokens)[0] for p in prompts]
 
 
