@@ -35,7 +35,8 @@ def test_inspect_shows_the_mask(folder):
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("head.nme=eagle3", "head.nme: unknown key"), ("head.name=medusa", "head.name: found .medusa.; .*expected one of eagle3"), ("seed=abc", "seed: found 'abc'"), ("optimization.lr=-1", "optimization.lr: found -1"),
+    ("head.nme=eagle3", "head.nme: unknown key"), ("head.name=medusa", "head.name: found .medusa.; .*expected one of eagle3"),
+    ("seed=abc", "seed: found 'abc'"), ("optimization.lr=-1", "optimization.lr: found -1"),
     ("engine.zero_stage=7", "engine.zero_stage: found 7"), ("nonsense", "expected section.key=value"), ("data=3", "data"),
 ])
 def test_bad_recipe_values_name_the_key(override, message):
