@@ -5,7 +5,7 @@ requests; in training they are one packed row of documents behind one another, w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -15,9 +15,14 @@ import torch
 @dataclass(frozen=True)
 class FeatureSpec:
     """taps: Hugging Face `hidden_states` indices (0 = embeddings, k = state entering layer k, "last" = after the final norm),
-    concatenated in this order."""
+    concatenated in this order. probe [h]: the head's own parameter that the target processes behind real rows as the embedding of one more
+    token (`[SPEC]`), None for heads without one; sessions read it at every forward, so that it is never stale. trees: in training,
+    `TrainingFeatures.score` is asked for.
+    """
 
     taps: tuple[int | Literal["last"], ...]
+    probe: torch.Tensor | None = field(default=None, compare=False)
+    trees: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,16 @@ class Shared:
 
 @dataclass(frozen=True)
 class Features:
-    """Rows of processed tokens, right-padded: tokens [B, S] int64; hidden [B, S, taps * h] detached; lengths [B] int64, the real rows."""
+    """Rows of processed tokens, right-padded: tokens [B, S] int64; hidden [B, S, taps * h] detached; lengths [B] int64, the real rows.
+
+    probes [B, S, h]: states after the final norm of the probe behind each row; of a prefill only those behind the last real row of each
+    request are, the others are zero. None where no probes rode along: heads without one, trees with `probes` False.
+    """
 
     tokens: torch.Tensor
     hidden: torch.Tensor
     lengths: torch.Tensor
+    probes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,11 @@ class TrainingFeatures:
     """One packed row: tokens [T] int64, hidden [T, taps * h] detached, what of it is trained on, and the teacher.
 
     seed keys whatever an objective draws (noise, dropout), so that a run that is resumed draws what one that was never killed draws.
+
+    probe(embedding [h]) -> [P, h], for a spec with a probe: behind token t of each t in `packing.rows` stands the embedding, at the position of
+    t + 1, seeing its document up to t and itself; its states after the final norm, with gradient to the embedding and to nothing else.
+    A callable, since ZeRO-3 has the parameter only inside the training step's forward.
+    score(trees, at [P]) -> (log-probabilities [P, N], most probable tokens [P, N]), for a spec with trees: `PackedPrefix.score`.
     """
 
     tokens: torch.Tensor
@@ -110,3 +125,5 @@ class TrainingFeatures:
     packing: Packing
     teacher: Teacher
     seed: int = 0
+    probe: Callable[[torch.Tensor], torch.Tensor] | None = None
+    score: Callable | None = None

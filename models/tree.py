@@ -52,7 +52,8 @@ class DraftTree:
 
     Siblings stand in draw order. Trees with sampled edges carry the draft distributions: q [B, R, Vd] fp32, row r being what the children of
     the r-th node with sampled children (ascending) were drawn from, before any sibling was taken out; ids [Vd] int64 are the target ids of
-    its columns. known: the form, where the drafter knows it without asking the device.
+    its columns. known: the form, where the drafter knows it without asking the device. probes: whether the target also processes the drafter's
+    probe (`FeatureSpec.probe`) behind every node, which doubles its rows.
     """
 
     tokens: torch.Tensor
@@ -61,6 +62,7 @@ class DraftTree:
     q: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     known: Form | None = None
+    probes: bool = False
 
     @classmethod
     def of(cls, tokens: torch.Tensor, parents: torch.Tensor) -> "DraftTree":

@@ -16,7 +16,8 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import Eagle3Config, Eagle3Objective
-from draftsmith.models.targets import TextTarget, text
+from draftsmith.models.targets import TextTarget
+from draftsmith.models.targets import session as sessions
 from draftsmith.models.tree import DraftTree
 from tests.conftest import tiny_head, tiny_target
 
@@ -115,14 +116,14 @@ def rounds_error(target) -> float:
 
 @every_family
 def test_trees_are_verified_as_plain_forwards_over_their_paths(family, monkeypatch):
-    monkeypatch.setattr(text, "PREFILL_ROWS", 6)
+    monkeypatch.setattr(sessions, "PREFILL_ROWS", 6)
     assert rounds_error(target_of(family)) < 2e-5
 
 
 @pytest.mark.parametrize("family", SLIDING)
 def test_windows_matter_here(family, monkeypatch):
     """The same comparison, off by one row of the window, would fail."""
-    monkeypatch.setattr(text, "PREFILL_ROWS", 6)
+    monkeypatch.setattr(sessions, "PREFILL_ROWS", 6)
     target = target_of(family)
     target.window += 1
     assert rounds_error(target) > 0.1

@@ -75,12 +75,12 @@ def test_cache_after_commit_equals_a_fresh_forward(target):
 
 
 def test_chunked_prefill_equals_one_pass(target, monkeypatch):
-    from draftsmith.models.targets import text
+    from draftsmith.models.targets import session as sessions
 
     prompts = [list(range(1, 24)), list(range(5, 12))]
     spec = FeatureSpec(taps=(1, 3))
     whole = target.open(spec, 2, 32).prefill(prompts)
-    monkeypatch.setattr(text, "PREFILL_ROWS", 5)
+    monkeypatch.setattr(sessions, "PREFILL_ROWS", 5)
     parts = target.open(spec, 2, 32).prefill(prompts)
     torch.testing.assert_close(whole.logits, parts.logits, atol=1e-5, rtol=1e-4)
     for b, n in enumerate(whole.features.lengths.tolist()):

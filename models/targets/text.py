@@ -5,7 +5,7 @@ handled by whoever reads prompts.
 """
 
 import inspect
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,32 +13,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features, FeatureSpec, Packing, Shared, Teacher, TrainingFeatures
-from draftsmith.models.slots import SlotCache
+from draftsmith.models.features import FeatureSpec, Packing, Shared, Teacher, TrainingFeatures
+from draftsmith.models.targets.packed import KeptCache, PackedPrefix
+from draftsmith.models.targets.session import TextSession
 from draftsmith.models.tree import DraftTree
-
-PREFILL_ROWS = 512  # rows of one prefill chunk: the mask is [chunk, prefix], never [length, length]
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """logits [B, V] after each prompt's last token; features of all prompt rows."""
-
-    logits: torch.Tensor
-    features: Features
-
-
-@dataclass(frozen=True)
-class Verified:
-    """logits [B, N, V] and hidden [B, N, taps * h] of every tree node."""
-
-    logits: torch.Tensor
-    hidden: torch.Tensor
-
-    def features(self, tree: DraftTree, path: torch.Tensor, counts: torch.Tensor) -> Features:
-        """Features of the committed nodes path [B, M], the first counts [B] of each row being real."""
-        rows = torch.arange(len(path), device=path.device)[:, None]
-        return Features(tree.tokens[rows, path], self.hidden[rows, path], counts)
 
 
 class TextTarget:
@@ -124,23 +102,54 @@ class TextTarget:
     def features(self, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec) -> TrainingFeatures:
         """Training features of one packed row of documents, tokens [T] on this target's device. The target itself reads the documents
         as right-padded rows, each from position 0, so that every architecture sees what it sees in decoding. No attention mask: causal
-        attention hides padding on the right from all real rows, and kernels need no [S, S] mask."""
+        attention hides padding on the right from all real rows, and kernels need no [S, S] mask. For a spec with a probe or with trees the
+        features hold on to the keys and values of the row. Raises UserError where the target can do neither."""
         lengths, places = torch.tensor(packing.borders).diff(), packing.positions.to(tokens.device)
         numbers = torch.arange(len(lengths)).repeat_interleave(lengths).to(tokens.device)
         padded = tokens.new_zeros(len(lengths), int(lengths.max()))
         padded[numbers, places] = tokens
-        final, hidden = self._forward(spec, input_ids=padded, use_cache=False)
-        taught = packing.rows.to(tokens.device) + 1
-        return TrainingFeatures(tokens, hidden[numbers, places], packing, Teacher(final[numbers[taught], places[taught]], self.project))
+        if spec.probe is None and not spec.trees:
+            final, hidden = self._forward(spec, input_ids=padded, use_cache=False)
+            taught = packing.rows.to(tokens.device) + 1
+            return TrainingFeatures(tokens, hidden[numbers, places], packing, Teacher(final[numbers[taught], places[taught]], self.project))
+        self._check_spec(spec)
+        self._check_whole()
+        cache = KeptCache(self.layers)
+        final, hidden = self._forward(spec, input_ids=padded, **self._cached(cache))
+        prefix = PackedPrefix(self, cache.packed(numbers, places), packing, final[numbers, places])
+        teacher = Teacher(prefix.final[packing.rows.to(tokens.device) + 1], self.project)
+        return TrainingFeatures(tokens, hidden[numbers, places], packing, teacher, probe=prefix.probe if spec.probe is not None else None,
+                                score=prefix.score if spec.trees else None)
 
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
-        """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens and one tree)."""
+        """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens, and one tree with its probes).
+        Raises UserError for a spec with a probe where the target takes none."""
+        self._check_spec(spec)
         return TextSession(self, spec, batch, capacity)
 
     def shard(self, spread) -> None:
         """Lets `spread(model)` partition the weights of this target over processes; the embedding that heads share stays whole."""
         self._shared = self.embedding.clone()
         self.sharded = spread(self.model)  # kept alive: its hooks gather the weights
+
+    def behind(self, spec: FeatureSpec, cache, positions: torch.Tensor, seen: torch.Tensor, places: torch.Tensor, **inputs):
+        """Runs rows behind those that `cache` holds: positions [B, T]; seen [B, T, visible] bool, what each row sees of the cache's rows and of
+        the new ones behind them, without windows; places [B, visible], the positions of these; inputs: `input_ids` or `inputs_embeds`.
+        -> (final [B, T, h], tapped [B, T, taps * h]). A sliding layer also hides rows with position - place >= window; a cache keeps
+        such rows, since the window of a node depends on its depth and the accepted path is not known yet."""
+        masks = {}
+        for kind in self.kinds:
+            near = seen & (positions[..., None] - places[:, None] < self.window) if kind == "sliding_attention" else seen
+            masks[kind] = additive(near, self.dtype)
+        return self._forward(spec, position_ids=positions, attention_mask=masks if len(masks) > 1 else masks[self.kinds[0]],
+                             **self._cached(cache), **inputs)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [...] -> the rows [..., h] that the body takes as `inputs_embeds`."""
+        return self.model.get_input_embeddings()(tokens)
+
+    def _cached(self, cache) -> dict:
+        return {"use_cache": True, self.cache_argument: cache}
 
     def _hook(self, index: int) -> None:
         """Keeps the state entering layer `index` of every forward from now on (0: the embeddings, scaled where the model scales them)."""
@@ -155,6 +164,27 @@ class TextTarget:
         taps = [final if k == "last" else self._taps[k] for k in spec.taps]
         self._taps.clear()
         return final, torch.cat(taps, -1) if taps else final[..., :0]
+
+    def _check_spec(self, spec: FeatureSpec):
+        if spec.probe is not None and not self.takes_embeddings:
+            raise UserError(f"target {self.name}: {self.config.model_type} takes no probe: found other states for embeddings than for their ids")
+
+    def _check_whole(self):
+        """Rows behind a packed row come in forwards whose number differs between processes: sharded weights would wait for one another."""
+        if self._shared is not None:
+            raise UserError(f"target {self.name}: found weights partitioned over processes, expected a whole target to train on probes or trees")
+
+    @cached_property
+    @torch.no_grad()
+    def takes_embeddings(self) -> bool:
+        """Whether the body gives the same states for `embed(tokens)` as for the tokens, so that a probe can stand among them."""
+        tokens = self._spread()
+        own = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        try:
+            ours = self.body(inputs_embeds=self.embed(tokens), use_cache=False).last_hidden_state
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3)
 
     def _check_attention(self):
         """Attention must be causal and take the masks that trees bring; only the two plain implementations do."""
@@ -174,22 +204,22 @@ class TextTarget:
             raise UserError(f"target {self.name}: found layers of {', '.join(sorted(kinds - known))}, expected {' or '.join(sorted(known))}")
         return tuple(sorted(kinds))
 
-    def _probe(self) -> torch.Tensor:
+    def _spread(self) -> torch.Tensor:
         """[1, 5], ids spread over the vocabulary: padding tokens may have empty embeddings, which would hide a difference."""
         return torch.linspace(0, self.vocab_size - 1, 5, device=self.device).long()[None]
 
     @torch.no_grad()
     def _check_projection(self):
         """`project` must be the model's own way from final states to logits; models that scale them elsewhere are refused."""
-        own = self.model(input_ids=self._probe(), use_cache=False)
-        ours = self.project(self.body(input_ids=self._probe(), use_cache=False).last_hidden_state)
+        own = self.model(input_ids=self._spread(), use_cache=False)
+        ours = self.project(self.body(input_ids=self._spread(), use_cache=False).last_hidden_state)
         if not torch.allclose(own.logits.float(), ours.float(), rtol=1e-3, atol=1e-3):
             raise UserError(f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported")
 
     @torch.no_grad()
     def _check_session(self):
         """A session must run and agree, up to rounding, with the model's own forward: caches, masks or states of another form are refused."""
-        tokens = self._probe()
+        tokens = self._spread()
         own = self.model(input_ids=tokens, use_cache=False).logits[:, -1].float()
         try:
             session = self.open(FeatureSpec((0,)), 1, 5)
@@ -207,74 +237,7 @@ class TextTarget:
                             "expected one state a token, keys and values in a cache, and 4-D masks")
 
 
-class TextSession:
-    """One batch of prompts being decoded. lengths [B] are the rows the target has processed and kept."""
-
-    def __init__(self, target: TextTarget, spec: FeatureSpec, batch: int, capacity: int):
-        self.target, self.spec = target, spec
-        config = target.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.cache = SlotCache(config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim, target.dtype, target.device)
-
-    @property
-    def lengths(self) -> torch.Tensor:
-        return self.cache.lengths
-
-    @torch.no_grad()
-    def prefill(self, prompts: list[list[int]]) -> Prefill:
-        """Processes the prompts (ragged, none empty) in chunks."""
-        device = self.target.device
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        width = int(lengths.max())
-        tokens = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
-        hidden, last = [], None
-        for start in range(0, width, PREFILL_ROWS):
-            chunk = tokens[:, start:start + PREFILL_ROWS]
-            rows = torch.arange(start, start + chunk.size(1), device=device)
-            places = torch.arange(start + chunk.size(1), device=device).expand(len(prompts), -1)
-            final, tapped = self._run(chunk, rows.expand(len(prompts), -1), places[:, None] <= rows[:, None], places)
-            self.cache.lengths = self.cache.lengths + chunk.size(1)
-            hidden.append(tapped)
-            ends = (lengths - 1 - start).clamp(0, chunk.size(1) - 1)
-            ending = final[torch.arange(len(prompts), device=device), ends]
-            here = ((lengths - 1) // PREFILL_ROWS == start // PREFILL_ROWS)[:, None]
-            last = ending if last is None else torch.where(here, ending, last)
-        self.cache.lengths = lengths
-        return Prefill(self.target.project(last), Features(tokens, torch.cat(hidden, 1), lengths))
-
-    @torch.no_grad()
-    def verify(self, tree: DraftTree) -> Verified:
-        """One forward over all tree nodes; nothing is kept until `commit`."""
-        lengths = self.cache.lengths
-        places = torch.arange(int(lengths.max()) + tree.size, device=lengths.device).expand(len(lengths), -1)
-        seen = (places < lengths[:, None])[:, None].repeat(1, tree.size, 1)
-        slots = lengths[:, None] + torch.arange(tree.size, device=lengths.device)
-        seen.scatter_(2, slots[:, None].expand(-1, tree.size, -1), tree.ancestors)
-        positions = lengths[:, None] + tree.depths
-        final, hidden = self._run(tree.tokens, positions, seen, places.scatter(1, slots, positions))
-        return Verified(self.target.project(final), hidden)
-
-    def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
-        """Keeps the nodes path [B, M] (root first; only the first counts [B] of a row are real) of the last verified tree."""
-        self.cache.commit(path, counts)
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Goes on with only these batch rows."""
-        self.cache.select(rows)
-
-    def _run(self, tokens, positions, seen, places):
-        """tokens and positions [B, T], seen [B, T, visible] bool without windows, places [B, visible] (the positions held by the slots)
-        -> (final, tapped). A sliding layer also hides slots with position - place >= window; its rows all stay in the cache, since
-        a node's window depends on its depth and the accepted path is not known yet."""
-        self.cache.place(tokens.size(1))
-        seen = {kind: seen for kind in self.target.kinds}
-        if "sliding_attention" in seen:
-            seen["sliding_attention"] = seen["sliding_attention"] & (positions[..., None] - places[:, None] < self.target.window)
-        masks = {kind: self._additive(visible) for kind, visible in seen.items()}
-        return self.target._forward(self.spec, input_ids=tokens, position_ids=positions, use_cache=True, **{self.target.cache_argument: self.cache},
-                                    attention_mask=masks if len(masks) > 1 else masks[self.target.kinds[0]])
-
-    def _additive(self, seen):
-        """[B, T, visible] bool -> [B, 1, T, visible] in the target's dtype: 0 or its least value (bool masks are wrong with eager attention)."""
-        mask = torch.zeros(seen.shape, dtype=self.target.dtype, device=seen.device)
-        return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]
+def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, T, visible] bool -> [B, 1, T, visible]: 0 or the least value of dtype (bool masks are wrong with eager attention)."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,131 @@
+"""Decoding with a text target: a session owns the cache, masks and positions of one batch of prompts."""
+
+from dataclasses import dataclass
+
+import torch
+
+from draftsmith.models.features import Features, FeatureSpec
+from draftsmith.models.slots import SlotCache
+from draftsmith.models.tree import DraftTree
+
+PREFILL_ROWS = 512  # rows of one prefill chunk: the mask is [chunk, prefix], never [length, length]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """logits [B, V] after each prompt's last token; features of all prompt rows."""
+
+    logits: torch.Tensor
+    features: Features
+
+
+@dataclass(frozen=True)
+class Verified:
+    """logits [B, N, V] and hidden [B, N, taps * h] of every tree node; probes [B, N, h] behind every node, None for a tree without them."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    probes: torch.Tensor | None = None
+
+    def features(self, tree: DraftTree, path: torch.Tensor, counts: torch.Tensor) -> Features:
+        """Features of the committed nodes path [B, M], the first counts [B] of each row being real."""
+        rows = torch.arange(len(path), device=path.device)[:, None]
+        probes = None if self.probes is None else self.probes[rows, path]
+        return Features(tree.tokens[rows, path], self.hidden[rows, path], counts, probes)
+
+
+class TextSession:
+    """One batch of prompts being decoded. lengths [B] are the rows the target has processed and kept; probes are never kept."""
+
+    def __init__(self, target, spec: FeatureSpec, batch: int, capacity: int):
+        self.target, self.spec = target, spec
+        config = target.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.cache = SlotCache(config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim, target.dtype, target.device)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self.cache.lengths
+
+    @torch.no_grad()
+    def prefill(self, prompts: list[list[int]]) -> Prefill:
+        """Processes the prompts (ragged, none empty) in chunks, then, for a spec with a probe, one probe behind each."""
+        device = self.target.device
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        width = int(lengths.max())
+        tokens = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
+        hidden, last = [], None
+        for start in range(0, width, PREFILL_ROWS):
+            chunk = tokens[:, start:start + PREFILL_ROWS]
+            rows = torch.arange(start, start + chunk.size(1), device=device)
+            places = torch.arange(start + chunk.size(1), device=device).expand(len(prompts), -1)
+            final, tapped = self._run(rows.expand(len(prompts), -1), places[:, None] <= rows[:, None], places, input_ids=chunk)
+            self.cache.lengths = self.cache.lengths + chunk.size(1)
+            hidden.append(tapped)
+            ends = (lengths - 1 - start).clamp(0, chunk.size(1) - 1)
+            ending = final[torch.arange(len(prompts), device=device), ends]
+            here = ((lengths - 1) // PREFILL_ROWS == start // PREFILL_ROWS)[:, None]
+            last = ending if last is None else torch.where(here, ending, last)
+        self.cache.lengths = lengths
+        probes = None if self.spec.probe is None else self._probes_behind_prompts(width)
+        return Prefill(self.target.project(last), Features(tokens, torch.cat(hidden, 1), lengths, probes))
+
+    @torch.no_grad()
+    def verify(self, tree: DraftTree) -> Verified:
+        """One forward over all tree nodes; nothing is kept until `commit`.
+
+        A tree with probes has one behind every node v: it stands at the position of v's children and sees the kept rows, v with its
+        ancestors, and itself. No node sees a probe.
+        """
+        if not tree.probes:
+            final, hidden = self._run(*self._layout(tree.depths, tree.ancestors), input_ids=tree.tokens)
+            return Verified(self.target.project(final), hidden)
+        size, alone = tree.size, torch.eye(tree.size, dtype=torch.bool, device=tree.tokens.device).expand_as(tree.ancestors)
+        own = torch.cat([torch.cat([tree.ancestors, torch.zeros_like(alone)], 2), torch.cat([tree.ancestors, alone], 2)], 1)
+        depths = torch.cat([tree.depths, tree.depths + 1], 1)
+        rows = torch.cat([self.target.embed(tree.tokens), self._probe_rows(*tree.tokens.shape)], 1)
+        final, hidden = self._run(*self._layout(depths, own), inputs_embeds=rows)
+        return Verified(self.target.project(final[:, :size]), hidden[:, :size], final[:, size:])
+
+    def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
+        """Keeps the nodes path [B, M] (root first; only the first counts [B] of a row are real) of the last verified tree."""
+        self.cache.commit(path, counts)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Goes on with only these batch rows."""
+        self.cache.select(rows)
+
+    def rewind(self, lengths: torch.Tensor) -> None:
+        """Drops the kept rows behind the first lengths [B] of each row, so that one prefill serves several methods. Rows that `select`
+        gave up do not come back. Raises ValueError for more rows than are kept."""
+        if lengths.shape != self.lengths.shape or bool((lengths > self.lengths).any()):
+            raise ValueError(f"rewind: found {lengths.tolist()}, expected at most the kept rows {self.lengths.tolist()}")
+        self.cache.lengths = lengths.to(self.lengths)
+
+    def _probes_behind_prompts(self, width):
+        """[B, width, h]: states of a probe behind each prompt, at the prompt's last row; zero elsewhere."""
+        lengths = self.lengths
+        none = torch.zeros_like(lengths)[:, None]
+        final, _ = self._run(*self._layout(none, torch.ones_like(none[..., None], dtype=torch.bool)), inputs_embeds=self._probe_rows(len(lengths), 1))
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return final.new_zeros(len(lengths), width, final.size(-1)).index_put_((rows, lengths - 1), final[:, 0])
+
+    def _probe_rows(self, batch, count):
+        if self.spec.probe is None:
+            raise ValueError("a tree with probes needs a FeatureSpec with a probe")
+        return self.spec.probe.detach().to(self.target.device, self.target.dtype).expand(batch, count, -1)
+
+    def _layout(self, depths, own):
+        """Rows depths [B, T] positions behind the kept ones, each seeing all of these and own [B, T, T] of one another -> (positions [B, T],
+        seen [B, T, visible] without windows, places [B, visible])."""
+        lengths, size = self.cache.lengths, depths.size(1)
+        places = torch.arange(int(lengths.max()) + size, device=lengths.device).expand(len(lengths), -1)
+        seen = (places < lengths[:, None])[:, None].repeat(1, size, 1)
+        slots = lengths[:, None] + torch.arange(size, device=lengths.device)
+        seen.scatter_(2, slots[:, None].expand(-1, size, -1), own)
+        positions = lengths[:, None] + depths
+        return positions, seen, places.scatter(1, slots, positions)
+
+    def _run(self, positions, seen, places, **inputs):
+        self.cache.place(positions.size(1))
+        return self.target.behind(self.spec, self.cache, positions, seen, places, **inputs)
