@@ -21,7 +21,7 @@ class FeatureSpec:
     """
 
     taps: tuple[int | Literal["last"], ...]
-    probe: torch.Tensor | None = field(default=None, compare=False)
+    probe: torch.Tensor | None = field(default=None, compare=False, repr=False)
     trees: bool = False
 
 

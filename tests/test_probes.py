@@ -11,7 +11,7 @@ from draftsmith.models.features import FeatureSpec, Packing
 from draftsmith.models.targets import packed
 from draftsmith.models.targets import session as sessions
 from draftsmith.models.tree import DraftTree
-from tests.test_targets import FAMILIES, TAPS, prompts_of, target_of
+from tests.test_targets import FAMILIES, SLIDING, TAPS, prompts_of, target_of
 
 BRANCHING = [-1, 0, 0, 1, 1, 3]
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -86,6 +86,25 @@ def test_probes_change_no_real_row_and_equal_one_more_token(family, monkeypatch)
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
     assert all(p.grad is None and not p.requires_grad for p in target.model.parameters())
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_windows_matter_here(family):
+    """A window off by one row behind the packed row would fail the comparisons above."""
+    target, probe, (_, tokens, packing) = target_of(family), probe_of(), packed_row(15, 11)
+    features = target.features(tokens, packing, FeatureSpec((), probe))
+    states = features.probe(probe)
+    target.window += 1
+    assert (features.probe(probe) - states).abs().max() > 0.01
+
+
+def test_a_row_without_rounds_has_no_probes_but_a_gradient():
+    """A process whose row teaches nothing must still take part in backward."""
+    target, probe = target_of("llama"), probe_of()
+    packing = Packing((0, 6), torch.zeros(6, dtype=torch.bool))
+    states = target.features(torch.arange(3, 9), packing, FeatureSpec((), probe)).probe(probe)
+    states.sum().backward()
+    assert states.shape == (0, 32) and torch.equal(probe.grad, torch.zeros(32))
 
 
 @every_family

@@ -75,11 +75,13 @@ class PackedPrefix:
     def probe(self, embedding: torch.Tensor) -> torch.Tensor:
         """embedding [h] -> [P, h]: see `TrainingFeatures.probe`. The second of the two passes that together equal one pass over the row and
         a probe behind each of its tokens (OWL, arXiv 2510.07535), since real rows never see a probe."""
-        states = []
-        for at in self.packing.rows.to(self.final.device).split(ROWS):
+        rounds, states = self.packing.rows.to(self.final.device), []
+        if not len(rounds):
+            return embedding.expand(0, -1)  # still part of the graph: every process takes part in backward
+        for at in rounds.split(ROWS):
             rows = embedding.to(self.final.dtype).expand(1, len(at), -1)
             states.append(self.run(at, self.places[at] + 1, torch.eye(len(at), dtype=torch.bool, device=at.device), inputs_embeds=rows))
-        return torch.cat(states) if states else embedding.new_zeros(0, len(embedding)) + embedding * 0
+        return torch.cat(states)
 
     @torch.no_grad()
     def score(self, trees: DraftTree, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
