@@ -106,7 +106,8 @@ def chain_log_prob(head, features: TrainingFeatures, at: torch.Tensor, path: tor
 def advantages(gains: torch.Tensor, delta: float, min_spread: float) -> tuple[torch.Tensor, torch.Tensor]:
     """gains [G, m] -> (advantages [G, m], 0 where a group is left out; spread [G], the population's standard deviation)."""
     spread = gains.std(1, correction=0)
-    return (gains - gains.mean(1, keepdim=True)) / (spread[:, None] + delta) * (spread >= min_spread)[:, None], spread
+    standard = (gains - gains.mean(1, keepdim=True)) / (spread[:, None] + delta)
+    return standard.masked_fill((spread < min_spread)[:, None], 0.0), spread
 
 
 def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
