@@ -1,6 +1,5 @@
 """Group Tree Optimization: rewards are expectations, hung trees are decoding's trees, one start has no gradient, and clipping blocks the right side."""
 
-import json
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -12,12 +11,12 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verify import MATCH
 from draftsmith.models.drafter import NoDrafter
 from draftsmith.models.features import Packing
-from draftsmith.models.grow import DynamicTree, StaticTree
+from draftsmith.models.grow import DynamicTree
 from draftsmith.models.tree import DraftTree
 from draftsmith.train import gto
-from tests.conftest import pack, tiny_head, tiny_target, trained_head
+from tests.conftest import pack, tiny_target, trained_head
 from tests.laws import Bulk
-from tests.test_heads import cut, documents, features_of, packed, place
+from tests.test_heads import cut, features_of, packed, place
 
 SPEC = SimpleNamespace(groups=3, group_size=2, tree="dynamic:3x3x9", reward_agg="lse", reward_mode="prob", debias=True, clip=0.2, delta=1e-4,
                        min_spread=1e-6, omega=0.5)
@@ -183,7 +182,9 @@ def test_advantages_are_standardised_and_flat_groups_left_out():
     assert advantage[1:].abs().max() == 0
 
 
-@pytest.mark.parametrize(("advantage", "ratio", "slope"), [(1.0, 1.1, 1.0), (1.0, 1.3, 0.0), (1.0, 0.5, 1.0), (-1.0, 0.9, -1.0), (-1.0, 0.7, 0.0), (-1.0, 1.5, -1.0)])
+@pytest.mark.parametrize(("advantage", "ratio", "slope"), [
+    (1.0, 1.1, 1.0), (1.0, 1.3, 0.0), (1.0, 0.5, 1.0), (-1.0, 0.9, -1.0), (-1.0, 0.7, 0.0), (-1.0, 1.5, -1.0),
+])
 def test_clipping_stops_the_gradient_on_the_right_side(advantage, ratio, slope):
     """Zero iff A > 0 and s > 1 + eps, or A < 0 and s < 1 - eps (methods: test 6)."""
     s = torch.tensor(ratio, requires_grad=True)
@@ -242,7 +243,7 @@ def test_the_loss_is_the_papers_formula(mode):
                     log += logp[0, 0, following].item()
                 logs.append(log)
             gains.append(values[0] - values[1])
-            ratios.append(((logs[0] - logs[1]) / max(len(path) - 1, 1)))
+            ratios.append((logs[0] - logs[1]) / max(len(path) - 1, 1))
         gains = torch.tensor(gains)
         if gains.std(correction=0) >= settings.min_spread:
             advantage = (gains - gains.mean()) / (gains.std(correction=0) + settings.delta)

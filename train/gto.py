@@ -50,7 +50,7 @@ def draw_groups(starts: torch.Tensor, count: int, size: int, generator: torch.Ge
 
 def union(first: DraftTree, second: DraftTree) -> tuple[DraftTree, torch.Tensor]:
     """Both trees of each of P roots as one trie, padded to the largest, and the places [P, N] of the second's nodes in it (the first's keep theirs)."""
-    (count, size), rows = first.tokens.shape, torch.arange(len(first.tokens), device=first.tokens.device)
+    size, rows = first.size, torch.arange(len(first.tokens), device=first.tokens.device)
     tokens = torch.cat([first.tokens, torch.zeros_like(second.tokens)], 1)
     parents = torch.cat([first.parents, torch.full_like(second.parents, -1)], 1)
     places, free = torch.zeros_like(second.tokens), torch.full_like(rows, size)
