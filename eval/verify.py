@@ -116,18 +116,10 @@ def accept(tree: DraftTree, last: torch.Tensor, weights: torch.Tensor, noise: No
 
 def follow(tree: DraftTree, chosen: torch.Tensor) -> Accepted:
     """Follows the tokens that the target itself chooses: chosen [B, N], its token after each node. Siblings may be repeated."""
-    rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
-    wrong = tree.tokens != chosen.gather(1, tree.parents.clamp(min=0))
-    wrong[:, 0] = False
-    wrong |= ~tree.real
-    reached = ~(tree.ancestors & wrong[:, None]).any(-1)
-    last = torch.where(reached, tree.depths, -1).argmax(1)
-    on_path = tree.ancestors[rows, last]
-    counts = on_path.sum(1)
-    width = int(counts.max())
-    path = torch.sort((~on_path).to(torch.int8), dim=1, stable=True).indices[:, :width]
-    path = path.masked_fill(torch.arange(width, device=path.device) >= counts[:, None], 0)
-    return Accepted(path, counts, chosen[rows, last])
+    path, counts = tree.follow(chosen)
+    last = path.gather(1, counts[:, None] - 1)
+    path = path.masked_fill(torch.arange(path.size(1), device=path.device) >= counts[:, None], 0)
+    return Accepted(path, counts, chosen.gather(1, last)[:, 0])
 
 
 class SampleAndMatch(Verifier):

@@ -22,6 +22,7 @@ from draftsmith.train import distributed
 from draftsmith.train.checkpoint import Checkpoints, termination
 from draftsmith.train.data import Rows, await_rows, prepare
 from draftsmith.train.features import Cached, Online
+from draftsmith.train.gto import Gto
 from draftsmith.train.lora import Adapter
 from draftsmith.train.optimizers import AdamW, MuonAdamW
 from draftsmith.train.recipe import DrafterRecipe
@@ -29,6 +30,7 @@ from draftsmith.train.schedule import Schedule, held_out, rate_scale
 from draftsmith.train.step import TrainingStep
 from draftsmith.train.telemetry import Log, Progress, Stopwatch, Wandb, figures
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PERSISTENT = 20  # steps in a row with gradients that are not finite, after which a run ends
 
 Evaluator = Callable[[TextTarget, nn.Module, list[list[int]], set[int]], float]  # acceptance length on prompts, given the stop ids
@@ -55,6 +57,12 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
     head = kind(config, target.shared, ids)
     head.start_from(target)
     return head
+
+
+def build_gto(recipe: DrafterRecipe, target: TextTarget, stops: set[int]) -> Gto:
+    """With a frozen copy of the drafter that the run starts from, in the precision of the one that is trained."""
+    frozen = load_drafter(recipe.head.start_from, target.shared, target.layers)
+    return Gto(recipe.gto, frozen.to(target.device, DTYPES[recipe.engine.dtype]).eval().requires_grad_(False), target.score, stops)
 
 
 def build_optimizer(recipe: DrafterRecipe, head: nn.Module):
@@ -176,8 +184,9 @@ class Run:
                 "optimizer and schedule begin anew")
         if recipe.engine.target == "sharded":
             distributed.shard(self.target)
+        gto = build_gto(recipe, self.target, stops) if recipe.gto else None
         self.optimizer = build_optimizer(recipe, self.head)
-        self.engine = distributed.engine(TrainingStep(self.head, self.objective), self.optimizer,
+        self.engine = distributed.engine(TrainingStep(self.head, self.objective, gto), self.optimizer,
                                          distributed.engine_config(recipe.engine.zero_stage, recipe.engine.dtype, spec.accumulation, spec.clip, engine_extra))
         self.rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         if resumes:

@@ -102,6 +102,21 @@ class Lora(Strict):
     modules: list[str] = Field(min_length=1)
 
 
+class Gto(Strict):
+    """Group Tree Optimization of the drafter of `head.start_from`, beside its own objective; see train/gto.py for what the values mean."""
+
+    groups: int = Field(gt=0)
+    group_size: int = Field(gt=1)
+    tree: str
+    reward_agg: Literal["lse", "lme", "node_sum", "max", "mean"]
+    reward_mode: Literal["prob", "greedy"]
+    debias: bool
+    clip: float = Field(gt=0, lt=1)
+    delta: float = Field(ge=0)
+    min_spread: float = Field(gt=0)
+    omega: float = Field(gt=0)
+
+
 class Objective(Strict):
     """What the head of the recipe has in its `Objective`."""
 
@@ -149,6 +164,7 @@ class DrafterRecipe(Strict):
     head: Head
     lora: Lora | None
     objective: Objective
+    gto: Gto | None = None
     optimization: Optimization
     engine: Engine
     evaluation: Evaluation
@@ -186,4 +202,9 @@ class DrafterRecipe(Strict):
             raise ValueError("head.start_from: found null, expected a drafter to adapt with lora")
         if self.lora is not None and self.optimization.name == "muon":
             raise ValueError("optimization.name: found muon, expected adamw with lora (Muon bounds the step of a matrix, not of a product of two)")
+        if self.gto is not None and self.head.start_from is None:
+            raise ValueError("head.start_from: found null, expected a trained drafter with gto")
+        if self.gto is not None and (self.data.features, self.engine.target) != ("online", "replicated"):
+            raise ValueError(f"data.features, engine.target: found {self.data.features}, {self.engine.target}, expected online, replicated with gto "
+                             "(every process has its own trees scored)")
         return self

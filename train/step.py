@@ -1,5 +1,6 @@
 """TrainingStep: the module that the DeepSpeed engine holds. Everything that touches parameters happens in its one `forward`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,15 +10,19 @@ from draftsmith.models.features import TrainingFeatures
 
 
 class TrainingStep(nn.Module):
-    """A head and its objective."""
+    """A head, its objective, and what is optimised beside it: gto(head, features) -> (loss, sums), no module of the engine's."""
 
-    def __init__(self, head: nn.Module, objective):
+    def __init__(self, head: nn.Module, objective, gto: Callable | None = None):
         super().__init__()
-        self.head, self.objective = head, objective
+        self.head, self.objective, self.gto = head, objective, gto
 
     def forward(self, features: TrainingFeatures, counts: list[float]):
         """counts [objective.steps]: what each step's sum is divided by. -> (loss, sums that add up over micro-batches and processes)."""
-        return self.head.loss(features, self.objective, counts)
+        loss, sums = self.head.loss(features, self.objective, counts)
+        if self.gto is None:
+            return loss, sums
+        more, own = self.gto(self.head, features)
+        return loss + more, sums | own
 
 
 class PartitionedStep(nn.Module):

@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 import torch
 
 from draftsmith.models.errors import UserError
+from draftsmith.train import gto
 
 PHASES = ("data", "target", "drafter", "optimizer")
 
@@ -45,7 +46,8 @@ def figures(sums: dict[str, torch.Tensor], weights: list[float]) -> dict:
     losses = sums["loss"] / rows
     tokens, rounds = sums["walk"].tolist()
     return {"loss": float(sum(weight * value for weight, value in zip(weights, losses.tolist()))), "conditional": (sums["kept"] / tried).tolist(),
-            "accuracy": (sums["right"] / rows).tolist(), "chain_tau": tokens / max(rounds, 1)}
+            "accuracy": (sums["right"] / rows).tolist(), "chain_tau": tokens / max(rounds, 1)} | (
+        {"gto": gto.figures(sums["gto"])} if "gto" in sums else {})
 
 
 class Log:
@@ -87,8 +89,17 @@ class Progress:
         numbers = lambda values: " ".join(f"{v:.2f}" for v in values)  # noqa: E731
         self.say(f"step {line['step']}/{self.total} loss {mean['loss']:.3f} | right {numbers(mean['accuracy'])} | given right before "
                  f"{numbers(mean['conditional'])} | chain tau {mean['chain_tau']:.2f} | {line['tokens_per_second']:.0f} tok/s ({shares}) | "
-                 f"vocabulary {self.coverage:.1%}" + (f" | {line['skipped']} steps skipped" * bool(line["skipped"])) + f" | left {minutes}:{rest:02d}")
+                 + tree_figures(mean.get("gto")) + f"vocabulary {self.coverage:.1%}"
+                 + (f" | {line['skipped']} steps skipped" * bool(line["skipped"])) + f" | left {minutes}:{rest:02d}")
         self.sums, self.seconds, self.shown = {}, dict.fromkeys(PHASES, 0.0), time.time()
+
+
+def tree_figures(g: dict | None) -> str:
+    """What a person reads of GTO's figures; nothing without them."""
+    if g is None:
+        return ""
+    return (f"reward {g['reward']:.3f} (start {g['frozen_reward']:.3f}) ratio {g['ratio']:.3f} clipped {g['clipped']:.0%} spread {g['spread']:.3f} "
+            f"skipped {g['skipped']:.0f} of {g['groups']:.0f} groups | ")
 
 
 def logged_in() -> bool:

@@ -20,6 +20,7 @@ from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFe
 from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.attention import kernel_for, strips_of
 from draftsmith.models.heads.distill import chain_walk, soft_cross_entropy, teach
+from draftsmith.models.heads.hung import Hung
 from draftsmith.models.heads.unroll import Plan, turn, unroll
 from draftsmith.models.slots import SlotCache
 
@@ -317,6 +318,15 @@ class Eagle3Head(nn.Module):
         return total, {name: value.sum(1).float() for name, value in sums.items()} | {
             "walk": torch.tensor(chain_walk(packing, leading.tolist()), dtype=torch.float32, device=device)}
 
+    def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Hung:
+        """A beam of P roots at packed indices at [P], each at least 1 inside its document: root p is tokens[at[p]] (whatever `expand` is given
+        first) and sees features of its document before at[p] only, as in decoding. With gradient where it is enabled."""
+        packing, hidden = features.packing, self._fuse(features.hidden)
+        # A document's last row meets the next one's first token; no root sees it.
+        u = self.midlayer.widen(self._embed(features.tokens.roll(-1)), hidden)
+        row = self.midlayer.self_attn.key_value(u, *self._angles(packing.positions.to(hidden.device)))
+        return Hung.at(packing, at, row, hidden)
+
     # Decoding
 
     def prefill(self, features: Features) -> Context:
@@ -349,11 +359,23 @@ class Eagle3Head(nn.Module):
 
         The first call consumes the root tokens [B, 1]; it also completes the pending rows, which stay.
         """
-        if beam.depth == 0:
+        if isinstance(beam, Hung):
+            output, beam = self._grow_hung(beam, tokens, parents)
+        elif beam.depth == 0:
             output, beam = self._commit_root(beam.context, tokens)
         else:
             output, beam = self._grow(beam, tokens, parents)
         return torch.log_softmax(self.logits(output).float(), -1), beam
+
+    def _grow_hung(self, beam: Hung, tokens: torch.Tensor, parents: torch.Tensor):
+        layer, rows = self.midlayer, torch.arange(len(tokens), device=tokens.device)[:, None]
+        hidden = beam.hidden[rows, parents]
+        u = layer.widen(self._embed(tokens), hidden)
+        cos, sin = self._angles(beam.positions[:, None])
+        query, (key, value) = layer.self_attn.query(u, cos, sin), layer.self_attn.key_value(u, cos, sin)
+        attended, own, seen = beam.attend(query, key, value, parents, layer.self_attn.scale)
+        output = layer.finish(hidden, attended)
+        return output, replace(beam, hidden=output, own=own, seen=seen, positions=beam.positions + 1)
 
     def _commit_root(self, context: Context, root: torch.Tensor):
         pending, cache = context.pending, context.cache
