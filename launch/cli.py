@@ -101,8 +101,8 @@ def regenerate(target: str, prompts: str, output: str, temperature: list[float] 
 
 
 @app.command(name="eval")
-def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), lookup, hf-generate, hf-lookup, "
-                                                               "hf-assisted; plain decoding is always there")],
+def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup, "
+                                                               "hf-generate, hf-lookup, hf-assisted; plain decoding is always there")],
              suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = ["bundled:prompts/code.jsonl"],
              target: Annotated[str, typer.Option(help="default: the one that the drafters name")] = None,
              assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini", output: str = "runs/eval",
@@ -119,7 +119,7 @@ def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter director
 
 
 @app.command()
-def verify(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), lookup")],
+def verify(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup")],
            suite: str = "bundled:prompts/code.jsonl", target: Annotated[list[str], typer.Option(help="default: the one that the drafters name")] = None,
            dtype: Annotated[list[str], typer.Option(help="fp32, bf16, fp16; identity is claimed in fp32")] = ["fp32"],
            tree: list[str] = ["chain:5", "dynamic:4x4x12", "dynamic:10x7x60"], batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],
