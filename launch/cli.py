@@ -92,6 +92,37 @@ def prompts(output: str, count: Count = 1000, package: list[str] = ["python"], s
 
 
 @app.command()
+def longbench(output: str, conversations: Annotated[list[str], typer.Option(help="files of `conversation` (WildChat) or `messages`")] = [],
+              documents: Annotated[list[str], typer.Option(help="files of `text` and `question`")] = [],
+              package: Annotated[list[str], typer.Option(help="installed packages, or python: repository-level questions")] = [],
+              questions: Annotated[int, typer.Option(min=1, help="functions asked for in a module, one a prompt")] = 1,
+              held_out: Annotated[bool, typer.Option(help="ask for functions of modules that no training saw")] = False,
+              edge: Annotated[list[int], typer.Option(help="borders of the bins, tokens")] = [4096, 8192, 16384, 32768, 65536],
+              cut: Annotated[list[int], typer.Option(help="instead of bins: every prompt cut from the left to each of these lengths")] = [],
+              count: Count = 200, sampler: Annotated[str, typer.Option(help="natural or balanced")] = "natural",
+              fill: Annotated[bool, typer.Option(help="put unrelated prompts in front until a bin is reached")] = False, seed: int = 0,
+              target: Target = "bundled:targets/code-long"):
+    """Build a suite of long prompts (LongSpecBench) with bins of lengths."""
+    from collections import Counter
+    from itertools import chain
+
+    from draftsmith.launch import longbench as bench
+    from draftsmith.models.chat import load_tokenizer
+
+    tokenizer, left_out = load_tokenizer(target), Counter()
+    sources = [bench.conversations(file, left_out) for file in conversations] + [bench.documents(file, left_out) for file in documents]
+    if package:
+        sources.append(bench.repositories(package, held_out, max(cut or edge), tokenizer, seed, questions))
+    if not sources:
+        raise UserError("longbench: found no source, expected --conversations, --documents or --package")
+    if cut:
+        found = bench.rendered(chain(*sources), tokenizer, max(cut), left_out)
+        bench.write_suite(bench.cut(found, tuple(cut), count, tokenizer, left_out), output, left_out, say)
+    else:
+        bench.longbench(sources, output, tokenizer, tuple(edge), count, sampler, fill, seed, left_out, say)
+
+
+@app.command()
 def regenerate(target: str, prompts: str, output: str, temperature: list[float] = [0.0], max_new_tokens: Count = 160,
                batch: Count = 64, limit: Count = None, seed: int = 0):
     """Let the target answer prompts; a killed run goes on where it stopped."""

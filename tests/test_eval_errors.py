@@ -218,7 +218,8 @@ def test_places_that_cannot_be_written_and_partial_results_of_another_run(refuse
 
 COMMANDS = {
     "verify an unknown dtype": (["verify", "{place}/drafter", "--dtype", "int3"], "dtype: found int3, expected fp32, bf16 or fp16"),
-    "verify a loop of the library": (["verify", "{place}/drafter", "hf-lookup"], "methods: found {place}/drafter, hf-lookup, expected drafters, howl:DRAFTER, suffix or lookup"),
+    "verify a loop of the library": (["verify", "{place}/drafter", "hf-lookup"],
+                                     "methods: found {place}/drafter, hf-lookup, expected drafters, howl:DRAFTER, suffix, lookup"),
     "verify a tree that is none": (["verify", "{place}/drafter", "--tree", "oak"], "tree: found 'oak'"),
     "sweep a baseline": (["sweep", "lookup"], "drafter: found lookup, expected a drafter directory"),
     "sweep a tree that is none": (["sweep", "{place}/drafter", "--tree", "dynamic:3x3"], "tree: found 'dynamic:3x3'"),
