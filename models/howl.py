@@ -5,26 +5,17 @@ is what the head's own trees have lately achieved in the request, or a fixed num
 Behind a suffix step no `[SPEC]` state is there: the head goes on from the plain one (its `spec_dropout` has trained it for that).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from draftsmith.models.drafter import HeadDrafter
-from draftsmith.models.suffix import SuffixDrafter
+from draftsmith.models.suffix import Step, SuffixDrafter
 from draftsmith.models.tree import DraftTree
 
 INITIAL = 3.0  # accepted drafted tokens of a head step before the first one is known
 KEPT = 0.9  # of the running mean, in each head step
-
-
-@dataclass
-class Step:
-    """One verified tree: where it came from ("suffix" or "head"), the suffix draft's score, and the drafted tokens that were accepted."""
-
-    source: str
-    score: float
-    accepted: int
 
 
 class HowlDrafter:

@@ -250,11 +250,21 @@ class SuffixIndex:
         return len(slots) if rule.norm == "node" else sum(len(places) for _, places in groups)
 
 
+@dataclass
+class Step:
+    """One verified tree: where it came from ("suffix" or "head"), the suffix draft's score, and the drafted tokens that were accepted."""
+
+    source: str
+    score: float
+    accepted: int
+
+
 class SuffixDrafter:
     """Drafts for every request from its own text, prompt included, and from the texts that all requests generated.
 
     size: rows of a tree, root included. cached_requests: how many requests' generated tokens are kept across requests, the oldest
     leaving first; 0 keeps each request to itself, so that results do not depend on what was decoded before. max_tokens: of each index.
+    steps: all trees that it proposed since the last `begin`, in order.
     """
 
     feature_spec = FeatureSpec(taps=())
@@ -269,12 +279,13 @@ class SuffixDrafter:
         self.tails: list[list[int]] = [[] for _ in range(len(root))]
         self.numbers = list(range(self.started, self.started + len(root)))
         self.started += len(root)
-        self.root = root
+        self.root, self.scores, self.steps = root, [], []
         for row, (tokens, length, last) in enumerate(zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())):
             self._commit(row, [*tokens[:length], last], [last])
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         """The old root is known already."""
+        self.steps += [Step("suffix", score, length - 1) for score, length in zip(self.scores, features.lengths.tolist())]
         self.root = root
         for row, (tokens, length, last) in enumerate(zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())):
             committed = [*tokens[1:length], last]
@@ -300,7 +311,9 @@ class SuffixDrafter:
         return found
 
     def propose(self, draw: Draw) -> DraftTree:
-        return self.trees(self.drafts())
+        drafts = self.drafts()
+        self.scores = [draft.score for draft in drafts]
+        return self.trees(drafts)
 
     def trees(self, drafts: list[Draft]) -> DraftTree:
         width = max(len(draft.tokens) for draft in drafts)

@@ -105,7 +105,8 @@ def test_a_function_is_asked_for_behind_its_package_and_its_body_is_not_shown(to
 def test_cuts_end_alike(tmp_path, tokenizer):
     """Every cut is a suffix of the longer ones; the longest prompt of a document has just the length that was asked for, all of them start alike."""
     left_out, lengths = Counter(), (512, 1024, 2048)
-    candidates = bench.rendered(bench.repositories(["rich"], False, 2048, tokenizer, 1, 3, 400, (1, 2000)), tokenizer, 2048, left_out)
+    asked = bench.repositories(["rich"], False, 2048, tokenizer, 1, 3, 400, (1, 2000))
+    candidates = bench.rendered(asked, tokenizer, 2048, left_out)
     rows = bench.cut(candidates, lengths, 5, tokenizer, left_out)
     prompts = {(row["name"].rpartition("@")[0], row["category"]): row for row in rows}
     assert len({row["document"] for row in rows}) == 5 and len(prompts) == len(rows) > 15
@@ -131,8 +132,8 @@ def test_an_open_file_lacks_exactly_the_lines_of_its_functions():
     source = corpus.SourceFile("p", "p/m.py", Path("m.py"), SOURCE)
     functions = {f.name: f for f in corpus.cut_functions(source)}
     shown = open_file(source, [functions["documented"], functions["wait"]])
-    assert shown.text == ("# p/m.py\nimport os\n\nclass A:\n    def plain(self, x):\n        return x + 1\n\n\ndef only_doc():\n    \"\"\"Nothing else.\"\"\"\n\n"
-                          "def one_line(): return 1\n")
+    assert shown.text == ("# p/m.py\nimport os\n\nclass A:\n    def plain(self, x):\n        return x + 1\n\n\ndef only_doc():\n"
+                          "    \"\"\"Nothing else.\"\"\"\n\ndef one_line(): return 1\n")
     assert shown.asked == [functions["documented"], functions["wait"]]
     assert question([shown], functions["plain"]).endswith("return 1\n\n\ndef plain(self, x):")
     again = open_file(source, [functions["plain"], functions["plain"]])
