@@ -11,7 +11,7 @@ from draftsmith.eval.verify import MATCH, Verifier
 from draftsmith.models.drafter import Drafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.noise import Draw
-from draftsmith.models.targets import TextTarget
+from draftsmith.models.targets import Prefill, TextSession, TextTarget
 from draftsmith.models.tree import DraftTree
 
 
@@ -64,12 +64,20 @@ def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sam
     At temperature 0 every verifier is greedy matching. Margins are those of sample-and-match.
     Raises UserError for an empty prompt, one that leaves no room in the target's context, and trees that the verifier refuses.
     """
+    check_prompts(target, prompts, max_new_tokens, drafter.size)
+    session = target.open(drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size)
+    return decode(session, session.prefill(prompts), drafter, prompts, sampling, max_new_tokens, eos, requests, clock, margins, verifier)
+
+
+@torch.inference_mode()
+def decode(session: TextSession, prefill: Prefill, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
+           eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None, margins: bool = False,
+           verifier: Verifier = MATCH) -> list[Trace]:
+    """`generate` behind a session's own prefill of the prompts, which the caller has checked."""
+    target = session.target
     clock, active = clock or Clock(target.device), list(requests or range(len(prompts)))
     traces, histories = {r: Trace() for r in active}, {r: list(p) for r, p in zip(active, prompts)}
     order, verifier = list(active), MATCH if sampling.temperature == 0 else verifier
-    check_prompts(target, prompts, max_new_tokens, drafter.size)
-    session = target.open(drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size)
-    prefill = session.prefill(prompts)
     start = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=target.device))
     first = Noise(sampling, active, [len(p) - 1 for p in prompts])
     root = first.perturb(processed(prefill.logits[:, None], start, sampling, active, histories), start)[:, 0].argmax(-1)

@@ -189,3 +189,18 @@ def page(pieces: list[str]) -> list[tuple[int, int, int, str]]:
     return cells
 
 
+def calibration(points: list[tuple[str, list[tuple[float, float, int]]]], path: Path) -> None:
+    """points: (source, [(mean score, mean accepted tokens, steps)]) by range of scores; on the diagonal a score is what it says it is."""
+    figure, ((axes,),) = canvas(7.5, 4.6)
+    paint = colours([source for source, _ in points])
+    top = max(score for _, found in points for score, _, _ in found)
+    axes.plot([0, top], [0, top], color="#888888", lw=1, ls="--")
+    for source, found in points:
+        scores, accepted, steps = zip(*found)
+        axes.plot(scores, accepted, marker="o", ms=5, color=paint[source], label=source)
+        for x, y, count in zip(scores, accepted, steps):
+            axes.annotate(str(count), (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7, color=paint[source])
+    tidy(axes, xlabel="score of the suffix draft (tokens expected to be accepted)", ylabel="tokens accepted in the step, mean",
+         title="What a suffix score is worth (numbers: steps)")
+    beside(axes)
+    figure.savefig(path)

@@ -115,13 +115,15 @@ def read_rows(path: Path) -> Iterator[tuple[int, object]]:
                 raise UserError(f"{path} row {number}: not valid JSON ({error})") from None
 
 
-def _parquet(path: Path) -> list[dict]:
+def _parquet(path: Path) -> Iterator[dict]:
+    """Group by group: logs of conversations do not fit the memory."""
     try:
         import pyarrow.lib
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs pyarrow; expected it installed, or the suite as JSONL") from None
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        for rows in pyarrow.parquet.ParquetFile(path).iter_batches(4096):
+            yield from rows.to_pylist()
     except (pyarrow.lib.ArrowException, OSError) as error:
         raise UserError(f"{path}: not valid Parquet ({error})") from None

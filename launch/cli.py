@@ -92,6 +92,37 @@ def prompts(output: str, count: Count = 1000, package: list[str] = ["python"], s
 
 
 @app.command()
+def longbench(output: str, conversations: Annotated[list[str], typer.Option(help="files of `conversation` (WildChat) or `messages`")] = [],
+              documents: Annotated[list[str], typer.Option(help="files of `text` and `question`")] = [],
+              package: Annotated[list[str], typer.Option(help="installed packages, or python: repository-level questions")] = [],
+              questions: Annotated[int, typer.Option(min=1, help="functions asked for in a module, one a prompt")] = 1,
+              held_out: Annotated[bool, typer.Option(help="ask for functions of modules that no training saw")] = False,
+              edge: Annotated[list[int], typer.Option(help="borders of the bins, tokens")] = [4096, 8192, 16384, 32768, 65536],
+              cut: Annotated[list[int], typer.Option(help="instead of bins: every prompt cut from the left to each of these lengths")] = [],
+              count: Count = 200, sampler: Annotated[str, typer.Option(help="natural or balanced")] = "natural",
+              fill: Annotated[bool, typer.Option(help="put unrelated prompts in front until a bin is reached")] = False, seed: int = 0,
+              target: Target = "bundled:targets/code-long"):
+    """Build a suite of long prompts (LongSpecBench) with bins of lengths."""
+    from collections import Counter
+    from itertools import chain
+
+    from draftsmith.launch import longbench as bench
+    from draftsmith.models.chat import load_tokenizer
+
+    tokenizer, left_out = load_tokenizer(target), Counter()
+    sources = [bench.conversations(file, left_out) for file in conversations] + [bench.documents(file, left_out) for file in documents]
+    if package:
+        sources.append(bench.repositories(package, held_out, max(cut or edge), tokenizer, seed, questions))
+    if not sources:
+        raise UserError("longbench: found no source, expected --conversations, --documents or --package")
+    if cut:
+        found = bench.rendered(chain(*sources), tokenizer, max(cut), left_out)
+        bench.write_suite(bench.cut(found, tuple(cut), count, tokenizer, left_out), output, left_out, say)
+    else:
+        bench.longbench(sources, output, tokenizer, tuple(edge), count, sampler, fill, seed, left_out, say)
+
+
+@app.command()
 def regenerate(target: str, prompts: str, output: str, temperature: list[float] = [0.0], max_new_tokens: Count = 160,
                batch: Count = 64, limit: Count = None, seed: int = 0):
     """Let the target answer prompts; a killed run goes on where it stopped."""
@@ -101,8 +132,8 @@ def regenerate(target: str, prompts: str, output: str, temperature: list[float] 
 
 
 @app.command(name="eval")
-def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), lookup, hf-generate, hf-lookup, "
-                                                               "hf-assisted; plain decoding is always there")],
+def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup, "
+                                                               "hf-generate, hf-lookup, hf-assisted; plain decoding is always there")],
              suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = ["bundled:prompts/code.jsonl"],
              target: Annotated[str, typer.Option(help="default: the one that the drafters name")] = None,
              assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini", output: str = "runs/eval",
@@ -119,7 +150,7 @@ def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter director
 
 
 @app.command()
-def verify(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), lookup")],
+def verify(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup")],
            suite: str = "bundled:prompts/code.jsonl", target: Annotated[list[str], typer.Option(help="default: the one that the drafters name")] = None,
            dtype: Annotated[list[str], typer.Option(help="fp32, bf16, fp16; identity is claimed in fp32")] = ["fp32"],
            tree: list[str] = ["chain:5", "dynamic:4x4x12", "dynamic:10x7x60"], batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],

@@ -16,13 +16,18 @@ from draftsmith.eval.prompts import Prompt, all_turns, first_turn
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.suites import read_suite
 from draftsmith.models.chat import load_tokenizer, stop_ids
-from draftsmith.models.drafter import NoDrafter
+from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
+from draftsmith.models.grow import parse_tree
+from draftsmith.models.howl import HowlDrafter
 from draftsmith.models.lookup import LookupDrafter
+from draftsmith.models.suffix import SuffixDrafter
 from draftsmith.models.targets import TextTarget, locate
 
-BASELINES = ("plain", "lookup", "hf-generate", "hf-lookup", "hf-assisted")  # every other method is a drafter's directory
+BASELINES = ("plain", "lookup", "suffix", "hf-generate", "hf-lookup", "hf-assisted")  # every other method is a drafter's directory
+HOWL = "howl:"  # before a drafter's directory: HOWL over it
+HOWL_TREE, HOWL_ROWS = parse_tree("dynamic:10x7x60"), 60
 KEYS = ("speedup", "tree", "sweep", "timed", "plain", "greedy", "sampled", "lossless", "identical", "cells", "samples", "conditions")  # of result.json
 ASSISTANT = "bundled:targets/code-mini"
 ANSWER_BATCH = 16
@@ -41,25 +46,34 @@ class Methods:
 
     @classmethod
     def open(cls, names: list[str], target_name: str | None, assistant: str, dtype: torch.dtype | None = None) -> "Methods":
-        """names: `BASELINES` or drafters (directory, Hub id, `bundled:PATH`, or NAME=any of these). Without target_name the drafters name theirs."""
+        """names: `BASELINES`, drafters (directory, Hub id, `bundled:PATH`, or NAME=any of these) or `howl:` before a drafter. Without target_name
+        the drafters name theirs."""
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(f"methods: found {repeated[0]} twice, expected each once")
-        folders = labels([name for name in names if name not in BASELINES])
+        if HOWL in names:
+            raise UserError(f"{HOWL[:-1]}: found no drafter behind it, expected {HOWL}DRAFTER")
+        folders = labels([name for name in names if name not in BASELINES and not name.startswith(HOWL)])
         places = {name: fetch(folder) for name, folder in folders.items()}
+        under = {name: fetch(name.removeprefix(HOWL)) for name in names if name.startswith(HOWL)}
         if target_name is None:
-            wanted = {name: target_of(place) for name, place in places.items()}
+            wanted = {name: target_of(place) for name, place in {**places, **under}.items()}
             if len(set(wanted.values())) > 1:
                 raise UserError(f"drafters: found targets {', '.join(sorted(set(wanted.values())))}, expected one (or --target)")
             if not wanted:
                 raise UserError(f"methods: found no drafter among {', '.join(names)}, expected one that names its target, or --target")
             target_name = next(iter(wanted.values()))
         target, tokenizer = TextTarget.load(target_name, dtype), load_tokenizer(target_name)
-        heads = {name: load_drafter(place, target.shared, target.layers) for name, place in places.items()}
+        load = lambda place: load_drafter(place, target.shared, target.layers)  # noqa: E731
+        heads = {name: load(place) for name, place in places.items()}
         lookup, baselines = LookupDrafter(), {}
         for name in names:
             if name == "lookup":
                 baselines[name] = Looped(target, lookup)
+            elif name == "suffix":
+                baselines[name] = Looped(target, SuffixDrafter(HOWL_ROWS))
+            elif name in under:
+                baselines[name] = Looped(target, HowlDrafter(HeadDrafter(load(under[name]), HOWL_TREE), SuffixDrafter(HOWL_ROWS)))
             elif name == "hf-generate":
                 baselines[name] = Generate(target)
             elif name == "hf-lookup":

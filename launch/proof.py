@@ -26,7 +26,7 @@ def verify(names: list[str], suite: str, targets: list[str], dtypes: list[str], 
     samplings = [Sampling(t, seed=seed) for t in temperatures]
     samplings += [Sampling(t, 20, 0.9, 1.2, seed) for t in temperatures if t > 0]
     if any(name.startswith("hf-") or name == "plain" for name in names):
-        raise UserError(f"methods: found {', '.join(names)}, expected drafters or lookup (Hugging Face's own loops are not ours to prove)")
+        raise UserError(f"methods: found {', '.join(names)}, expected drafters, howl:DRAFTER, suffix, lookup (the loops of Hugging Face are not ours to prove)")
     check_writable(output)
     found: list[Comparison] = []
     for target_name in targets or [None]:

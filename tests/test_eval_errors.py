@@ -132,6 +132,8 @@ METHODS = {
     "a folder that is none": (["{place}/none"], "{place}/none: no such directory; expected a drafter directory"),
     "a folder that is none, with a target": (["{place}/none", "--target", "{place}/target"], "{place}/none: no such directory"),
     "an unknown bundled drafter": (["bundled:drafters/none"], "bundled:drafters/none: no such bundled model"),
+    "howl over a folder that is none": (["howl:{place}/none"], "{place}/none: no such directory; expected a drafter directory"),
+    "howl over nothing": (["howl:"], "howl: found no drafter behind it, expected howl:DRAFTER"),
     "a method twice": (["{place}/drafter", "lookup", "lookup"], "methods: found lookup twice, expected each once"),
     "nothing that names a target": (["lookup", "hf-lookup"], "methods: found no drafter among lookup, hf-lookup, expected one that names its target"),
     "drafters of two targets": (["{place}/drafter", "{place}/other"], "drafters: found targets"),
@@ -216,7 +218,8 @@ def test_places_that_cannot_be_written_and_partial_results_of_another_run(refuse
 
 COMMANDS = {
     "verify an unknown dtype": (["verify", "{place}/drafter", "--dtype", "int3"], "dtype: found int3, expected fp32, bf16 or fp16"),
-    "verify a loop of the library": (["verify", "{place}/drafter", "hf-lookup"], "methods: found {place}/drafter, hf-lookup, expected drafters or lookup"),
+    "verify a loop of the library": (["verify", "{place}/drafter", "hf-lookup"],
+                                     "methods: found {place}/drafter, hf-lookup, expected drafters, howl:DRAFTER, suffix, lookup"),
     "verify a tree that is none": (["verify", "{place}/drafter", "--tree", "oak"], "tree: found 'oak'"),
     "sweep a baseline": (["sweep", "lookup"], "drafter: found lookup, expected a drafter directory"),
     "sweep a tree that is none": (["sweep", "{place}/drafter", "--tree", "dynamic:3x3"], "tree: found 'dynamic:3x3'"),

@@ -35,13 +35,18 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Function:
-    """A function as a question (signature and docstring, one trailing newline less) and its answer (the body)."""
+    """A function as a question (signature and docstring, one trailing newline less) and its answer (the body).
+
+    first, last: its lines in the file, counted from 1, decorators included.
+    """
 
     module: str
     name: str
     question: str
     answer: str
     documented: bool
+    first: int
+    last: int
 
 
 def is_held_out(module: str, share: float = 0.03) -> bool:
@@ -109,7 +114,8 @@ def cut_functions(source: SourceFile, max_lines: int = 60, max_doc_lines: int = 
             kept = doc.strip().splitlines()[:max_doc_lines]
             quoted = "\n".join(["\"\"\"" + kept[0], *kept[1:]]) + ("\"\"\"" if len(kept) == 1 else "\n\"\"\"")
             question += "\n" + textwrap.indent(quoted, "    ")
-        found.append(Function(source.module, node.name, question, textwrap.indent(answer, "    "), bool(doc)))
+        start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        found.append(Function(source.module, node.name, question, textwrap.indent(answer, "    "), bool(doc), start, node.end_lineno))
     return found
 
 

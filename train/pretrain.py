@@ -21,9 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
+from draftsmith.models.targets import describe, locate
 from draftsmith.train import corpus
 from draftsmith.train.optimizers import MuonAdamW
 from draftsmith.train.recipe import Strict
+from draftsmith.train.repository import RepositoryRows
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -55,10 +57,13 @@ class Architecture(Strict):
 
 
 class Stage(Strict):
+    """repository: share of the rows that are one repository document each (train/repository.py); the others are packed documents."""
+
     layers: int = Field(gt=0)
     length: int = Field(gt=0)
     batch: int = Field(gt=0)
     tokens: int = Field(gt=0)
+    repository: float = Field(0.0, ge=0, le=1)
 
 
 class Optimizer(Strict):
@@ -70,9 +75,11 @@ class Optimizer(Strict):
 
 
 class TargetRecipe(Strict):
-    """tokenizer: that of another target (a draft model must share its target's); without it one is trained on the corpus."""
+    """tokenizer: that of another target (a draft model must share its target's); without it one is trained on the corpus.
+    start_from: a target of the same shape whose weights are trained on; `model` may give it another RoPE base and more positions."""
 
     seed: int
+    start_from: str | None = None
     tokenizer: str | None = None
     corpus: Corpus
     model: Architecture
@@ -129,6 +136,7 @@ class Documents:
         self.chat = self._encode(train, spec)
         self.held_out = self._encode(held, spec)
         self.held_functions = held
+        self.repository = RepositoryRows(list(texts), self.tokenizer, recipe.seed)
         rng.shuffle(texts)
         budget = int(sum(map(len, self.chat)) * spec.text_share / (1 - spec.text_share))
         self.text = []
@@ -154,6 +162,42 @@ class Documents:
         return torch.tensor([token for document in documents for token in document], dtype=torch.int32)
 
 
+class Rows:
+    """Training rows in a seeded order: packed documents epoch after epoch, and repository documents among them."""
+
+    def __init__(self, documents: Documents, seed: int):
+        self.documents, self.seed, self.rng = documents, seed, random.Random(seed)
+        self.epoch, self.cursor, self.stream = 0, 0, documents.stream(0, seed)
+
+    def draw(self, stage: Stage) -> torch.Tensor:
+        """[batch, length + 1] int32."""
+        width = stage.length + 1
+        whole = sum(self.rng.random() < stage.repository for _ in range(stage.batch)) if stage.repository else 0
+        need = (stage.batch - whole) * width
+        if self.cursor + need > len(self.stream):
+            self.epoch, self.cursor = self.epoch + 1, 0
+            self.stream = self.documents.stream(self.epoch, self.seed)
+        packed = self.stream[self.cursor:self.cursor + need].view(-1, width)
+        self.cursor += need
+        repository = torch.tensor([self.documents.repository.row(width) for _ in range(whole)], dtype=torch.int32)
+        return torch.cat([packed, repository.view(-1, width)])
+
+
+def first_model(recipe: TargetRecipe) -> LlamaForCausalLM:
+    """A random model of the first stage's depth, or the weights of `start_from` under the recipe's shape."""
+    shape = recipe.model
+    config = LlamaConfig(**shape.model_dump(exclude={"rope_theta"}), rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+                         num_hidden_layers=recipe.stages[0].layers, tie_word_embeddings=True, use_cache=False,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    if recipe.start_from is None:
+        return LlamaForCausalLM(config)
+    started = describe(recipe.start_from).config
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"):
+        if getattr(started, name) != getattr(config, name):
+            raise UserError(f"start_from: {recipe.start_from} has {name} {getattr(started, name)}, expected the recipe's {getattr(config, name)}")
+    return LlamaForCausalLM.from_pretrained(locate(recipe.start_from), config=config, dtype=torch.float32)
+
+
 def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
     """The same function with more layers: each layer is followed by copies of itself that add zero to the residual."""
     old = model.config.num_hidden_layers
@@ -174,14 +218,15 @@ def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
     return grown
 
 
-def language_loss(model, rows: torch.Tensor, body=None) -> torch.Tensor:
+def language_loss(model, rows: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy (nats per token) of rows [B, S + 1]."""
     rows = rows.long()
-    hidden = (model.model if body is None else body)(input_ids=rows[:, :-1]).last_hidden_state
+    hidden = model.model(input_ids=rows[:, :-1]).last_hidden_state
     return F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # documents of any length: each would be compiled anew
 def loss_per_byte(model, tokenizer, documents: list[list[int]], device, limit: int = 400) -> tuple[float, float]:
     """Held-out loss: (nats per token, nats per byte of text), each document on its own, special tokens included."""
     nats = tokens = size = 0
@@ -214,28 +259,20 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
     documents = Documents(recipe, folder)
     log(f"chat {sum(map(len, documents.chat)):,} tokens, text {sum(map(len, documents.text)):,}, held out {len(documents.held_out)} documents")
     documents.tokenizer.save_pretrained(folder)
-    shape = recipe.model
-    config = LlamaConfig(**shape.model_dump(exclude={"rope_theta"}), rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-                         num_hidden_layers=recipe.stages[0].layers, tie_word_embeddings=True, use_cache=False,
-                         bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model = LlamaForCausalLM(config).to(device)
+    model = first_model(recipe).to(device)
     total = sum(stage.tokens for stage in recipe.stages)
-    spec, seen, steps, epoch, cursor, stream = recipe.optimizer, 0, 0, 0, 0, documents.stream(0, recipe.seed)
+    spec, seen, steps, rows = recipe.optimizer, 0, 0, Rows(documents, recipe.seed)
     started = saved = time.time()
     for stage in recipe.stages:
         if stage.layers != model.config.num_hidden_layers:
             model = grow(model, stage.layers).to(device)
-        body = torch.compile(model.model) if recipe.compile else model.model
+        if recipe.compile:
+            for layer in model.model.layers:
+                layer.compile()  # layers are alike: one compilation serves them all
         optimizer, end, losses = make_optimizer(model, spec), seen + stage.tokens, []
         while seen < end:
-            need = stage.batch * (stage.length + 1)
-            if cursor + need > len(stream):
-                epoch, cursor = epoch + 1, 0
-                stream = documents.stream(epoch, recipe.seed)
-            rows = stream[cursor:cursor + need].view(stage.batch, -1).to(device)
-            cursor += need
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss = language_loss(model, rows, body)
+                loss = language_loss(model, rows.draw(stage).to(device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
             scale = min(1.0, (steps + 1) / spec.warmup, (1 - seen / total) / spec.decay)
@@ -247,9 +284,9 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise UserError(f"step {steps}: loss is {losses[-1]}, expected a finite number; lower optimizer.muon_lr or adam_lr")
-            if steps % 100 == 0:
-                log(f"layers {stage.layers} step {steps} tokens {seen / 1e6:.2f}/{total / 1e6:.2f}M epoch {epoch} "
-                    f"loss {sum(losses[-100:]) / len(losses[-100:]):.3f} lr x{scale:.2f} {(time.time() - started) / 60:.1f} min")
+            if steps % 20 == 0:
+                log(f"layers {stage.layers} step {steps} tokens {seen / 1e6:.2f}/{total / 1e6:.2f}M epoch {rows.epoch} "
+                    f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f} lr x{scale:.2f} {(time.time() - started) / 60:.1f} min")
             if time.time() - saved > recipe.save_minutes * 60:
                 saved = time.time()
                 nats, per_byte = loss_per_byte(model, documents.tokenizer, documents.held_out, device, 100)
