@@ -122,6 +122,17 @@ class Packing:
         """How many rows take part in each of the first `steps` steps."""
         return [int((self.reach > k).sum()) for k in range(steps)]
 
+    @cached_property
+    def prompts(self) -> torch.Tensor:
+        """[documents] int64: the tokens of each before the first one that the target wrote (at least one), which decoding prefills."""
+        masks = [self.mask[start:stop] for start, stop in zip(self.borders, self.borders[1:])]
+        return torch.tensor([max(1, int(m.int().argmax())) if m.any() else len(m) for m in masks])
+
+    def select(self, kept: torch.Tensor) -> "Packing":
+        """The packing of the tokens `kept` [T] bool."""
+        ends = [0, *kept.cumsum(0).tolist()]
+        return Packing(tuple(ends[border] for border in self.borders), self.mask[kept])
+
 
 @dataclass(frozen=True)
 class Teacher:
