@@ -13,25 +13,44 @@ import torch
 
 
 @dataclass(frozen=True)
+class Middle:
+    """Which intermediate state is taught: of the decoder layers [lo, hi) (0-based) the one of least attention entropy, for every token or for
+    the mean over a document (ties: the lowest); the state that leaves or enters that layer (DREAM, section 4)."""
+
+    granularity: Literal["token", "sample"]
+    layers: tuple[int, int]
+    feature: Literal["output", "input"]
+
+
+@dataclass(frozen=True)
 class FeatureSpec:
-    """taps: Hugging Face `hidden_states` indices (0 = embeddings, k = state entering layer k, "last" = after the final norm),
-    concatenated in this order. probe [h]: the head's own parameter that the target processes behind real rows as the embedding of one more
-    token (`[SPEC]`), None for heads without one; sessions read it at every forward, so that it is never stale. trees: in training,
-    `TrainingFeatures.score` is asked for.
+    """taps: Hugging Face `hidden_states` indices (0 = the target's input embeddings, projected images included, k = state entering layer k,
+    "last" = after the final norm), concatenated in this order. probe [h]: the head's own parameter that the target processes behind real rows
+    as the embedding of one more token (`[SPEC]`), None for heads without one; sessions read it at every forward, so that it is never stale.
+    trees: in training, `TrainingFeatures.score` is asked for.
+
+    rows: which rows feed the drafter; "text" hides visual tokens, and tokens of `drop_ids` that the target did not write (markers around
+    images). A head that drafts over some rows and attends to all takes all. columns: attention column means of the last layer (of prompts).
+    middle: the chosen intermediate state (in training only).
     """
 
     taps: tuple[int | Literal["last"], ...]
     probe: torch.Tensor | None = field(default=None, compare=False, repr=False)
     trees: bool = False
+    rows: Literal["all", "text"] = "all"
+    drop_ids: tuple[int, ...] = ()
+    columns: bool = False
+    middle: Middle | None = None
 
 
 @dataclass(frozen=True)
 class Shared:
     """What heads share with their target, frozen: its input embedding [V, h], and project(hidden [..., h] after the final norm) -> logits
-    [..., V], its output head (None where no target is at hand)."""
+    [..., V], its output head (None where no target is at hand). scale: what the target multiplies embeddings by on the way in."""
 
     embedding: torch.Tensor
     project: Callable[[torch.Tensor], torch.Tensor] | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,12 +59,19 @@ class Features:
 
     probes [B, S, h]: states after the final norm of the probe behind each row; of a prefill only those behind the last real row of each
     request are, the others are zero. None where no probes rode along: heads without one, trees with `probes` False.
+
+    What targets add: positions [B, S] int64, the place of each row among all that the target processed (rows that are hidden leave gaps);
+    visual [B, S] bool, rows whose input is a piece of an image; columns [B, S] fp32, if asked for and of a prompt only: the weight that a row
+    receives in the last layer, mean over heads and over the prompt's rows.
     """
 
     tokens: torch.Tensor
     hidden: torch.Tensor
     lengths: torch.Tensor
     probes: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    visual: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +122,17 @@ class Packing:
         """How many rows take part in each of the first `steps` steps."""
         return [int((self.reach > k).sum()) for k in range(steps)]
 
+    @cached_property
+    def prompts(self) -> torch.Tensor:
+        """[documents] int64: the tokens of each before the first one that the target wrote (at least one), which decoding prefills."""
+        masks = [self.mask[start:stop] for start, stop in zip(self.borders, self.borders[1:])]
+        return torch.tensor([max(1, int(m.int().argmax())) if m.any() else len(m) for m in masks])
+
+    def select(self, kept: torch.Tensor) -> "Packing":
+        """The packing of the tokens `kept` [T] bool."""
+        ends = [0, *kept.cumsum(0).tolist()]
+        return Packing(tuple(ends[border] for border in self.borders), self.mask[kept])
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -110,9 +147,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TrainingFeatures:
-    """One packed row: tokens [T] int64, hidden [T, taps * h] detached, what of it is trained on, and the teacher.
+    """One packed row: tokens [T] int64, hidden [T, taps * h] detached, what of it is trained on, and the teacher. With text rows only, all of
+    it, the packing included, is of the rows that are kept.
 
     seed keys whatever an objective draws (noise, dropout), so that a run that is resumed draws what one that was never killed draws.
+    positions, visual and columns [T] are those of `Features`; columns are over the rows before the first token that the target wrote, which
+    decoding prefills, and 0 from there on. If asked for: middle [T, h], the chosen intermediate state; entropies [T, hi - lo] fp32, each
+    token's attention entropy (nats, mean over heads) at the layers that compete.
 
     probe(embedding [h]) -> [P, h], for a spec with a probe: behind token t of each t in `packing.rows` stands the embedding, at the position of
     t + 1, seeing its document up to t and itself; its states after the final norm, with gradient to the embedding and to nothing else.
@@ -127,3 +168,8 @@ class TrainingFeatures:
     seed: int = 0
     probe: Callable[[torch.Tensor], torch.Tensor] | None = None
     score: Callable | None = None
+    positions: torch.Tensor | None = None
+    visual: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    middle: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None

@@ -8,10 +8,11 @@ from transformers import AutoConfig, GenerationConfig
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.targets.packed import PackedPrefix
+from draftsmith.models.targets.reading import ImagePrompt
 from draftsmith.models.targets.session import Prefill, TextSession, Verified
 from draftsmith.models.targets.text import TextTarget
 
-__all__ = ["Description", "FeatureSpec", "PackedPrefix", "Prefill", "TextSession", "TextTarget", "Verified", "describe", "locate"]
+__all__ = ["Description", "FeatureSpec", "ImagePrompt", "PackedPrefix", "Prefill", "TextSession", "TextTarget", "Verified", "describe", "locate"]
 
 
 @dataclass(frozen=True)

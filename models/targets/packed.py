@@ -55,10 +55,11 @@ class KeptCache(Cache):
 
 
 class PackedPrefix:
-    """One packed row that the target has processed. final [T, h]: its states after the final norm."""
+    """One packed row that the target has processed. final [T, h]: its states after the final norm; ahead [T] int64: what the rope position of
+    each token is more than its place; fed [T'] int64: the tokens that feed the drafter, among which callers count packed indices."""
 
-    def __init__(self, target, cache: KeptCache, packing: Packing, final: torch.Tensor):
-        self.target, self.cache, self.packing, self.final = target, cache, packing, final
+    def __init__(self, target, cache: KeptCache, packing: Packing, final: torch.Tensor, ahead: torch.Tensor, fed: torch.Tensor):
+        self.target, self.cache, self.packing, self.final, self.ahead, self.fed = target, cache, packing, final, ahead, fed
         lengths = torch.tensor(packing.borders).diff()
         self.numbers = torch.arange(len(lengths)).repeat_interleave(lengths).to(final.device)
         self.places = packing.positions.to(final.device)
@@ -69,7 +70,7 @@ class PackedPrefix:
         -> states after the final norm [Q, h], with gradient to inputs_embeds where it is enabled."""
         before = (self.numbers[at, None] == self.numbers) & (torch.arange(len(self.places), device=at.device) <= at[:, None])
         final, _ = self.target.behind(FeatureSpec(()), self.cache, positions[None], torch.cat([before, own], 1)[None],
-                                      torch.cat([self.places, positions])[None], **inputs)
+                                      torch.cat([self.places, positions])[None], position_ids=(positions + self.ahead[at])[None], **inputs)
         return final[0]
 
     def probe(self, embedding: torch.Tensor) -> torch.Tensor:
@@ -91,6 +92,7 @@ class PackedPrefix:
         -> (scores [P, N] fp32, log-probability of each node behind its parent, 0 for roots and padding; best [P, N] int64, the
         target's most probable next token at roots and at nodes with children, -1 elsewhere). Leaves are not processed.
         """
+        at = self.fed[at]
         edges = trees.parents >= 0
         inner = torch.zeros_like(trees.parents).scatter_add_(1, trees.parents.clamp(min=0), edges.long()) > 0
         inner[:, 0] = True

@@ -1,11 +1,14 @@
-"""Decoding with a text target: a session owns the cache, masks and positions of one batch of prompts."""
+"""Decoding with a target: a session owns the cache, masks and positions of one batch of prompts."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from draftsmith.models.features import Features, FeatureSpec
 from draftsmith.models.slots import SlotCache
+from draftsmith.models.targets.attention import Watch
+from draftsmith.models.targets.reading import ImagePrompt, keep, kept_rows
 from draftsmith.models.tree import DraftTree
 
 PREFILL_ROWS = 512  # rows of one prefill chunk: the mask is [chunk, prefix], never [length, length]
@@ -21,17 +24,20 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Verified:
-    """logits [B, N, V] and hidden [B, N, taps * h] of every tree node; probes [B, N, h] behind every node, None for a tree without them."""
+    """logits [B, N, V] and hidden [B, N, taps * h] of every tree node; lengths [B], the rows before the root; probes [B, N, h] behind every
+    node, None for a tree without them."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
+    lengths: torch.Tensor
     probes: torch.Tensor | None = None
 
     def features(self, tree: DraftTree, path: torch.Tensor, counts: torch.Tensor) -> Features:
         """Features of the committed nodes path [B, M], the first counts [B] of each row being real."""
         rows = torch.arange(len(path), device=path.device)[:, None]
         probes = None if self.probes is None else self.probes[rows, path]
-        return Features(tree.tokens[rows, path], self.hidden[rows, path], counts, probes)
+        positions = self.lengths[:, None] + torch.arange(path.size(1), device=path.device)
+        return Features(tree.tokens[rows, path], self.hidden[rows, path], counts, probes, positions, torch.zeros_like(path, dtype=torch.bool))
 
 
 class TextSession:
@@ -42,33 +48,40 @@ class TextSession:
         config = target.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache = SlotCache(config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim, target.dtype, target.device)
+        self.shift = torch.zeros_like(self.cache.lengths)  # what rope positions behind the prompts are more than places
 
     @property
     def lengths(self) -> torch.Tensor:
         return self.cache.lengths
 
     @torch.no_grad()
-    def prefill(self, prompts: list[list[int]]) -> Prefill:
-        """Processes the prompts (ragged, none empty) in chunks, then, for a spec with a probe, one probe behind each."""
+    def prefill(self, prompts: list[list[int] | ImagePrompt]) -> Prefill:
+        """Processes the prompts (ragged, none empty) in chunks, then, for a spec with a probe, one probe behind each. Raises UserError for
+        images that do not fit their prompt."""
         device = self.target.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         width = int(lengths.max())
         tokens = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
-        hidden, last = [], None
-        for start in range(0, width, PREFILL_ROWS):
-            chunk = tokens[:, start:start + PREFILL_ROWS]
-            rows = torch.arange(start, start + chunk.size(1), device=device)
-            places = torch.arange(start + chunk.size(1), device=device).expand(len(prompts), -1)
-            final, tapped = self._run(rows.expand(len(prompts), -1), places[:, None] <= rows[:, None], places, input_ids=chunk)
-            self.cache.lengths = self.cache.lengths + chunk.size(1)
+        reading = self.target.read(tokens, lengths, [getattr(p, "images", {}) for p in prompts])
+        self.shift, places = reading.shift, torch.arange(width, device=device).expand(len(prompts), -1)
+        hidden, last, columns = [], None, torch.zeros(tokens.shape, device=device) if self.spec.columns else None
+        for rows in reading.chunks(PREFILL_ROWS):
+            watch = Watch(self.target.body, places[:, rows] < lengths[:, None]) if self.spec.columns else None
+            with watch or nullcontext():
+                final, tapped = self._run(places[:, rows], reading.seen(rows), places[:, :rows.stop], **reading.inputs(rows))
+            if watch:
+                columns[:, :rows.stop] += watch.sums
+            self.cache.lengths = self.cache.lengths + final.size(1)
             hidden.append(tapped)
-            ends = (lengths - 1 - start).clamp(0, chunk.size(1) - 1)
-            ending = final[torch.arange(len(prompts), device=device), ends]
-            here = ((lengths - 1) // PREFILL_ROWS == start // PREFILL_ROWS)[:, None]
-            last = ending if last is None else torch.where(here, ending, last)
+            ending = final[torch.arange(len(prompts), device=device), (lengths - 1 - rows.start).clamp(0, final.size(1) - 1)]
+            last = ending if last is None else torch.where((lengths > rows.start)[:, None], ending, last)
         self.cache.lengths = lengths
         probes = None if self.spec.probe is None else self._probes_behind_prompts(width)
-        return Prefill(self.target.project(last), Features(tokens, torch.cat(hidden, 1), lengths, probes))
+        columns = None if columns is None else columns / lengths[:, None]
+        features = Features(tokens, torch.cat(hidden, 1), lengths, probes, places, reading.visual, columns)
+        if self.spec.rows == "text":
+            features = keep(features, kept_rows(self.spec, tokens, reading.visual))
+        return Prefill(self.target.project(last), features)
 
     @torch.no_grad()
     def verify(self, tree: DraftTree) -> Verified:
@@ -79,13 +92,13 @@ class TextSession:
         """
         if not tree.probes:
             final, hidden = self._run(*self._layout(tree.depths, tree.ancestors), input_ids=tree.tokens)
-            return Verified(self.target.project(final), hidden)
+            return Verified(self.target.project(final), hidden, self.lengths)
         size, alone = tree.size, torch.eye(tree.size, dtype=torch.bool, device=tree.tokens.device).expand_as(tree.ancestors)
         own = torch.cat([torch.cat([tree.ancestors, torch.zeros_like(alone)], 2), torch.cat([tree.ancestors, alone], 2)], 1)
         depths = torch.cat([tree.depths, tree.depths + 1], 1)
         rows = torch.cat([self.target.embed(tree.tokens), self._probe_rows(*tree.tokens.shape)], 1)
         final, hidden = self._run(*self._layout(depths, own), inputs_embeds=rows)
-        return Verified(self.target.project(final[:, :size]), hidden[:, :size], final[:, size:])
+        return Verified(self.target.project(final[:, :size]), hidden[:, :size], self.lengths, final[:, size:])
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
         """Keeps the nodes path [B, M] (root first; only the first counts [B] of a row are real) of the last verified tree."""
@@ -94,6 +107,7 @@ class TextSession:
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with only these batch rows."""
         self.cache.select(rows)
+        self.shift = self.shift[rows]
 
     def rewind(self, lengths: torch.Tensor) -> None:
         """Drops the kept rows behind the first lengths [B] of each row, so that one prefill serves several methods. Rows that `select`
@@ -128,4 +142,4 @@ class TextSession:
 
     def _run(self, positions, seen, places, **inputs):
         self.cache.place(positions.size(1))
-        return self.target.behind(self.spec, self.cache, positions, seen, places, **inputs)
+        return self.target.behind(self.spec, self.cache, positions, seen, places, **{"position_ids": positions + self.shift[:, None], **inputs})

@@ -1,7 +1,7 @@
-"""A frozen Hugging Face causal language model as drafters see it.
+"""A frozen Hugging Face causal language model, or vision-language model, as drafters see it.
 
-Nothing outside this folder touches a key/value cache, an attention mask or a position id. Token ids only: tokenizers are
-handled by whoever reads prompts.
+Nothing outside this folder touches a key/value cache, an attention mask, a position id or an image. Token ids and pixel values only: tokenizers
+and processors are handled by whoever reads prompts.
 """
 
 import inspect
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import FeatureSpec, Packing, Shared, Teacher, TrainingFeatures
-from draftsmith.models.targets.packed import KeptCache, PackedPrefix
+from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
+from draftsmith.models.targets.reading import Reading
 from draftsmith.models.targets.session import TextSession
+from draftsmith.models.targets.training import training_features
+from draftsmith.models.targets.vision import Vision
 from draftsmith.models.tree import DraftTree
 
 
@@ -25,6 +27,7 @@ class TextTarget:
     def __init__(self, model, name: str = ""):
         self.model, self.name = model.eval().requires_grad_(False), name
         self.config = model.config.get_text_config()
+        self.vision = Vision(model, name) if getattr(model.config, "vision_config", None) is not None else None
         self.window = getattr(self.config, "sliding_window", None)
         self.kinds = self._kinds()
         self._check_attention()
@@ -51,7 +54,8 @@ class TextTarget:
         try:
             config = AutoConfig.from_pretrained(place)
             dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-            model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=dtype)
+            auto = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
+            model = auto.from_pretrained(place, config=config, dtype=dtype)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # the last two: torn weights, or of another shape
             raise UserError(f"target {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
         return cls(model.to(device), str(name))
@@ -81,13 +85,18 @@ class TextTarget:
         """[V, h], the frozen input embedding that heads share.
 
         The stored weight, which is what serving engines share with a drafter, even where the model scales it on the way in
-        (Gemma: by sqrt(h)); heads normalise embeddings, so that the scale makes no difference to them.
+        (Gemma: by sqrt(h)). Most heads normalise embeddings, so that the scale makes no difference to them; `shared` tells it to others.
         """
         return self._shared if self._shared is not None else self.model.get_input_embeddings().weight
 
     @property
     def shared(self) -> Shared:
-        return Shared(self.embedding, self.project)
+        return Shared(self.embedding, self.project, float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)))
+
+    @property
+    def visual_ids(self) -> tuple[int, ...]:
+        """The ids of visual tokens, each of which stands for a piece of an image."""
+        return () if self.vision is None else (self.vision.token,)
 
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`."""
@@ -98,28 +107,24 @@ class TextTarget:
             logits = torch.nn.functional.linear(hidden, self.head.weight[ids], bias)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
+    def read(self, tokens: torch.Tensor, lengths: torch.Tensor, images: list[dict[str, torch.Tensor]]) -> Reading:
+        """Right-padded documents tokens [B, S], lengths [B], with the images of each. Raises UserError for images where none can be seen."""
+        if self.vision is not None:
+            return self.vision.read(tokens, lengths, images)
+        if any(images):
+            raise UserError(f"target {self.name}: found a prompt with images, expected text ({self.config.model_type} sees none)")
+        return Reading.text(tokens, lengths)
+
     @torch.no_grad()
-    def features(self, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec) -> TrainingFeatures:
-        """Training features of one packed row of documents, tokens [T] on this target's device. The target itself reads the documents
-        as right-padded rows, each from position 0, so that every architecture sees what it sees in decoding. No attention mask: causal
-        attention hides padding on the right from all real rows, and kernels need no [S, S] mask. For a spec with a probe or with trees the
-        features hold on to the keys and values of the row. Raises UserError where the target can do neither."""
-        lengths, places = torch.tensor(packing.borders).diff(), packing.positions.to(tokens.device)
-        numbers = torch.arange(len(lengths)).repeat_interleave(lengths).to(tokens.device)
-        padded = tokens.new_zeros(len(lengths), int(lengths.max()))
-        padded[numbers, places] = tokens
-        if spec.probe is None and not spec.trees:
-            final, hidden = self._forward(spec, input_ids=padded, use_cache=False)
-            taught = packing.rows.to(tokens.device) + 1
-            return TrainingFeatures(tokens, hidden[numbers, places], packing, Teacher(final[numbers[taught], places[taught]], self.project))
+    def features(self, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec, images: list[dict] | None = None) -> TrainingFeatures:
+        """Training features of one packed row of documents, tokens [T] on this target's device, with the images of each document. The target
+        itself reads the documents as right-padded rows, each from position 0, so that every architecture sees what it sees in decoding. For a
+        spec with a probe or with trees the features hold on to the keys and values of the row. Raises UserError where the target can do
+        neither, and for images that do not fit."""
         self._check_spec(spec)
-        self._check_whole()
-        cache = KeptCache(self.layers)
-        final, hidden = self._forward(spec, input_ids=padded, **self._cached(cache))
-        prefix = PackedPrefix(self, cache.packed(numbers, places), packing, final[numbers, places])
-        teacher = Teacher(prefix.final[packing.rows.to(tokens.device) + 1], self.project)
-        return TrainingFeatures(tokens, hidden[numbers, places], packing, teacher, probe=prefix.probe if spec.probe is not None else None,
-                                score=prefix.score if spec.trees else None)
+        if spec.probe is not None or spec.trees:
+            self._check_whole()
+        return training_features(self, tokens, packing, spec, images or [{}] * (len(packing.borders) - 1))
 
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
         """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens, and one tree with its probes).
@@ -132,17 +137,30 @@ class TextTarget:
         self._shared = self.embedding.clone()
         self.sharded = spread(self.model)  # kept alive: its hooks gather the weights
 
+    def whole(self, spec: FeatureSpec, reading: Reading, cache=None):
+        """Runs documents from their beginnings -> (final [B, S, h], tapped [B, S, taps * h]). No mask where all attention is causal: that hides
+        padding on the right from all real rows, and kernels need no [S, S] mask."""
+        rows = slice(0, reading.tokens.size(1))
+        inputs = reading.inputs(rows) | ({} if cache is None else self._cached(cache))
+        if reading.blocks is not None:
+            places = torch.arange(rows.stop, device=reading.tokens.device)[None]
+            inputs["attention_mask"] = self._masks(reading.seen(rows), places, places)
+        return self._forward(spec, **{"use_cache": False, **inputs})
+
     def behind(self, spec: FeatureSpec, cache, positions: torch.Tensor, seen: torch.Tensor, places: torch.Tensor, **inputs):
         """Runs rows behind those that `cache` holds: positions [B, T]; seen [B, T, visible] bool, what each row sees of the cache's rows and of
-        the new ones behind them, without windows; places [B, visible], the positions of these; inputs: `input_ids` or `inputs_embeds`.
-        -> (final [B, T, h], tapped [B, T, taps * h]). A sliding layer also hides rows with position - place >= window; a cache keeps
-        such rows, since the window of a node depends on its depth and the accepted path is not known yet."""
+        the new ones behind them, without windows; places [B, visible], the positions of these; inputs: `input_ids` or `inputs_embeds`, and
+        `position_ids` [B, T] or [3, B, T] for the rope. -> (final [B, T, h], tapped [B, T, taps * h])."""
+        return self._forward(spec, attention_mask=self._masks(seen, positions, places), **self._cached(cache), **inputs)
+
+    def _masks(self, seen, positions, places):
+        """What the body takes as `attention_mask`. A sliding layer also hides rows with position - place >= window; a cache keeps such rows,
+        since the window of a node depends on its depth and the accepted path is not known yet."""
         masks = {}
         for kind in self.kinds:
             near = seen & (positions[..., None] - places[:, None] < self.window) if kind == "sliding_attention" else seen
             masks[kind] = additive(near, self.dtype)
-        return self._forward(spec, position_ids=positions, attention_mask=masks if len(masks) > 1 else masks[self.kinds[0]],
-                             **self._cached(cache), **inputs)
+        return masks if len(masks) > 1 else masks[self.kinds[0]]
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [...] -> the rows [..., h] that the body takes as `inputs_embeds`."""
@@ -206,7 +224,8 @@ class TextTarget:
 
     def _spread(self) -> torch.Tensor:
         """[1, 5], ids spread over the vocabulary: padding tokens may have empty embeddings, which would hide a difference."""
-        return torch.linspace(0, self.vocab_size - 1, 5, device=self.device).long()[None]
+        ids = torch.linspace(0, self.vocab_size - 1, 5, device=self.device).long()[None]
+        return ids if self.vision is None else ids.masked_fill(ids == self.vision.token, 0)
 
     @torch.no_grad()
     def _check_projection(self):
