@@ -15,7 +15,8 @@ A head's class has
 """
 
 from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
+from draftsmith.models.heads.owl import OwlConfig, OwlHead, OwlObjective
 
-HEADS = {head.name: head for head in (Eagle3Head,)}
+HEADS = {head.name: head for head in (Eagle3Head, OwlHead)}
 
-__all__ = ["HEADS", "Eagle3Config", "Eagle3Head", "Eagle3Objective"]
+__all__ = ["HEADS", "Eagle3Config", "Eagle3Head", "Eagle3Objective", "OwlConfig", "OwlHead", "OwlObjective"]
