@@ -157,7 +157,7 @@ def test_loss_and_gradients_equal_the_plain_definition(chunk, monkeypatch):
     target.model.double()
     head = tiny_owl(target).double()
     features = pack(target, head, documents(target, (80, 40, 3)), [2, 0, 3])
-    loss, sums = head.loss(features, OwlObjective(STEPS))
+    loss, sums = head.loss(features, OwlObjective(STEPS, 0.0))
     plain, right = 0.0, []
     for k, (rows, states) in enumerate(head.unroll(features, STEPS)):
         losses = F.cross_entropy(head.logits(states), features.tokens[rows + 2 + k], reduction="none")
@@ -173,7 +173,7 @@ def test_loss_and_gradients_equal_the_plain_definition(chunk, monkeypatch):
 
 def test_packed_documents_equal_documents_alone(target):
     head = tiny_owl(target)
-    rows, objective = documents(target), OwlObjective(STEPS)
+    rows, objective = documents(target), OwlObjective(STEPS, 0.0)
     together = pack(target, head, rows, [4, 0, 7])
     loss, sums = head.loss(together, objective)
     parts = [head.loss(pack(target, head, [row], [start]), objective, together.packing.counts(STEPS)) for row, start in zip(rows, [4, 0, 7])]
@@ -184,11 +184,11 @@ def test_packed_documents_equal_documents_alone(target):
 
 def test_loss_without_taught_rows_is_zero_with_gradients_and_steps_must_be_those_of_the_head(target):
     head = tiny_owl(target)
-    loss, sums = head.loss(taught(target, head, (14, 12, 10)), OwlObjective(STEPS))
+    loss, sums = head.loss(taught(target, head, (14, 12, 10)), OwlObjective(STEPS, 0.0))
     loss.backward()
     assert loss.item() == 0 and all(p.grad is not None for p in head.parameters()) and sums["rows"].tolist() == [0] * STEPS
     with pytest.raises(UserError, match="objective.steps: found 3, expected head.n_predict 4"):
-        head.loss(taught(target, head), OwlObjective(3))
+        head.loss(taught(target, head), OwlObjective(3, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def learned():
     features, losses = pack(target, head, rows, [1] * len(rows)), []
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     for _ in range(200):
-        loss, _ = head.loss(features, OwlObjective(STEPS))
+        loss, _ = head.loss(features, OwlObjective(STEPS, 0.0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -2,7 +2,8 @@
 
 One tensor a gate, as ArcticTraining writes them; the engine joins them in the order forget, input, output, cell. Copies of tied tensors, which
 ArcticTraining writes, are read if they are equal and never written (safetensors forbids sharing). The engine asks for `base_model_archs`, which
-ArcticTraining leaves out; an export has it, a kept drafter names its target in draftsmith.json.
+ArcticTraining leaves out; an export has it, a kept drafter names its target in draftsmith.json. What only draftsmith decodes with, `[SPEC]`, is
+one more tensor and a block `owl` in config.json: the engine passes over both and drafts chains from the target's own states.
 """
 
 from pathlib import Path
@@ -13,10 +14,12 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
 from draftsmith.models.formats.layout import Layout, Serving, Tensors, check_tensors
 from draftsmith.models.heads import OwlConfig, OwlHead
+from draftsmith.models.heads.owl import SPEC_UNIT
 
 GATES = ("forget", "input", "output", "cell")  # as they stand in the head's matrices
 NAMES = {"token_embedding.weight": "forget_emb.0.weight", "cell_norm.weight": "cell_ln.0.weight", "cell_norm.bias": "cell_ln.0.bias",
          "state_norm.weight": "state_ln.0.weight", "state_norm.bias": "state_ln.0.bias", "output_head.weight": "head.0.weight"}
+SPEC = "spec_embedding"  # [d0], as the target takes it among its embeddings
 EXPECTED = {"scale_input": True, "tie_weights": True, "tie_lstm_embs": True}
 
 
@@ -30,7 +33,7 @@ def expected_shapes(config: OwlConfig) -> dict[str, tuple[int, ...]]:
     shapes = {name: (width,) for name in NAMES.values()} | {"forget_emb.0.weight": (vocab, width), "head.0.weight": (vocab, width)}
     for gate in GATES:
         shapes |= {f"{gate}_proj.0.weight": (width, config.input_hidden_dim), f"{gate}_proj.1.weight": (width, width)}
-    return shapes
+    return shapes | ({SPEC: (config.input_hidden_dim,)} if config.spec_mode == "replace" else {})
 
 
 def from_config(stored: dict, place: str) -> OwlConfig:
@@ -42,7 +45,10 @@ def from_config(stored: dict, place: str) -> OwlConfig:
         widths = [one_width(stored[name], name, place) for name in ("inner_dim", "proj_dim", "emb_dim")]
         if len(set(widths)) > 1:
             raise UserError(f"{place}: inner_dim, proj_dim, emb_dim: found {', '.join(map(str, widths))}, expected one width")
-        return OwlConfig(stored["input_hidden_dim"], widths[0], stored["vocab_size"], stored["n_predict"])
+        mode = stored.get("owl", {"spec_mode": "off"})["spec_mode"]
+        if mode not in ("off", "replace"):
+            raise UserError(f"{place}: owl.spec_mode: found {mode!r}, expected off or replace")
+        return OwlConfig(stored["input_hidden_dim"], widths[0], stored["vocab_size"], stored["n_predict"], mode)
     except KeyError as error:
         raise UserError(f"{place}: {error.args[0]}: missing") from None
 
@@ -67,6 +73,8 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
     check_tensors(tensors, expected_shapes(config), place)
     weights = {own: tensors[name] for own, name in NAMES.items()}
     weights |= {f"{own}.weight": torch.cat([tensors[f"{gate}_proj.{i}.weight"] for gate in GATES]) for i, own in enumerate(("first_gates", "gates"))}
+    if config.spec_mode == "replace":
+        weights["spec"] = tensors[SPEC] / SPEC_UNIT
     head = OwlHead(config, shared)
     head.load_state_dict({name: value.to(shared.embedding) for name, value in weights.items()}, assign=True)
     return head.eval()
@@ -88,13 +96,15 @@ def write(head: OwlHead, dtype: torch.dtype, serving: Serving | None = None) -> 
     tensors = {name: weights[own] for own, name in NAMES.items()}
     for i, own in enumerate(("first_gates", "gates")):
         tensors |= {f"{gate}_proj.{i}.weight": part.clone() for gate, part in zip(GATES, weights[f"{own}.weight"].chunk(4))}
+    if config.spec_mode == "replace":
+        tensors[SPEC] = weights["spec"] * SPEC_UNIT  # a power of two: nothing is rounded
     steps, width = config.n_predict, str(config.inner_dim)
     described = {} if serving is None else {"base_model_name_or_path": serving.verifier, "base_model_archs": [serving.architecture]}
     return {
         "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"], "model_type": "mlp_speculator", "method": "sum_lstm", **described,
         "input_hidden_dim": config.input_hidden_dim, "inner_dim": width, "proj_dim": width, "emb_dim": width, "vocab_size": config.vocab_size,
         "n_predict": steps, "n_candidates": steps, "top_k_tokens_per_head": [1] * steps, **EXPECTED,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        **({"owl": {"spec_mode": config.spec_mode}} if config.spec_mode != "off" else {}), "torch_dtype": str(dtype).removeprefix("torch."),
     }, tensors
 
 

@@ -4,14 +4,18 @@ Row t starts from the target's state after the final norm at x_t, with an empty 
 No attention, no positions, no cache: drafting costs the same at every context length. Gates are sums of projected state and scaled embedding,
 one embedding for all four; GELU over an RMS norm stands where a textbook LSTM has tanh; no biases but those of the norms. Embedding and output
 head are the drafter's own. The gates are stored as one matrix, in the order forget, input, output, cell candidate.
+
+`[SPEC]` (OWL, arXiv 2510.07535): one learned input vector of the frozen target, which it processes behind every prefix in training and behind
+every tree node in decoding, invisible to its real rows. With spec_mode replace drafting starts from the state there. Where none rode along (a
+prompt or a tree without probes) it starts from the target's own state, which is what spec_dropout trains it for.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Le
 from torch import nn
 
 from draftsmith.models.errors import UserError
@@ -22,21 +26,26 @@ from draftsmith.models.heads.labels import choices, hard_cross_entropy
 
 SUMS = ("rows", "right", "tried", "kept", "loss")
 EPS = 1e-6  # of all norms
+SPEC_UNIT = 0.125  # [SPEC]'s vector is this times its parameter: it learns at an eighth of the rate, since embeddings are small beside it
 
 
 @dataclass(frozen=True)
 class OwlShape:
-    """inner_dim: width of the cell (None = the target's); n_predict: steps that it is trained for, 3 for chains, 8 for trees."""
+    """inner_dim: width of the cell (None = the target's); n_predict: steps that it is trained for, 3 for chains, 8 for trees; spec_mode: whether
+    drafting starts from the target's own state (off) or from that of a `[SPEC]` behind it (replace)."""
 
     inner_dim: Annotated[int, Gt(0)] | None
     n_predict: Annotated[int, Gt(0)]
+    spec_mode: Literal["off", "replace"]
 
 
 @dataclass(frozen=True)
 class OwlObjective:
-    """Plain cross-entropy on the data's own tokens. steps: the head's n_predict."""
+    """Plain cross-entropy on the data's own tokens. steps: the head's n_predict. spec_dropout: share of documents that start from the target's
+    own state in place of `[SPEC]`'s (0 without one)."""
 
     steps: Annotated[int, Gt(0)]
+    spec_dropout: Annotated[float, Ge(0), Le(1)]
 
     @property
     def weights(self) -> list[float]:
@@ -51,11 +60,12 @@ class OwlConfig:
     inner_dim: int
     vocab_size: int
     n_predict: int
+    spec_mode: str = "off"
 
     @classmethod
-    def for_target(cls, config, inner_dim: int | None = None, n_predict: int = 8) -> "OwlConfig":
+    def for_target(cls, config, inner_dim: int | None = None, n_predict: int = 8, spec_mode: str = "off") -> "OwlConfig":
         """A head for a target's text config."""
-        return cls(config.hidden_size, inner_dim or config.hidden_size, config.vocab_size, n_predict)
+        return cls(config.hidden_size, inner_dim or config.hidden_size, config.vocab_size, n_predict, spec_mode)
 
     @property
     def draft_vocab_size(self) -> int:
@@ -87,7 +97,7 @@ class Norm(nn.Module):
 
 @dataclass
 class Context:
-    """The last committed row of B requests: hidden [B, d0]. Nothing else of them is kept."""
+    """What drafting starts from, of B requests: hidden [B, d0] of the last committed row. Nothing else of them is kept."""
 
     hidden: torch.Tensor
 
@@ -99,7 +109,7 @@ class Context:
 class Beam:
     """B trees whose last level has k nodes: state [B, k, d] and cell [B, k, d] after these nodes' own tokens.
 
-    At first, waiting for the roots: the target's state [B, 1, d0] and no cell.
+    At first, waiting for the roots: the state to start from [B, 1, d0] and no cell.
     """
 
     state: torch.Tensor
@@ -122,15 +132,19 @@ class OwlHead(nn.Module):
         self.gates = nn.Linear(width, 4 * width, bias=False)
         self.cell_norm, self.state_norm = Norm(width), Norm(width)
         self.output_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.spec = nn.Parameter(torch.zeros(config.input_hidden_dim)) if config.spec_mode == "replace" else None
         for layer, rows in ((self.token_embedding, config.vocab_size), (self.first_gates, width), (self.gates, width), (self.output_head, config.vocab_size)):
             nn.init.normal_(layer.weight, std=min(rows, layer.weight.size(1)) ** -0.5)
 
+    @torch.no_grad()
     def start_from(self, target) -> None:
-        """Nothing is copied: the reference starts from noise."""
+        """`[SPEC]` starts as the mean of the target's embeddings; all else from noise, as in the reference."""
+        if self.spec is not None:
+            self.spec.copy_(target.embed(torch.arange(target.vocab_size, device=target.device)).float().mean(0) / SPEC_UNIT)
 
     @property
     def feature_spec(self) -> FeatureSpec:
-        return FeatureSpec(taps=("last",))
+        return FeatureSpec(taps=("last",), probe=None if self.spec is None else self.spec.detach() * SPEC_UNIT)
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """State [..., d] -> logits [..., V]."""
@@ -156,15 +170,27 @@ class OwlHead(nn.Module):
 
     def unroll(self, features: TrainingFeatures, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per step k: the rows [P_k] that take part in it, and their states [P_k, d]."""
-        packing, states = features.packing, self._unroll(features, steps)
+        packing, states = features.packing, self._unroll(features, self._starts(features), steps)
         parts = [packing.takes_part(k) for k in range(steps)]
         return [(packing.rows[part].to(states.device), states[k, part.to(states.device)]) for k, part in enumerate(parts)]
 
-    def _unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
-        """States [K, P, d] of all `packing.rows`, teacher-forced; where a row takes no part in a step they mean nothing."""
+    def _starts(self, features: TrainingFeatures, dropout: float = 0.0) -> torch.Tensor:
+        """[T, d0]: what drafting starts from behind every token. Behind `packing.rows` that is `[SPEC]`'s state, except in the documents that
+        are drawn with probability `dropout` (by the features' seed)."""
+        packing, hidden = features.packing, features.hidden
+        if self.spec is None:
+            return hidden
+        documents = torch.rand(len(packing.borders) - 1, generator=torch.Generator().manual_seed(features.seed)) < dropout
+        rows, left = packing.rows, documents.repeat_interleave(torch.tensor(packing.borders).diff())
+        rows, left = rows.to(hidden.device), left[rows, None].to(hidden.device)
+        probed = features.probe(self.spec * SPEC_UNIT).to(hidden.dtype)
+        return hidden.index_copy(0, rows, torch.where(left, hidden[rows], probed))
+
+    def _unroll(self, features: TrainingFeatures, starts: torch.Tensor, steps: int) -> torch.Tensor:
+        """starts [T, d0] -> states [K, P, d] of all `packing.rows`, teacher-forced; where a row takes no part in a step they mean nothing."""
         rows, last = features.packing.rows.to(features.tokens.device), len(features.tokens) - 1
         embedded, cell, states = self._embed(features.tokens), None, []
-        projected = self._enter(features.hidden[rows])
+        projected = self._enter(starts[rows])
         for k in range(steps):
             state, cell = self._step(projected, embedded[(rows + 1 + k).clamp(max=last)], cell)
             projected = self.gates(state) if k < steps - 1 else None
@@ -186,7 +212,7 @@ class OwlHead(nn.Module):
             return sum(p.sum() * 0.0 for p in self.parameters()), {name: nothing for name in SUMS} | {"walk": torch.zeros(2, device=device)}
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
         at, step = rows.expand(steps, -1)[parts], torch.arange(steps, device=device)[:, None].expand_as(parts)[parts]
-        states = self._unroll(features, steps)[parts]
+        states = self._unroll(features, self._starts(features, objective.spec_dropout), steps)[parts]
         scale = torch.tensor([1 / max(n, 1) for n in counts or packing.counts(steps)], device=device,
                              dtype=torch.promote_types(states.dtype, torch.float32))[step]
         chosen = torch.zeros_like(features.tokens).index_copy_(0, rows + 1, choices(features.teacher))  # behind the token at this place
@@ -213,7 +239,8 @@ class OwlHead(nn.Module):
     def _last(self, features: Features) -> torch.Tensor:
         """[B, d0]: what drafting starts from, of each request's last row."""
         rows = torch.arange(len(features.lengths), device=features.hidden.device)
-        return features.hidden[rows, features.lengths - 1]
+        states = features.hidden if features.probes is None else features.probes
+        return states[rows, features.lengths - 1]
 
     def roots(self, context: Context) -> Beam:
         """A beam that waits for the root tokens."""
@@ -232,4 +259,4 @@ class OwlHead(nn.Module):
 
     def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Beam:
         """A beam of P trees whose roots are the tokens at[p] of one packed row (each behind at least one more of its document)."""
-        return Beam(features.hidden[at - 1][:, None])
+        return Beam(self._starts(features)[at - 1][:, None])
