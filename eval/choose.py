@@ -9,7 +9,7 @@ Costs: a few trees are timed in the decode loop; lines are laid through the medi
 drafting over its depth and width. Expected speedup = tau * plain / (draft + verify + overhead).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,7 +32,7 @@ class Recorder(HeadDrafter):
 
     def __init__(self, head, search: DynamicTree):
         super().__init__(head, search)
-        self.size, self.drafts = 1, []
+        self.size, self.drafts = 1 + self.probes, []
 
     def begin(self, features, root):
         super().begin(features, root)
@@ -40,7 +40,7 @@ class Recorder(HeadDrafter):
 
     def propose(self, draw):
         self.drafts.append((self.requests.tolist(), self.policy.candidates(self.head, self.head.roots(self.context), self.root)))
-        return DraftTree.root_only(self.root)
+        return replace(DraftTree.root_only(self.root), probes=self.probes)
 
     def select(self, rows):
         super().select(rows)

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from draftsmith.launch.export import command
 from draftsmith.models.errors import UserError
+from draftsmith.models.formats import LAYOUTS
 from draftsmith.models.formats.layout import Layout, Stored, read_json
 from draftsmith.models.formats.place import HUB_ID
 from draftsmith.models.targets import locate
@@ -20,6 +21,9 @@ def model_card(repository: str, stored: Stored, layout: Layout, cells: list[dict
     name, target, head = repository.split("/")[1], stored.target, layout.head.name
     hub = bool(HUB_ID.fullmatch(target))
     place = target if hub else f"""$(python -c "from draftsmith.models.targets import locate; print(locate('{target}'))")"""
+    served = () if layout.described and stored.serving is None else layout.engines  # they do not load what names no verifier
+    exports = [f"draftsmith export {repository} {name}-{engine} --to {engine}" for other in LAYOUTS if other.head is layout.head
+               for engine in other.engines if engine not in served and other.described]
     data = ModelCardData(
         base_model=target if hub else None, license=licence, library_name="draftsmith", pipeline_tag="text-generation", model_name=name,
         tags=["speculative-decoding", "draft-model", head, *layout.engines, "draftsmith"], eval_results=[result(cell) for cell in cells] or None)
@@ -28,8 +32,8 @@ def model_card(repository: str, stored: Stored, layout: Layout, cells: list[dict
         f"# {name}", f"A drafter for speculative decoding ({head}) of {shown}, trained by draftsmith. Decoding with "
         "it changes the speed, not the text.",
         "## Acceptance length", *acceptance(repository, cells, conditions),
-        "## Use", *(f"With {engine}:\n\n```bash\n{command(layout, engine, repository, place, SERVED_DEPTH)}\n```" for engine in layout.engines),
-        f"With draftsmith:\n\n```bash\ndraftsmith eval {repository}\ndraftsmith export {repository} {name}-speculators --to speculators\n```",
+        "## Use", *(f"With {engine}:\n\n```bash\n{command(layout, engine, stored.config, repository, place, SERVED_DEPTH)}\n```" for engine in served),
+        "\n".join(["With draftsmith:\n\n```bash", f"draftsmith eval {repository}", *exports, "```"]),
         f'```python\nfrom draftsmith.models.formats import from_pretrained\nfrom draftsmith.models.targets import TextTarget\n\n'
         f'target = TextTarget.load("{target}")\nhead = from_pretrained("{repository}", target)\n```',
         "## Training", *training(stored.about)]

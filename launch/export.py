@@ -16,8 +16,8 @@ ENGINES = ("vllm", "sglang", "speculators", "arctic")
 
 
 def export_drafter(place: str | Path, out: str | Path, to: str, target: str | None = None, depth: int = 5, report=print) -> Path:
-    """Writes OUT (a new place) for an engine, checked key by key by reading it back. Only the speculators layout needs the target's weights
-    (its embedding). depth: drafted tokens in the config and in the command that is shown."""
+    """Writes OUT (a new place) for an engine, checked key by key by reading it back. Only layouts that describe the target need its files
+    (its embedding). depth: drafted tokens in the config and in the command that is shown; an OWL drafter drafts the n_predict that it was trained for."""
     if to not in ENGINES:
         raise UserError(f"--to: found {to}, expected {', '.join(ENGINES)}")
     out = new_place(out)
@@ -28,12 +28,13 @@ def export_drafter(place: str | Path, out: str | Path, to: str, target: str | No
     layout, serving = layout_for(head, to), None
     if target is None:
         raise UserError(f"{stored.folder}: names no target; expected --target")
-    if to == "speculators":
+    if layout.described:
         config, architecture, embedding = read_target(target)
         head = own.read(stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder)
         serving = Serving(locate(target), architecture, depth)
     store(head, out, layout, {"head": head.name, "target": target, **stored.about}, stored.dtype, serving)
-    report(f"{len(layout.write(head, stored.dtype, serving)[1])} tensors in {out}, read back and equal\n{command(layout, to, out, locate(target), depth)}")
+    config, tensors = layout.write(head, stored.dtype, serving)
+    report(f"{len(tensors)} tensors in {out}, read back and equal\n{command(layout, to, config, out, locate(target), depth)}")
     return out
 
 
@@ -43,14 +44,14 @@ def import_drafter(source: str, out: str | Path, target: str, pickle: bool = Fal
     stored = read_files(fetch(source, (*SAFE_FILES, "*.bin") if pickle else SAFE_FILES), pickle)
     config, _, embedding = read_target(target)
     head = layout_of(stored).read(stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder)
-    trained, wanted = head.config.max_position_embeddings, config.max_position_embeddings
-    if trained < wanted:
+    trained, wanted = getattr(head.config, "max_position_embeddings", None), config.max_position_embeddings
+    if trained is not None and trained < wanted:
         rope = {"original_max_position_embeddings": trained, **head.config.rope_parameters}
         rope = rope if rope.get("rope_type") == "yarn" else head.config.rope_parameters
         head.config = replace(head.config, max_position_embeddings=wanted, rope_parameters=rope)
         report(f"max_position_embeddings: {trained} -> {wanted}, the target's (engines fail behind the drafter's own)")
     save_drafter(head, out, {"target": target, "imported": {"from": source, "architectures": stored.config.get("architectures")}}, stored.dtype)
-    report(f"{head.name} with taps {list(head.config.taps)} and {len(head.ids)} of {len(embedding)} tokens in {out}, read back and equal")
+    report(f"{head.name} with taps {list(head.feature_spec.taps)} and {len(head.ids)} of {len(embedding)} tokens in {out}, read back and equal")
     return out
 
 
@@ -60,6 +61,6 @@ def new_place(out: str | Path) -> Path:
     return Path(out)
 
 
-def command(layout, engine: str, drafter: str | Path, target: str, depth: int) -> str:
-    """The shell command that serves a drafter; drafter and target as the engine is to find them."""
-    return Template(layout.engines[engine]).substitute(drafter=drafter, target=target, depth=depth)
+def command(layout, engine: str, config: dict, drafter: str | Path, target: str, depth: int) -> str:
+    """The shell command that serves a drafter with this config.json; drafter and target as the engine is to find them."""
+    return Template(layout.engines[engine]).substitute(config, drafter=drafter, target=target, depth=depth)

@@ -6,6 +6,7 @@
     select(rows)               go on with only these requests
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from draftsmith.models.tree import DraftTree
 
 class Drafter(Protocol):
     feature_spec: FeatureSpec
-    size: int  # rows of the largest tree, root included
+    size: int  # rows of the largest tree that the target processes, root and probes included
 
     def begin(self, features: Features, root: torch.Tensor) -> None: ...
     def propose(self, draw: Draw) -> DraftTree: ...
@@ -48,11 +49,12 @@ class NoDrafter:
 
 
 class HeadDrafter:
-    """A trained head and a tree policy."""
+    """A trained head and a tree policy. Of a head with a probe the target processes one behind every node: twice the rows."""
 
     def __init__(self, head, policy: TreePolicy):
-        self.head, self.policy = head, policy
-        self.feature_spec, self.size = head.feature_spec, policy.size
+        self.head, self.policy, self.feature_spec = head, policy, head.feature_spec
+        self.probes = self.feature_spec.probe is not None
+        self.size = policy.size * (1 + self.probes)
 
     def begin(self, features, root):
         self.context, self.root = self.head.prefill(features), root
@@ -60,8 +62,10 @@ class HeadDrafter:
     def propose(self, draw):
         beam = self.head.roots(self.context)
         if isinstance(self.policy, SampledTree | AdaptiveTree):
-            return self.policy.sample(self.head, beam, self.root, draw)
-        return self.policy.grow(self.head, beam, self.root)
+            tree = self.policy.sample(self.head, beam, self.root, draw)
+        else:
+            tree = self.policy.grow(self.head, beam, self.root)
+        return replace(tree, probes=self.probes)
 
     def observe(self, features, root):
         self.head.extend(self.context, features)

@@ -40,6 +40,7 @@ class Layout:
     recognises(config.json) -> whether a directory is of this layout.
     read(config, tensors, shared, taps_below, folder) -> head; raises UserError for whatever is missing, unknown or of another target.
     write(head, dtype, serving) -> (config.json, tensors). The first layout of a head is the one that drafters are kept in; it needs no serving.
+    described: whether the engines want the verifier named in config.json, so that an export is given `Serving`.
     """
 
     head: type
@@ -47,6 +48,7 @@ class Layout:
     recognises: Callable[[dict], bool]
     read: Callable[[dict, Tensors, Shared, int | None, Path], torch.nn.Module]
     write: Callable[[torch.nn.Module, torch.dtype, Serving | None], tuple[dict, Tensors]]
+    described: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Stored:
     @property
     def serving(self) -> Serving | None:
         """What the directory tells an engine; None where the layout says nothing of it. Raises UserError for a key that engines need."""
+        if "base_model_name_or_path" in self.config:  # Arctic
+            return Serving(self.config["base_model_name_or_path"], (self.config.get("base_model_archs") or [""])[0], self.config.get("n_predict", 1))
         if "speculators_config" not in self.config:
             return None
         try:
@@ -83,7 +87,7 @@ class Stored:
         """Without a target: the embedding stored here, or zeros (without memory) of the target's shape, for work that does not look at it."""
         flat = {**self.config.get("transformer_layer_config", {}), **self.config}
         try:
-            shape = flat["vocab_size"], flat.get("target_hidden_size") or flat["hidden_size"]
+            shape = flat["vocab_size"], flat.get("target_hidden_size") or flat.get("input_hidden_dim") or flat["hidden_size"]
         except KeyError as error:
             raise UserError(f"{self.folder}/config.json: {error.args[0]}: missing") from None
         own = self.tensors.get("embed_tokens.weight")

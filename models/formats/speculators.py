@@ -56,4 +56,4 @@ def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None) -> tupl
     }, tensors
 
 
-LAYOUT = Layout(Eagle3Head, {"speculators": "vllm serve $drafter"}, recognises, read, write)
+LAYOUT = Layout(Eagle3Head, {"speculators": "vllm serve $drafter"}, recognises, read, write, described=True)

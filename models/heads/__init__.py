@@ -16,7 +16,8 @@ A head's class has
 
 from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
+from draftsmith.models.heads.owl import OwlConfig, OwlHead, OwlObjective
 
-HEADS = {head.name: head for head in (Eagle3Head, EagleHead)}
+HEADS = {head.name: head for head in (Eagle3Head, EagleHead, OwlHead)}
 
-__all__ = ["HEADS", "EagleConfig", "EagleHead", "EagleObjective", "Eagle3Config", "Eagle3Head", "Eagle3Objective"]
+__all__ = ["HEADS", "EagleConfig", "EagleHead", "EagleObjective", "Eagle3Config", "Eagle3Head", "Eagle3Objective", "OwlConfig", "OwlHead", "OwlObjective"]

@@ -62,7 +62,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
                     slope, part = student.sub_(probs).to(states.dtype), scale[k, cut] * lesson.covered[taught, None]
                     torch.mm(slope, weight, out=grad_states[k, cut]).mul_(part)
                     if grad_weight is not None:
-                        _add_product(grad_weight, slope.T, x * part)
+                        add_product(grad_weight, slope.T, x * part)
         ctx.save_for_backward(grad_states, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(losses, right)
         return (losses * scale[..., 0]).sum(), losses, right
@@ -72,7 +72,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, without a copy where the precisions agree."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
