@@ -52,6 +52,8 @@ class Cached:
     """
 
     def __init__(self, target, rows: Rows, spec: FeatureSpec, folder: Path, rank: int, report=print):
+        if spec.probe is not None:
+            raise UserError("data.features: found cached, expected online with a probe (its states change as it learns)")
         self.online, self.folder, self.rank = Online(target, rows, spec), folder, rank
         self.header = {"version": 1, "target": target.name, "taps": list(spec.taps), "convention": CONVENTION, "rows": rows.key,
                        "dtype": str(target.dtype).removeprefix("torch.")}
