@@ -10,14 +10,14 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats import eagle3, speculators
+from draftsmith.models.formats import eagle, eagle3, speculators
 from draftsmith.models.formats.layout import Layout, Serving, Stored, read_files, written
 from draftsmith.models.formats.place import fetch
 from draftsmith.models.targets import TextTarget
 
 __all__ = ["LAYOUTS", "fetch", "from_pretrained", "layout_for", "layout_of", "load_drafter", "read_files", "save_drafter", "store"]
 
-LAYOUTS = (eagle3.LAYOUT, speculators.LAYOUT)
+LAYOUTS = (eagle3.LAYOUT, speculators.LAYOUT, eagle.LAYOUT, eagle.VLLM_LAYOUT)
 
 
 def load_drafter(place: str | Path, shared: Shared, taps_below: int | None = None):
@@ -90,5 +90,5 @@ def family(stored: Stored) -> str:
     if "residual" in stored.tensors or "adaptive_embedding" in stored.tensors:
         return "found a HiViS head"
     if fc is not None and fc.ndim == 2 and fc.size(1) == 2 * fc.size(0) and "lm_head.weight" not in stored.tensors:
-        return "found an EAGLE-1 or EAGLE-2 head"
+        return f"found an EAGLE-1 or EAGLE-2 head of architecture {config.get('architectures')}"
     return f"architectures: found {config.get('architectures')}"

@@ -14,8 +14,9 @@ A head's class has
     hang(features, at)         a beam of P roots at inner positions of one packed row, for training on trees
 """
 
+from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
 
-HEADS = {head.name: head for head in (Eagle3Head,)}
+HEADS = {head.name: head for head in (Eagle3Head, EagleHead)}
 
-__all__ = ["HEADS", "Eagle3Config", "Eagle3Head", "Eagle3Objective"]
+__all__ = ["HEADS", "EagleConfig", "EagleHead", "EagleObjective", "Eagle3Config", "Eagle3Head", "Eagle3Objective"]

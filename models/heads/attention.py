@@ -130,3 +130,37 @@ class Blocks:
 def kernel_for(device: torch.device):
     """The attention kernel of a device."""
     return FlashOnCPU if device.type == "cpu" else Blocks
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, keys, values, strips, kernel, scale):
+        group = (keys.size(2), query.size(1) // keys.size(2))
+        out, lse = kernel.forward(query, key, value, strips, scale)
+        scores = torch.linalg.vecdot(query.unflatten(1, group), keys[:, :, :, None]).flatten(2).mul_(scale).to(lse.dtype)
+        scores = torch.cat([lse[None], scores])
+        lse = scores.logsumexp(0)
+        weights = scores.sub_(lse).exp_().to(query.dtype)[..., None]
+        out = out.mul_(weights[0])
+        for weight, v in zip(weights[1:], values):
+            out.unflatten(1, group).addcmul_(weight.unflatten(1, group), v[:, :, None])
+        ctx.save_for_backward(query, key, value, keys, values, weights, out, lse)
+        ctx.arguments = strips, kernel, scale, group
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (query, key, value, keys, values, weights, out, lse), (strips, kernel, scale, group) = ctx.saved_tensors, ctx.arguments
+        grad, d_key, d_value = grad.contiguous(), torch.zeros_like(key), torch.zeros_like(value)
+        d_query = kernel.backward(grad, query, key, value, out, lse, strips, scale, d_key, d_value)
+        grouped, pulled, shares = query.unflatten(1, group), grad.unflatten(1, group), weights[1:].unflatten(2, group)
+        delta = torch.linalg.vecdot(pulled, out.unflatten(1, group))
+        slopes = (torch.linalg.vecdot(pulled, values[:, :, :, None]) - delta).mul_(scale)[..., None] * shares
+        d_query.unflatten(1, group).add_((slopes * keys[:, :, :, None]).sum(0))
+        return d_query, d_key, d_value, (slopes * grouped).sum(3), (shares * pulled).sum(3), None, None, None
+
+
+def merged_attention(query, key, value, keys, values, strips: list[Strip], kernel, scale: float) -> torch.Tensor:
+    """Attention [P, H, D] of the rows that are trained on over their documents' rows (query [P, H, D]; key, value [T, H, D]) and over n more
+    keys that each row alone sees (keys, values [n, P, H_kv, D]); one softmax over both, differentiable in all five."""
+    return _Merged.apply(query, key, value, keys, values, strips, kernel, scale)

@@ -110,3 +110,20 @@ def chain_walk(packing: Packing, leading: list[int]) -> tuple[int, int]:
             rounds += 1
         at = last + 1
     return tokens, rounds
+
+
+def tally(packing: Packing, parts: torch.Tensor, right: torch.Tensor, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a head's `loss` reports beside it, sums that add up over packed rows, from results of `packing.rows` at K steps: parts [K, P] which
+    of them take part, right [K, P] which agree with the target, losses [K, P].
+
+    {"rows", "right", "tried", "kept", "loss": [K], "walk": [2]}: of the `rows` of step k, `right` ones agree with the target; all earlier steps
+    were right in `tried`, and step k too in `kept`; `walk` is (tokens, rounds) of the greedy chain that this predicts.
+    """
+    right = right & parts
+    alive = right.cumprod(0).bool()  # right so far
+    before = torch.cat([torch.ones_like(parts[:1]), alive[:-1]]) & parts
+    leading = torch.zeros(len(packing.mask), dtype=torch.int64)
+    leading[packing.rows] = alive.sum(0).cpu()
+    sums = {"rows": parts, "right": right, "tried": before, "kept": alive, "loss": losses * parts}
+    return {name: value.sum(1).float() for name, value in sums.items()} | {
+        "walk": torch.tensor(chain_walk(packing, leading.tolist()), dtype=torch.float32, device=parts.device)}

@@ -1,0 +1,124 @@
+"""Drafting with a head of one decoder layer that reads its own output back: committed rows in a cache and trees grown behind them, or trees
+hung at inner positions of one packed row.
+
+Such a head has `layer` (heads/layer.py), `first(hidden) -> H` for the target's states, `enter(tokens, H) -> (residual base, attention input)`
+and `angles(positions)`; a row's output is the H of its children.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from draftsmith.models.features import Features, TrainingFeatures
+from draftsmith.models.heads.hung import Hung
+from draftsmith.models.slots import SlotCache
+
+
+@dataclass
+class Context:
+    """Committed rows of B requests. `cache` holds the keys and values of complete rows; `pending` are features whose rows wait
+    for the next token (the last one waits for the root)."""
+
+    cache: SlotCache
+    pending: Features | None
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.cache.select(rows)
+        p = self.pending
+        self.pending = Features(p.tokens[rows], p.hidden[rows], p.lengths[rows])
+
+
+def prefill(head, features: Features) -> Context:
+    """Keys and values of all rows whose next token is known; the last row of each request stays pending."""
+    attention, batch, width = head.layer.self_attn, *features.tokens.shape
+    dtype, device = attention.o_proj.weight.dtype, features.hidden.device
+    cache = SlotCache(1, batch, attention.kv_heads, width + 64, attention.head_dim, dtype, device)
+    last = (features.lengths - 1)[:, None]
+    rows = torch.arange(batch, device=device)[:, None]
+    if width > 1:
+        _, u = head.enter(features.tokens[:, 1:], head.first(features.hidden[:, :-1]))
+        key, value = attention.key_value(u, *head.angles(torch.arange(width - 1, device=device)))
+        cache.place(width - 1)
+        cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
+    cache.lengths = features.lengths - 1
+    pending = Features(features.tokens[rows, last], features.hidden[rows, last], torch.ones_like(features.lengths))
+    return Context(cache, pending)
+
+
+@dataclass(frozen=True)
+class Beam:
+    """Expanded nodes of B trees. hidden [B, k, h]: layer outputs of the last level; seen [B, k, nodes]: which expanded nodes each
+    of them sees (itself included); depth: levels drafted so far."""
+
+    context: Context
+    hidden: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    depth: int = 0
+
+
+def expand(head, beam: Beam | Hung, tokens: torch.Tensor, parents: torch.Tensor) -> tuple[torch.Tensor, Beam | Hung]:
+    """tokens, parents [B, k] (rows of the last level) -> layer outputs [B, k, h], the beam of this level. The first level is the root, which
+    also completes the pending rows of a context; these stay."""
+    if isinstance(beam, Hung):
+        return _grow_hung(head, beam, tokens, parents)
+    return _commit_root(head, beam.context, tokens) if beam.depth == 0 else _grow(head, beam, tokens, parents)
+
+
+def hang(head, features: TrainingFeatures, at: torch.Tensor) -> Hung:
+    """A beam of P roots at packed indices at [P], each at least 1 inside its document; root p sees features of its document before at[p] only."""
+    hidden = head.first(features.hidden)
+    _, u = head.enter(features.tokens.roll(-1), hidden)  # a document's last row meets the next one's first token; no root sees it
+    row = head.layer.self_attn.key_value(u, *head.angles(features.packing.positions.to(hidden.device)))
+    return Hung.at(features.packing, at, row, hidden)
+
+
+def _grow_hung(head, beam: Hung, tokens, parents):
+    attention, rows = head.layer.self_attn, torch.arange(len(tokens), device=tokens.device)[:, None]
+    base, u = head.enter(tokens, beam.hidden[rows, parents])
+    cos, sin = head.angles(beam.positions[:, None])
+    attended, own, seen = beam.attend(attention.query(u, cos, sin), *attention.key_value(u, cos, sin), parents, attention.scale)
+    output = head.layer.finish(base, attended)
+    return output, replace(beam, hidden=output, own=own, seen=seen, positions=beam.positions + 1)
+
+
+def _commit_root(head, context: Context, root):
+    pending, cache = context.pending, context.cache
+    if pending is None:
+        raise RuntimeError("this context has no pending row: a root was already expanded and nothing was observed since")
+    batch, width = pending.tokens.shape
+    last = (pending.lengths - 1)[:, None]
+    following = torch.cat([pending.tokens[:, 1:], root], 1).scatter(1, last, root)
+    positions = cache.lengths[:, None] + torch.arange(width, device=root.device)
+    cache.place(width)
+    seen = torch.arange(cache.visible, device=root.device) <= positions[..., None]
+    output = _attend(head, head.first(pending.hidden), following, positions, cache, seen)
+    cache.lengths, context.pending = cache.lengths + pending.lengths, None
+    output = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
+    return output, Beam(context, output, torch.zeros(batch, 1, 0, dtype=torch.bool, device=root.device), 1)
+
+
+def _grow(head, beam: Beam, tokens, parents):
+    cache, (batch, new), before = beam.context.cache, tokens.shape, beam.seen.size(2)
+    rows = torch.arange(batch, device=tokens.device)[:, None]
+    own = torch.eye(new, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+    seen = torch.cat([beam.seen[rows, parents], own], -1)
+    positions = (cache.lengths + beam.depth - 1)[:, None].expand(-1, new)
+    cache.place(new, offset=before)
+    visible = (torch.arange(cache.visible, device=tokens.device) < cache.lengths[:, None])[:, None].repeat(1, new, 1)
+    slots = cache.lengths[:, None] + torch.arange(before + new, device=tokens.device)
+    visible.scatter_(2, slots[:, None].expand(-1, new, -1), seen)
+    output = _attend(head, beam.hidden[rows, parents], tokens, positions, cache, visible)
+    return output, replace(beam, hidden=output, seen=seen, depth=beam.depth + 1)
+
+
+def _attend(head, hidden, tokens, positions, cache: SlotCache, seen):
+    """The layer over new rows [B, T] placed in the cache; seen [B, T, visible] -> layer output [B, T, h]."""
+    attention = head.layer.self_attn
+    base, u = head.enter(tokens, hidden)
+    cos, sin = head.angles(positions)
+    key, value = attention.key_value(u, cos, sin)
+    keys, values = cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
+    attended = F.scaled_dot_product_attention(attention.query(u, cos, sin).transpose(1, 2), keys, values, attn_mask=seen[:, None],
+                                              scale=attention.scale, enable_gqa=attention.heads != attention.kv_heads)
+    return head.layer.finish(base, attended.transpose(1, 2))

@@ -1,0 +1,79 @@
+"""What a head learns from the target where its output head is the target's own, frozen: cross-entropies over all of the vocabulary.
+
+For output states x, z = project(x), teacher probabilities q, its k most probable tokens T, and weights a, b:
+
+    loss = a (lse(z) - <q, z>) + b sum_{v in T} q_v (lse(z) - z_v) = s lse(z) - <c, z>,   c = a q + b q_T,  s = a + b sum_T q_v,
+    d loss / d z = s softmax(z) - c,
+
+and `project` is pulled back as it is (it may have a soft cap, and its weights may be spread over processes). All of it happens in the forward
+pass, some tokens at a time, each teacher row once for all steps, so that no [rows, V] tensor is kept.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from draftsmith.models.features import Teacher
+from draftsmith.models.heads.distill import CHUNK
+
+
+class Weights(NamedTuple):
+    """ce: of the cross-entropy (a); top: of its part over the `k` most probable tokens (b), not renormalised."""
+
+    ce: float
+    top: float
+    k: int
+
+
+class _Taught(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, teacher: Teacher, project, vocab: int, weights: Weights):
+        (steps, count, _), size = states.shape, max(64, CHUNK // vocab)
+        losses = torch.zeros(steps, count, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
+        right = torch.zeros(steps, count, dtype=torch.bool, device=states.device)
+        grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
+        for start in range(0, count, size):
+            logits = teacher.project(teacher.final[start:start + size], None).to(losses.dtype)
+            choice, taught, total = logits.argmax(-1, keepdim=True), *_weighted(logits.softmax(-1), weights)
+            for k in range(steps):
+                first, stop = max(start - k, 0), start + len(logits) - k  # row i of step k is taught of token i + k
+                if stop <= first:
+                    continue
+                mine = slice(first + k - start, None)
+                with torch.enable_grad():
+                    x = states[k, first:stop].detach().to(teacher.final.dtype).requires_grad_()
+                    out = project(x)
+                z = out.detach().to(losses.dtype)
+                top, student = z.amax(-1), z.softmax(-1)
+                right[k, first:stop] = z.gather(-1, choice[mine])[:, 0] >= top
+                losses[k, first:stop] = total[mine] * (top - student.amax(-1).log()) - torch.linalg.vecdot(taught[mine], z)
+                if grads is not None:
+                    slope = student.mul_(total[mine, None]).sub_(taught[mine]).to(out.dtype)
+                    grads[k, first:stop] = torch.autograd.grad(out, x, slope)[0]
+        ctx.save_for_backward(grads)
+        ctx.mark_non_differentiable(right)
+        return losses, right
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grads, = ctx.saved_tensors
+        return (grads * grad[..., None]).to(grads.dtype), None, None, None, None
+
+
+def _weighted(probs: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher probabilities [N, V] -> (c [N, V], s [N])."""
+    if weights.top == 0:
+        return probs.mul_(weights.ce), torch.full_like(probs[:, 0], weights.ce)
+    top = probs.topk(min(weights.k, probs.size(-1)))
+    taught = probs.mul_(weights.ce).scatter_add_(-1, top.indices, weights.top * top.values)
+    return taught, weights.ce + weights.top * top.values.sum(-1)
+
+
+def taught_by(states: torch.Tensor, teacher: Teacher, project: Callable, vocab: int, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """states [K, P, h], after which stands `project` to `vocab` tokens; row i of step k is taught what the teacher says of its token i + k.
+
+    -> (losses [K, P] fp32, differentiable in the states; whether the most probable token is the target's own [K, P] bool). The last k rows of
+    step k have nothing to be taught: 0 and False.
+    """
+    return _Taught.apply(states, teacher, project, vocab, weights)

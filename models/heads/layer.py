@@ -1,0 +1,99 @@
+"""Parts of a Llama decoder layer that heads are built of. Parameter names are those that drafters are stored under."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.heads.adapted import matrix
+from draftsmith.models.heads.unroll import turn
+
+
+def rope_of(config, name: str) -> dict:
+    """The rope of a target's text config; where kinds of layer have ropes of their own (Gemma 3) that of full attention, since heads attend to
+    all rows. Raises UserError, which names the head, for targets without one."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if "rope_theta" not in rope:
+        raise UserError(f"{name}: rope_parameters: found {rope or 'none'}, expected one rope or one of full_attention")
+    return dict(rope)
+
+
+def frequencies(config, device) -> tuple[torch.Tensor, float]:
+    """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError for types that change with the length."""
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"rope_type: found {kind!r}, expected default, linear, llama3 or yarn")
+    partial = config.rope_parameters.get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise UserError(f"partial_rotary_factor: found {partial}, expected 1 (the head turns all of a query)")
+    rope = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
+        rope_parameters=dict(config.rope_parameters), max_position_embeddings=config.max_position_embeddings))
+    return rope.inv_freq.to(device), rope.attention_scaling
+
+
+def angles(rope: tuple[torch.Tensor, float], positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions [...] -> cos, sin [..., 1, D] for `turn`."""
+    inverse, scaling = rope
+    turned = positions[..., None, None].float() * inverse.to(positions.device)
+    cos, sin = ((x * scaling).to(dtype) for x in (turned.cos(), turned.sin()))
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+class Attention(nn.Module):
+    """width: of its input, which may differ from the hidden size."""
+
+    def __init__(self, config, width: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.scale = self.head_dim**-0.5
+
+    def query(self, u, cos, sin):
+        """u [..., width] -> [..., H, D], turned."""
+        return turn(self.q_proj(u).unflatten(-1, (self.heads, self.head_dim)), cos, sin)
+
+    def key_value(self, u, cos, sin):
+        """u [..., width] -> keys (turned) and values [..., H_kv, D]."""
+        key = turn(self.k_proj(u).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
+        return key, self.v_proj(u).unflatten(-1, (self.kv_heads, self.head_dim))
+
+    def weight(self):
+        """Query, key and value projections as one matrix [(H + 2 H_kv) D, width]."""
+        return torch.cat([matrix(self.q_proj), matrix(self.k_proj), matrix(self.v_proj)])
+
+    def repeat(self, x, dim: int):
+        """Key/value heads to query heads."""
+        return x.repeat_interleave(self.heads // self.kv_heads, dim)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """A decoder layer without the norms before its attention; width: of the attention's input."""
+
+    def __init__(self, config, width: int):
+        super().__init__()
+        self.self_attn = Attention(config, width)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def finish(self, base, attended):
+        """base [..., h] (residual), attended [..., H, D] -> layer output [..., h]."""
+        y = base + self.self_attn.o_proj(attended.flatten(-2))
+        return y + self.mlp(self.post_attention_layernorm(y))
