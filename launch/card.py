@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from draftsmith.launch.export import command
 from draftsmith.models.errors import UserError
+from draftsmith.models.formats import LAYOUTS
 from draftsmith.models.formats.layout import Layout, Stored, read_json
 from draftsmith.models.formats.place import HUB_ID
 from draftsmith.models.targets import locate
@@ -18,7 +19,7 @@ SERVED_DEPTH = 5
 def model_card(repository: str, stored: Stored, layout: Layout, cells: list[dict], conditions: dict, licence: str | None) -> str:
     """README.md of a repository (USER/NAME). cells: the drafter's rows of result.json, none where it was not measured."""
     name, target, head = repository.split("/")[1], stored.target, layout.head.name
-    hub = bool(HUB_ID.fullmatch(target))
+    hub, engines = bool(HUB_ID.fullmatch(target)), [engine for other in LAYOUTS if other.head is layout.head for engine in other.engines]
     place = target if hub else f"""$(python -c "from draftsmith.models.targets import locate; print(locate('{target}'))")"""
     data = ModelCardData(
         base_model=target if hub else None, license=licence, library_name="draftsmith", pipeline_tag="text-generation", model_name=name,
@@ -29,7 +30,8 @@ def model_card(repository: str, stored: Stored, layout: Layout, cells: list[dict
         "it changes the speed, not the text.",
         "## Acceptance length", *acceptance(repository, cells, conditions),
         "## Use", *(f"With {engine}:\n\n```bash\n{command(layout, engine, repository, place, SERVED_DEPTH)}\n```" for engine in layout.engines),
-        f"With draftsmith:\n\n```bash\ndraftsmith eval {repository}\ndraftsmith export {repository} {name}-speculators --to speculators\n```",
+        f"With draftsmith:\n\n```bash\ndraftsmith eval {repository}\n"
+        + f"draftsmith export {repository} {name}-speculators --to speculators\n" * ("speculators" in engines) + "```",
         f'```python\nfrom draftsmith.models.formats import from_pretrained\nfrom draftsmith.models.targets import TextTarget\n\n'
         f'target = TextTarget.load("{target}")\nhead = from_pretrained("{repository}", target)\n```',
         "## Training", *training(stored.about)]

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from transformers import LlamaConfig
 
 from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features
+from draftsmith.models.features import Features, Shared
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.distill import chain_walk
@@ -301,6 +302,14 @@ def test_recipes_hold_the_papers_values():
                               ("head.draft_vocab_size=9", "head.draft_vocab_size: unknown key"), ("head.bias=1", "head.bias: found 1")):
         with pytest.raises(UserError, match=message):
             read_recipe(ROOT / "recipes" / "hass-code.yaml", DrafterRecipe, [override])
+
+
+def test_the_head_of_an_8b_target_has_the_papers_size():
+    """0.25 B parameters for Llama-3 8B: fc, attention with 8 key/value heads, MLP, one norm."""
+    config = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    with torch.device("meta"):
+        head = EagleHead(EagleConfig.for_target(config, bias=False), Shared(torch.empty(128256, 4096)))
+    assert sum(p.numel() for p in head.parameters()) == 2 * 4096**2 + 2 * (4096 + 1024) * 4096 + 3 * 14336 * 4096 + 4096 == 251_662_336
 
 
 @pytest.mark.timeout(600)
