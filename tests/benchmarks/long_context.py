@@ -73,7 +73,7 @@ def length_of(row: dict) -> int:
 
 
 def drafters_of(arguments, target: TextTarget) -> dict:
-    head = lambda place, tree: HeadDrafter(load_drafter(fetch(place), target.embedding, target.layers), parse_tree(tree))  # noqa: E731
+    head = lambda place, tree: HeadDrafter(load_drafter(fetch(place), target.shared, target.layers), parse_tree(tree))  # noqa: E731
     probing = head(arguments.owl_spec, "dynamic:10x8x16")
     return {"eagle3": head(arguments.eagle3, "dynamic:10x7x32"), "owl": head(arguments.owl, "dynamic:10x8x32"), "owl-spec": probing,
             "suffix": SuffixDrafter(32, RULE), "howl": HowlDrafter(probing, SuffixDrafter(32, RULE))}
