@@ -4,8 +4,9 @@
     python tests/benchmarks/target.py --contexts [--target bundled:targets/code-long]
 
 Held-out functions are cut from the packages of the target's recipe as installed here, so figures move a little with their versions.
-Ends with one JSON line. --contexts: instead the loss of the last 256 tokens of held-out repository documents (train/repository.py) behind ever more of what stands before
-them, and of the same documents by position: a longer context must not make it worse. repeated_4grams: share of the 4-grams of a text (token ids, stop token excluded) that occurred in it before.
+Ends with one JSON line. repeated_4grams: share of the 4-grams of a text (token ids, stop token excluded) that occurred in it before.
+--contexts: instead the loss of the last 256 tokens of held-out repository documents (train/repository.py) behind ever more of what stands before
+them, and the loss of the same documents by position: a longer context must not make it worse.
 """
 
 import argparse
@@ -24,7 +25,6 @@ from draftsmith.train import corpus
 from draftsmith.train.pretrain import TargetRecipe, chat, loss_per_byte
 from draftsmith.train.recipe import read_recipe
 from draftsmith.train.repository import RepositoryRows
-
 
 CONTEXTS, LAST = (128, 768, 1792, 3840, 7936), 256  # tokens before the last ones: rows of 384 (the length that `code` was trained at), 1K, 2K, 4K, 8K
 POSITIONS = (0, 384, 1024, 2048, 4096, 8192)
