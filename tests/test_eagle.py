@@ -10,6 +10,7 @@ import yaml
 from transformers import LlamaConfig
 
 from draftsmith.eval.decode import generate
+from draftsmith.eval.predict import predicted_chain_tau
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
@@ -63,10 +64,8 @@ def features_of(target, lengths=LENGTHS) -> Features:
 def test_training_step_k_row_t_equals_sequential_drafting(exact):
     target, head = exact
     training, decoding, compared = packed(target, head), features_of(target), 0
-    outputs = head.unroll(training, 3)
-    for k in range(3):
-        part = training.packing.takes_part(k)
-        for row, got in zip(training.packing.rows[part].tolist(), outputs[k][part]):
+    for k, (rows, output) in enumerate(head.unroll(training, 3)):
+        for row, got in zip(rows.tolist(), output):
             b, t = place(training, row)
             beam = head.roots(head.prefill(cut(decoding, b, t + 1)))
             for step in range(k + 1):
@@ -98,15 +97,15 @@ def test_harmonised_context_is_the_published_one_in_values_and_gradients(exact):
     """Step k of row t is forward k + 1 at row t + k, and gradients are those of one backward a forward, features detached between."""
     (target, head), tokens = exact, documents(exact[0], (12,))[0]
     features = pack(target, head, [tokens], [3])
-    rows, names = features.packing.rows, [n for n, _ in head.named_parameters()]
+    names = [n for n, _ in head.named_parameters()]
     ours, theirs = head.unroll(features, 3), hass_as_published(head, torch.tensor(tokens), features.hidden, 3)
     total, want = 0.0, [0.0] * len(names)
     for k in range(3):
-        part = features.packing.takes_part(k)
-        torch.testing.assert_close(ours[k][part], theirs[k][rows[part] + k], atol=1e-12, rtol=1e-12)
-        weight = torch.randn(int(part.sum()), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
-        total = total + (ours[k][part] * weight).sum()
-        alone = torch.autograd.grad((theirs[k][rows[part] + k] * weight).sum(), list(head.parameters()), retain_graph=True)
+        rows, output = ours[k]
+        torch.testing.assert_close(output, theirs[k][rows + k], atol=1e-12, rtol=1e-12)
+        weight = torch.randn(len(rows), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+        total = total + (output * weight).sum()
+        alone = torch.autograd.grad((theirs[k][rows + k] * weight).sum(), list(head.parameters()), retain_graph=True)
         want = [a + b for a, b in zip(want, alone)]
     for name, got, expected in zip(names, torch.autograd.grad(total, list(head.parameters())), want):
         torch.testing.assert_close(got, expected, atol=1e-8, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
@@ -127,12 +126,12 @@ def test_packed_documents_equal_documents_alone(target, head):
 
 def plain_loss(target, head, features, objective):
     """The formulas of both papers row by row -> (loss, per-step sums, right steps by row)."""
-    total, sums, right, outputs = 0.0, [], {}, head.unroll(features, objective.steps)
+    total, sums, right = 0.0, [], {}
     texts = documents(target)
     final = [target.model(torch.tensor([row]), output_hidden_states=True).hidden_states[-1][0] for row in texts]
-    for k in range(objective.steps):
-        losses, part = [], features.packing.takes_part(k)
-        for row, a in zip(features.packing.rows[part].tolist(), outputs[k][part]):
+    for k, (rows, output) in enumerate(head.unroll(features, objective.steps)):
+        losses = []
+        for row, a in zip(rows.tolist(), output):
             b, t = place(features, row)
             feature = final[b][t + 1 + k]
             q, logp = target.project(feature).softmax(-1), target.project(a).log_softmax(-1)
@@ -276,7 +275,7 @@ def test_gradient_through_a_hung_tree_is_that_of_a_finite_difference(exact):
     assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2, rel=1e-3)
 
 
-def test_decoding_with_it_is_plain_greedy_decoding(target, head):
+def test_decoding_with_it_is_plain_greedy_decoding_as_long_as_predicted(target, head):
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
     plain = generate(target, NoDrafter(), prompts, Sampling(), 40)
     features = pack(target, head, [p + t.tokens for p, t in zip(prompts, plain)], [0] * 4)
@@ -288,6 +287,9 @@ def test_decoding_with_it_is_plain_greedy_decoding(target, head):
     drafted = generate(target, HeadDrafter(head, parse_tree("dynamic:4x3x10")), prompts, Sampling(), 40)
     assert [t.tokens for t in drafted] == [t.tokens for t in plain]
     assert sum(sum(t.accepted) for t in drafted) > 20  # it was right now and then, so that walks of several lengths occurred
+    chain = generate(target, HeadDrafter(head, parse_tree("chain:3")), prompts, Sampling(), 40)
+    measured = sum(sum(t.emitted) for t in chain) / sum(len(t.emitted) for t in chain)
+    assert predicted_chain_tau(target, head, prompts, plain, 3) == pytest.approx(measured)
 
 
 def test_recipes_hold_the_papers_values():

@@ -10,6 +10,7 @@ A head's class has
     start_from(target)         starts from the target's weights where that helps
     feature_spec, ids, shared  what it asks of the target; the draft vocabulary [Vd] int64
     loss(features, objective, counts) -> (loss, sums)
+    unroll(features, steps)    (rows, outputs) of each step with teacher tokens; logits(outputs) in the draft vocabulary
     prefill(features), extend(context, features), roots(context), expand(beam, tokens, parents)   decoding
     hang(features, at)         a beam of P roots at inner positions of one packed row, for training on trees
 """

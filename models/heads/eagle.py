@@ -147,7 +147,13 @@ class EagleHead(nn.Module):
 
     # Training
 
-    def unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
+    def unroll(self, features: TrainingFeatures, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The rounds that decoding can reach. For k = 0 .. steps - 1: (the rows [P_k] that take part (`Packing`), layer output [P_k, h])."""
+        packing, outputs = features.packing, self._unroll(features, steps)
+        parts = [packing.takes_part(k) for k in range(steps)]
+        return [(packing.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)]
+
+    def _unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
         """Layer outputs [K, P, h] of `packing.rows`: step 0 over the features given, step k over the outputs of step k - 1, detached, with teacher
         tokens. A row attends to its document's rows up to its own at step 0, and to its own earlier steps. Where a row takes no part in
         a step (`Packing`) its output means nothing."""
@@ -185,7 +191,7 @@ class EagleHead(nn.Module):
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
             return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, parts, parts, none) | {"feature": none.sum(1)}
-        outputs = self.unroll(noisy(features, objective.noise), steps)
+        outputs = self._unroll(noisy(features, objective.noise), steps)
         taught = (torch.arange(len(rows), device=device) + torch.arange(steps, device=device)[:, None]).clamp(max=len(rows) - 1)
         wide = torch.promote_types(outputs.dtype, torch.float32)
         regression = F.smooth_l1_loss(outputs.to(wide), teacher.final[taught].to(wide), reduction="none").mean(-1)
