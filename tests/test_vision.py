@@ -207,6 +207,26 @@ def test_columns_and_the_middle_are_the_same_in_training_and_decoding_and_as_eag
         torch.testing.assert_close(features.middle[start:stop], states[best, torch.arange(len(ids))], atol=3e-5, rtol=0)
 
 
+@every_family
+@pytest.mark.parametrize("rows", ["all", "text"])
+def test_trees_behind_a_packed_row_with_images_are_scored_as_plain_forwards(family, rows):
+    """Anchors count among the rows that feed the drafter; the prefix keeps the images all the same."""
+    target = tiny_vision(family)
+    features, documents, packing = packed(family, target, FeatureSpec((), trees=True, rows=rows, drop_ids=(START, END)))
+    at, tree = features.packing.rows[[0, 5, -1]] + 1, tree_of(3, 4)
+    tree = DraftTree.of(torch.cat([features.tokens[at, None], tree.tokens[:, 1:]], 1), tree.parents)
+    scores, best = features.score(tree, at)
+    numbers = (at[:, None] >= torch.tensor(features.packing.borders[1:])).sum(1).tolist()
+    for row, (number, place) in enumerate(zip(numbers, features.positions[at].tolist())):
+        ids, images = documents[number]
+        for leaf in (4, 5, 6):
+            path = path_to(tree, leaf)
+            logits = own(target, ids[:place] + tree.tokens[row, path].tolist(), images)[0][place:]
+            want = torch.log_softmax(logits, -1)[:-1].gather(1, tree.tokens[row, path[1:], None])[:, 0]
+            torch.testing.assert_close(scores[row, path[1:]], want, atol=5e-5, rtol=0)
+            assert best[row, path[:-1]].tolist() == logits[:-1].argmax(-1).tolist()
+
+
 def test_images_see_all_of_themselves_in_gemma_3_though_chunks_would_cut_them():
     """Chunks grow to the end of an image; the last piece of an image changes what the first one is."""
     target, (ids, images) = tiny_vision("gemma3"), document("gemma3", [3, 5])
