@@ -18,6 +18,8 @@ from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import Eagle3Objective
 from draftsmith.models.targets import ImagePrompt, TextTarget, session
 from draftsmith.models.tree import DraftTree
+from draftsmith.train.data import Rows
+from draftsmith.train.features import Cached
 from tests.conftest import tiny_head, tiny_target
 from tests.tiny_vision import CONFIGS, END, IMAGE, START, document, pictures, plain, tiny_vision
 
@@ -267,6 +269,13 @@ def test_what_cannot_be_read_is_refused():
         target.open(FeatureSpec(()), 1, 8).prefill([ImagePrompt(ids, images | {"pixel_values_videos": torch.zeros(1)})])
     with pytest.raises(UserError, match=r"target tiny: found a prompt with images, expected text \(llama sees none\)"):
         tiny_target().open(FeatureSpec(()), 1, 8).prefill([ImagePrompt(ids, images)])
+
+
+def test_features_that_the_cache_does_not_hold_are_computed_anew(tmp_path):
+    for spec in (FeatureSpec((), rows="text"), FeatureSpec((), columns=True), FeatureSpec((), middle=Middle("token", (1, 3), "output"))):
+        with pytest.raises(UserError, match="data.features: found cached, expected online"):
+            Cached(tiny_target(), Rows(tmp_path), spec, tmp_path / "features", 0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_vision_language_models_are_refused():
