@@ -28,7 +28,7 @@ from draftsmith.models.targets import TextTarget, locate
 BASELINES = ("plain", "lookup", "suffix", "hf-generate", "hf-lookup", "hf-assisted")  # every other method is a drafter's directory
 HOWL = "howl:"  # before a drafter's directory: HOWL over it
 HOWL_TREE, HOWL_ROWS = DynamicTree(10, 7, 60), 60
-SUFFIX_RULE = SuffixRule(factor=4)  # of 1, 2 and 4 the best on repository-level prompts of training modules (recipes/README.md)
+SUFFIX_RULE = SuffixRule(factor=4)  # of 1, 2 and 4 the best path on prompts of training modules (tests/benchmarks/suffix_rules.py)
 KEYS = ("speedup", "tree", "sweep", "timed", "plain", "greedy", "sampled", "lossless", "identical", "cells", "samples", "conditions")  # of result.json
 ASSISTANT = "bundled:targets/code-mini"
 ANSWER_BATCH = 16
