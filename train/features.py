@@ -61,6 +61,8 @@ class Cached:
         self.open: dict[str, object] = {}
         self.waiting: dict[str, torch.Tensor] = {}
         self.size = 0
+        if spec.rows == "text" or spec.columns or spec.middle:
+            raise UserError("data.features: found cached, expected online for this head (the cache holds taps and final states of all rows only)")
         folder.mkdir(parents=True, exist_ok=True)
         self._check_header()
         self.refresh()

@@ -1,6 +1,6 @@
 """`[SPEC]` against no `[SPEC]` at equal rows to verify, and OWL's drafting time by context length.
 
-    python tests/benchmarks/owl.py [OFF SPEC] [--limit 78] [--output owl.json]
+    python tests/benchmarks/owl.py [OFF SPEC] [--rows 32] [--temperature 0] [--limit 78] [--output owl.json]
 
 OFF and SPEC are drafters of one target, by default the two shipped ones. All prompts of `prompts/code.jsonl`, up to 64 new tokens, dynamic trees 8
 wide and 8 deep. With R rows to verify, OFF has R nodes, SPEC R / 2 nodes and a probe behind each; "no probe": SPEC's own drafter starting from the
@@ -28,7 +28,7 @@ from draftsmith.models.grow import DynamicTree
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 
 SHIPPED = ("bundled:drafters/owl-code-long", "bundled:drafters/owl-code-long-spec")
-ROWS, TEMPERATURES, LENGTHS = (16, 32, 60), (0.0, 1.0), (256, 1024, 4096, 16384)
+LENGTHS = (256, 1024, 4096, 16384)
 
 
 class WithoutProbes(HeadDrafter):
@@ -74,17 +74,19 @@ def drafting(head, lengths) -> dict[int, float]:
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("drafters", nargs="*", default=SHIPPED)
+    parser.add_argument("--rows", type=int, nargs="*", default=[16, 32, 60])
+    parser.add_argument("--temperature", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--limit", type=int, default=None)
     parser.add_argument("--output", default="owl.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     methods = Methods.open(list(arguments.drafters), None, ASSISTANT)
     off, spec = methods.heads.values()
-    prompts = [p.tokens for p in methods.prompts(CODE, arguments.limit, 64, 2 * max(ROWS), False)]
+    prompts = [p.tokens for p in methods.prompts(CODE, arguments.limit, 64, 2 * max(arguments.rows), False)]
     cells = []
-    for temperature in TEMPERATURES:
+    for temperature in arguments.temperature:
         plain = decode_batches(methods.target, NoDrafter(), prompts, Sampling(temperature, seed=0), 64, methods.stops, 13)
-        for rows in ROWS:
+        for rows in arguments.rows:
             cells.append(compare(methods.target, methods.stops, prompts, off, spec, temperature, rows, 64, plain))
             cell = cells[-1]
             shown = "  ".join(f"{name} {cell[name][0]:.3f} ({cell[name][1]:.2f}-{cell[name][2]:.2f})"
