@@ -175,7 +175,7 @@ class DrafterRecipe(Strict):
     head: Head
     lora: Lora | None
     objective: Objective
-    gto: Gto | None = None
+    gto: Gto | None
     optimization: Optimization
     engine: Engine
     evaluation: Evaluation
