@@ -198,7 +198,7 @@ def main():
     parser.add_argument("--target", default="bundled:targets/code-long")
     parser.add_argument("--eagle3", default="bundled:drafters/eagle3-code-long")
     parser.add_argument("--owl", default="bundled:drafters/owl-code-long")
-    parser.add_argument("--owl-spec", default="bundled:drafters/owl-spec-code-long")
+    parser.add_argument("--owl-spec", default="bundled:drafters/owl-code-long-spec")
     parser.add_argument("--output", type=Path, default=Path("runs/long-context"))
     arguments = parser.parse_args()
     recipe = read_recipe(Path(__file__).parents[2] / "recipes/targets/code-long.yaml", TargetRecipe)
