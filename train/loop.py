@@ -48,6 +48,8 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
         head = load_drafter(spec.start_from, target.shared, target.layers)
         if type(head) is not kind:
             raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
+        if hasattr(head, "grow"):
+            head.grow(config)
         for key in spec.shape:
             if getattr(head.config, key) != getattr(config, key):
                 raise UserError(f"head.{key}: found {getattr(config, key)}, expected {getattr(head.config, key)} as in {spec.start_from}")

@@ -12,13 +12,16 @@ A head's class has
     loss(features, objective, counts) -> (loss, sums)
     unroll(features, steps)    (rows, outputs) of each step with teacher tokens; logits(outputs) in the draft vocabulary
     prefill(features), extend(context, features), roots(context), expand(beam, tokens, parents)   decoding
+    grow(config)               (some heads) becomes the wider head of another recipe that starts from this one
     hang(features, at)         a beam of P roots at inner positions of one packed row, for training on trees
 """
 
 from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
+from draftsmith.models.heads.hivis import HivisConfig, HivisHead, HivisObjective
 from draftsmith.models.heads.owl import OwlConfig, OwlHead, OwlObjective
 
-HEADS = {head.name: head for head in (Eagle3Head, EagleHead, OwlHead)}
+HEADS = {head.name: head for head in (Eagle3Head, EagleHead, HivisHead, OwlHead)}
 
-__all__ = ["HEADS", "EagleConfig", "EagleHead", "EagleObjective", "Eagle3Config", "Eagle3Head", "Eagle3Objective", "OwlConfig", "OwlHead", "OwlObjective"]
+__all__ = ["HEADS", "EagleConfig", "EagleHead", "EagleObjective", "Eagle3Config", "Eagle3Head", "Eagle3Objective",
+           "HivisConfig", "HivisHead", "HivisObjective", "OwlConfig", "OwlHead", "OwlObjective"]

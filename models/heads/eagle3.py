@@ -164,7 +164,7 @@ class Eagle3Head(nn.Module):
         """Tapped states [..., taps * h] -> H of step 0."""
         return self.fc(hidden.to(self.fc.weight.dtype))
 
-    def enter(self, tokens: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def enter(self, tokens: torch.Tensor, hidden: torch.Tensor, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens [...], H [..., h] -> residual base [..., h], what the attention reads [..., 2h]."""
         return hidden, self.midlayer.widen(self._embed(tokens), hidden)
 
