@@ -78,10 +78,19 @@ def test_training_step_k_row_t_equals_sequential_drafting(family, positions):
     assert compared == 3 * (7 + 6 + 5)
 
 
+def trained(head, features, steps, mask="none"):
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        head.loss(features, replace(GOAL, mask=mask))[0].backward()
+        optimizer.step()
+    head.zero_grad()
+
+
 def unrolled(head, features, row, depth, places):
     """One round written out: every row of the context once, then fed on itself; all keys and values kept, the softmax over these alone."""
     start, attention = max(b for b in features.packing.borders if b <= row), head.layer.self_attn
-    keys, values = [], []
+    keys, values, output = [], [], None
     for k, t in [(0, t) for t in range(start, row + 1)] + [(k, row + k) for k in range(1, depth + 1)]:
         feature = features.hidden[t] if k == 0 else output
         embedded = F.embedding(features.tokens[t + 1], head.shared.embedding)
@@ -141,6 +150,7 @@ def test_with_equal_residuals_over_text_it_is_hass(target):
 def test_path_mask_equals_brute_force_and_gradients_reach_every_residual():
     target, head = exact(std=0.12)
     features, _ = packed(target, "llava", head)
+    trained(head, features, 12)  # right now and then
     final = dict(zip((features.packing.rows + 1).tolist(), features.teacher.final))
     losses, alive, counts = [], {}, []
     for k, (rows, output) in enumerate(head.unroll(features, 3)):
@@ -207,11 +217,7 @@ def test_decoding_with_it_is_plain_greedy_decoding(family, positions):
     mask = torch.cat([torch.arange(len(ids)) >= len(p) for (ids, _), p in zip(texts, prompts)])
     packing = Packing((0, *accumulate(len(ids) for ids, _ in texts)), mask)
     features = target.features(torch.tensor([i for ids, _ in texts for i in ids]), packing, head.feature_spec, [images for _, images in texts])
-    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
-    for _ in range(30):
-        optimizer.zero_grad()
-        head.loss(features, replace(GOAL, mask="path"))[0].backward()
-        optimizer.step()
+    trained(head, features, 30, "path")
     drafted = generate(target, HeadDrafter(head, parse_tree("dynamic:4x3x10")), prompts, Sampling(), 20)
     assert [t.tokens for t in drafted] == [t.tokens for t in plain]
     assert sum(sum(t.accepted) for t in drafted) > 5  # several lengths of walks occurred
