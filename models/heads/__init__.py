@@ -14,10 +14,12 @@ A head's class has
     hang(features, at)         a beam of P roots at inner positions of one packed row, for training on trees
 """
 
+from draftsmith.models.heads.dream import DreamConfig, DreamHead, DreamObjective
 from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
 from draftsmith.models.heads.owl import OwlConfig, OwlHead, OwlObjective
 
-HEADS = {head.name: head for head in (Eagle3Head, EagleHead, OwlHead)}
+HEADS = {head.name: head for head in (Eagle3Head, EagleHead, OwlHead, DreamHead)}
 
-__all__ = ["HEADS", "EagleConfig", "EagleHead", "EagleObjective", "Eagle3Config", "Eagle3Head", "Eagle3Objective", "OwlConfig", "OwlHead", "OwlObjective"]
+__all__ = ["HEADS", "DreamConfig", "DreamHead", "DreamObjective", "EagleConfig", "EagleHead", "EagleObjective",
+           "Eagle3Config", "Eagle3Head", "Eagle3Objective", "OwlConfig", "OwlHead", "OwlObjective"]
