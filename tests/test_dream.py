@@ -16,7 +16,8 @@ from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import DreamConfig, DreamHead, DreamObjective
 from draftsmith.models.heads.dream import entropy, kept_rows
-from tests.conftest import tiny_target
+from draftsmith.train.recipe import DrafterRecipe, read_recipe
+from tests.conftest import ROOT, tiny_target
 from tests.test_heads import place
 from tests.test_vision import packed, prompts_of
 from tests.tiny_vision import IMAGE, tiny_vision
@@ -322,3 +323,14 @@ def test_a_directory_gives_the_same_head_and_damage_is_named(tmp_path):
         load_drafter(folder, target.shared, 1)
     with pytest.raises(UserError, match="expected 0 <= first < last <= the target's 8 layers"):
         DreamConfig.for_target(target.config, middle_last=9)
+
+
+@pytest.mark.parametrize("name", ["dream-llava-1.6-7b", "dream-smolvlm", "dream-gemma3", "dream-shapes"])
+def test_recipes_hold_the_papers_values(name):
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml", DrafterRecipe)
+    assert recipe.kind is DreamHead and recipe.goal == replace(PLAIN, noise=0.2) and recipe.head.keep_ratio == 0.75
+    assert recipe.evaluation.tree == "dynamic:6x4x32" and (recipe.goal.steps, recipe.goal.weights) == (1, [1.0])
+    for override, message in (("objective.steps=1", "objective.steps: unknown key"), ("head.keep_ratio=0", "head.keep_ratio: found 0"),
+                              ("head.positions=none", "head.positions: found 'none'")):
+        with pytest.raises(UserError, match=message):
+            read_recipe(ROOT / "recipes" / f"{name}.yaml", DrafterRecipe, [override])

@@ -28,8 +28,8 @@ from torch import nn
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Middle, Shared, Teacher, TrainingFeatures
 from draftsmith.models.heads.cross import CrossLayer, attend
-from draftsmith.models.heads.dream_config import DreamConfig, DreamObjective, DreamShape
 from draftsmith.models.heads.distill import CHUNK, tally
+from draftsmith.models.heads.dream_config import DreamConfig, DreamObjective, DreamShape
 from draftsmith.models.heads.eagle import noisy
 from draftsmith.models.heads.frozen import Weights, taught_by
 from draftsmith.models.heads.hung import Hung, spans_of
