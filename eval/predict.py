@@ -22,7 +22,7 @@ def predicted_chain_tau(target: TextTarget, head, prompts: list[list[int]], trac
         mask = torch.cat([torch.arange(len(text)) >= len(p) for text, p in zip(texts, prompts[start:start + batch])])
         packing = Packing((0, *accumulate(map(len, texts))), mask)
         ids = torch.tensor([token for text in texts for token in text], device=target.device)
-        features = target.features(ids, packing, head.feature_spec)
+        features = target.features(ids, packing, head.feature_spec, [getattr(text, "images", {}) for text in texts])
         leading = torch.zeros_like(ids)
         for k, (rows, output) in enumerate(head.unroll(features, depth)):
             hit = head.ids[head.logits(output).argmax(-1)] == ids[rows + 2 + k]

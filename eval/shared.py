@@ -25,7 +25,7 @@ def shared_spec(specs: Iterable[FeatureSpec]) -> FeatureSpec:
 
 
 class Tapped:
-    """A drafter in a session that reads more taps than the drafter's own. width: of one tap."""
+    """A drafter in a session that reads more taps than the drafter's own, and probes that it may not ask for. width: of one tap."""
 
     def __init__(self, drafter: Drafter, shared: FeatureSpec, width: int):
         self.drafter, self.feature_spec, self.size = drafter, shared, drafter.size
@@ -33,7 +33,8 @@ class Tapped:
         self.columns = torch.cat([torch.arange(width) + width * shared.taps.index(tap) for tap in drafter.feature_spec.taps] or [torch.arange(0)])
 
     def own(self, features: Features) -> Features:
-        return replace(features, hidden=features.hidden[..., self.columns.to(features.hidden.device)])
+        probes = None if self.drafter.feature_spec.probe is None else features.probes
+        return replace(features, hidden=features.hidden[..., self.columns.to(features.hidden.device)], probes=probes)
 
     def begin(self, features, root):
         self.drafter.begin(self.own(features), root)

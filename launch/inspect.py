@@ -20,7 +20,7 @@ def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
                        console.print)
         console.print(f"{len(rows)} rows, {len(rows.tokens):,} tokens, {int(rows.mask.sum()):,} written by the target (green)")
         counts = rows.counts.sort(descending=True).values
-        for size in sorted({target.vocab_size // 4, target.vocab_size // 2, recipe.head.draft_vocab_size or target.vocab_size}):
+        for size in sorted({target.vocab_size // 4, target.vocab_size // 2, recipe.head.shape.get("draft_vocab_size") or target.vocab_size}):
             console.print(f"a draft vocabulary of {size} covers {float(counts[:size].sum() / counts.sum()):.2%} of them")
         for number in range(min(samples, len(rows))):
             tokens, mask = rows.row(number)

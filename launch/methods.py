@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,15 +19,16 @@ from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
-from draftsmith.models.grow import parse_tree
+from draftsmith.models.grow import DynamicTree
 from draftsmith.models.howl import HowlDrafter
 from draftsmith.models.lookup import LookupDrafter
-from draftsmith.models.suffix import SuffixDrafter
+from draftsmith.models.suffix import SuffixDrafter, SuffixRule
 from draftsmith.models.targets import TextTarget, locate
 
 BASELINES = ("plain", "lookup", "suffix", "hf-generate", "hf-lookup", "hf-assisted")  # every other method is a drafter's directory
 HOWL = "howl:"  # before a drafter's directory: HOWL over it
-HOWL_TREE, HOWL_ROWS = parse_tree("dynamic:10x7x60"), 60
+HOWL_TREE, HOWL_ROWS = DynamicTree(10, 7, 60), 60
+SUFFIX_RULE = SuffixRule(factor=4)  # of 1, 2 and 4 the best path on prompts of training modules (tests/benchmarks/suffix_rules.py)
 KEYS = ("speedup", "tree", "sweep", "timed", "plain", "greedy", "sampled", "lossless", "identical", "cells", "samples", "conditions")  # of result.json
 ASSISTANT = "bundled:targets/code-mini"
 ANSWER_BATCH = 16
@@ -71,9 +72,11 @@ class Methods:
             if name == "lookup":
                 baselines[name] = Looped(target, lookup)
             elif name == "suffix":
-                baselines[name] = Looped(target, SuffixDrafter(HOWL_ROWS))
+                baselines[name] = Looped(target, SuffixDrafter(HOWL_ROWS, SUFFIX_RULE))
             elif name in under:
-                baselines[name] = Looped(target, HowlDrafter(HeadDrafter(load(under[name]), HOWL_TREE), SuffixDrafter(HOWL_ROWS)))
+                head = load(under[name])
+                tree = HOWL_TREE if head.feature_spec.probe is None else replace(HOWL_TREE, size=HOWL_ROWS // 2)
+                baselines[name] = Looped(target, HowlDrafter(HeadDrafter(head, tree), SuffixDrafter(HOWL_ROWS, SUFFIX_RULE)))
             elif name == "hf-generate":
                 baselines[name] = Generate(target)
             elif name == "hf-lookup":

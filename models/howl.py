@@ -27,7 +27,7 @@ class HowlDrafter:
 
     def __init__(self, head: HeadDrafter, suffix: SuffixDrafter, threshold: float | None = None):
         self.head, self.suffix, self.threshold = head, suffix, threshold
-        self.feature_spec, self.size = head.feature_spec, max(head.size, suffix.size)
+        self.feature_spec, self.size = head.feature_spec, max(head.size, suffix.size * (1 + head.probes))
 
     def begin(self, features, root):
         self.head.begin(features, root)

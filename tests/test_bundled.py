@@ -1,6 +1,7 @@
 """The models that the repository ships: they load like any other, their sizes are as promised, and decoding with the drafter changes nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +28,6 @@ def code():
 
 def test_sizes_and_prompts(code):
     target, tokenizer, _, prompts = code
-    from pathlib import Path
-
     assert Path(locate("bundled:targets/code"), "model.safetensors").stat().st_size <= 12e6
     assert Path(locate("bundled:drafters/eagle3-code"), "model.safetensors").stat().st_size <= 6e6
     assert target.layers >= 20 and target.config.head_dim == 32 and target.vocab_size == len(tokenizer) == 4096
@@ -55,9 +54,18 @@ def test_shipped_drafter_is_lossless_and_useful(code, sampling, tree):
     assert tau(drafted) > (1.8 if sampling.temperature == 0 else 1.2)
 
 
-def test_code_mini_is_a_small_assistant_of_code_that_changes_no_text(code):
-    from pathlib import Path
+@pytest.mark.parametrize("name", ["eagle-code", "hass-code"])
+def test_shipped_eagle_heads_are_small_lossless_and_useful(code, name):
+    target, tokenizer, _, prompts = code
+    place, stops = Path(locate(f"bundled:drafters/{name}")), stop_ids(target, tokenizer)
+    assert (place / "model.safetensors").stat().st_size <= 2e6
+    drafter = HeadDrafter(load_drafter(place, target.shared, target.layers), parse_tree("dynamic:6x4x16"))
+    plain = decode_batches(target, NoDrafter(), prompts[:8], Sampling(), 48, stops, 4)
+    drafted = decode_batches(target, drafter, prompts[:8], Sampling(), 48, stops, 3)
+    assert [t.tokens for t in drafted] == [t.tokens for t in plain] and tau(drafted) > 1.8, tau(drafted)
 
+
+def test_code_mini_is_a_small_assistant_of_code_that_changes_no_text(code):
     target, tokenizer, _, prompts = code
     place = Path(locate("bundled:targets/code-mini"))
     assert (place / "model.safetensors").stat().st_size <= 1.5e6

@@ -3,9 +3,16 @@
 import json
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
 from draftsmith.launch.prompts import write_prompts
+from draftsmith.models.errors import UserError
 from draftsmith.train import corpus
-from draftsmith.train.pretrain import train_tokenizer
+from draftsmith.train.pretrain import TargetRecipe, first_model, pretrain, train_tokenizer
+from draftsmith.train.recipe import read_recipe
+from tests.conftest import ROOT, tiny_target
 
 SOURCE = '''
 import os
@@ -83,3 +90,22 @@ def test_prompts_of_tests_are_other_files(tmp_path, tokenizer):
     assert kinds[0] and kinds[1] and not kinds[0] & kinds[1] and all("/test" in module for module in kinds[1])
     found = write_prompts(["mpmath"], str(tmp_path / "tests.jsonl"), 5, 0, tokenizer, held_out=False, tests=True, max_question=500, max_answer=2000)
     assert all(json.loads(line)["name"].rpartition(":")[2].startswith("test") for line in found.read_text().splitlines())
+
+
+def test_a_target_is_trained_on_from_another_one(tmp_path):
+    """At first the other's weights under a new RoPE base; then repository rows and packed rows of the recipe's lengths."""
+    target = tiny_target(layers=2, vocab=300, tie_word_embeddings=True)
+    target.model.save_pretrained(tmp_path / "start")
+    train_tokenizer([SOURCE], 300).save_pretrained(tmp_path / "start")
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 512}
+    recipe = read_recipe(ROOT / "recipes/targets/code-long.yaml", TargetRecipe, [
+        f"start_from={tmp_path}/start", f"tokenizer={tmp_path}/start", "corpus.packages=[rich]", "corpus.max_question=900", "corpus.max_answer=900",
+        *(f"model.{key}={value}" for key, value in shape.items()), "compile=false", f"output={tmp_path}/out",
+        "stages=[{layers: 2, length: 64, batch: 4, tokens: 1024, repository: 0.5}, {layers: 2, length: 128, batch: 1, tokens: 256, repository: 1.0}]"])
+    first = first_model(recipe)
+    assert first.config.rope_parameters["rope_theta"] == 100000.0
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), target.model.state_dict().values()))
+    pretrain(recipe, lambda line: None)
+    assert any(not torch.equal(x.float(), first.state_dict()[name]) for name, x in load_file(tmp_path / "out" / "model.safetensors").items())
+    with pytest.raises(UserError, match="has hidden_size 32, expected the recipe's 64"):
+        first_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"hidden_size": 64})}))

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from transformers import LlamaConfig
 
 from draftsmith.eval.decode import generate
+from draftsmith.eval.predict import predicted_chain_tau
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features
+from draftsmith.models.features import Features, Shared
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.distill import chain_walk
@@ -62,10 +64,8 @@ def features_of(target, lengths=LENGTHS) -> Features:
 def test_training_step_k_row_t_equals_sequential_drafting(exact):
     target, head = exact
     training, decoding, compared = packed(target, head), features_of(target), 0
-    outputs = head.unroll(training, 3)
-    for k in range(3):
-        part = training.packing.takes_part(k)
-        for row, got in zip(training.packing.rows[part].tolist(), outputs[k][part]):
+    for k, (rows, output) in enumerate(head.unroll(training, 3)):
+        for row, got in zip(rows.tolist(), output):
             b, t = place(training, row)
             beam = head.roots(head.prefill(cut(decoding, b, t + 1)))
             for step in range(k + 1):
@@ -97,15 +97,15 @@ def test_harmonised_context_is_the_published_one_in_values_and_gradients(exact):
     """Step k of row t is forward k + 1 at row t + k, and gradients are those of one backward a forward, features detached between."""
     (target, head), tokens = exact, documents(exact[0], (12,))[0]
     features = pack(target, head, [tokens], [3])
-    rows, names = features.packing.rows, [n for n, _ in head.named_parameters()]
+    names = [n for n, _ in head.named_parameters()]
     ours, theirs = head.unroll(features, 3), hass_as_published(head, torch.tensor(tokens), features.hidden, 3)
     total, want = 0.0, [0.0] * len(names)
     for k in range(3):
-        part = features.packing.takes_part(k)
-        torch.testing.assert_close(ours[k][part], theirs[k][rows[part] + k], atol=1e-12, rtol=1e-12)
-        weight = torch.randn(int(part.sum()), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
-        total = total + (ours[k][part] * weight).sum()
-        alone = torch.autograd.grad((theirs[k][rows[part] + k] * weight).sum(), list(head.parameters()), retain_graph=True)
+        rows, output = ours[k]
+        torch.testing.assert_close(output, theirs[k][rows + k], atol=1e-12, rtol=1e-12)
+        weight = torch.randn(len(rows), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+        total = total + (output * weight).sum()
+        alone = torch.autograd.grad((theirs[k][rows + k] * weight).sum(), list(head.parameters()), retain_graph=True)
         want = [a + b for a, b in zip(want, alone)]
     for name, got, expected in zip(names, torch.autograd.grad(total, list(head.parameters())), want):
         torch.testing.assert_close(got, expected, atol=1e-8, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
@@ -126,12 +126,12 @@ def test_packed_documents_equal_documents_alone(target, head):
 
 def plain_loss(target, head, features, objective):
     """The formulas of both papers row by row -> (loss, per-step sums, right steps by row)."""
-    total, sums, right, outputs = 0.0, [], {}, head.unroll(features, objective.steps)
+    total, sums, right = 0.0, [], {}
     texts = documents(target)
     final = [target.model(torch.tensor([row]), output_hidden_states=True).hidden_states[-1][0] for row in texts]
-    for k in range(objective.steps):
-        losses, part = [], features.packing.takes_part(k)
-        for row, a in zip(features.packing.rows[part].tolist(), outputs[k][part]):
+    for k, (rows, output) in enumerate(head.unroll(features, objective.steps)):
+        losses = []
+        for row, a in zip(rows.tolist(), output):
             b, t = place(features, row)
             feature = final[b][t + 1 + k]
             q, logp = target.project(feature).softmax(-1), target.project(a).log_softmax(-1)
@@ -175,7 +175,8 @@ def test_a_head_that_knows_the_features_has_the_targets_entropy_and_nothing_to_l
     states = torch.stack([final.roll(-k, 0) for k in range(3)]).requires_grad_()
     q = target.project(final).softmax(-1)
     for weights in (Weights(1.0, 0.0, 10), Weights(0.1, 1.0, 10)):
-        losses, right = taught_by(states, features.teacher, target.project, 2**20, weights)
+        losses, rank = taught_by(states, features.teacher, target.project, 2**20, weights)
+        right = rank == 0
         top = q.topk(10).values
         entropy = -weights.ce * (q * q.log()).sum(-1) - weights.top * (top * top.log()).sum(-1)
         for k in range(3):
@@ -275,7 +276,7 @@ def test_gradient_through_a_hung_tree_is_that_of_a_finite_difference(exact):
     assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2, rel=1e-3)
 
 
-def test_decoding_with_it_is_plain_greedy_decoding(target, head):
+def test_decoding_with_it_is_plain_greedy_decoding_as_long_as_predicted(target, head):
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
     plain = generate(target, NoDrafter(), prompts, Sampling(), 40)
     features = pack(target, head, [p + t.tokens for p, t in zip(prompts, plain)], [0] * 4)
@@ -287,6 +288,9 @@ def test_decoding_with_it_is_plain_greedy_decoding(target, head):
     drafted = generate(target, HeadDrafter(head, parse_tree("dynamic:4x3x10")), prompts, Sampling(), 40)
     assert [t.tokens for t in drafted] == [t.tokens for t in plain]
     assert sum(sum(t.accepted) for t in drafted) > 20  # it was right now and then, so that walks of several lengths occurred
+    chain = generate(target, HeadDrafter(head, parse_tree("chain:3")), prompts, Sampling(), 40)
+    measured = sum(sum(t.emitted) for t in chain) / sum(len(t.emitted) for t in chain)
+    assert predicted_chain_tau(target, head, prompts, plain, 3) == pytest.approx(measured)
 
 
 def test_recipes_hold_the_papers_values():
@@ -301,6 +305,14 @@ def test_recipes_hold_the_papers_values():
                               ("head.draft_vocab_size=9", "head.draft_vocab_size: unknown key"), ("head.bias=1", "head.bias: found 1")):
         with pytest.raises(UserError, match=message):
             read_recipe(ROOT / "recipes" / "hass-code.yaml", DrafterRecipe, [override])
+
+
+def test_the_head_of_an_8b_target_has_the_papers_size():
+    """0.25 B parameters for Llama-3 8B: fc, attention with 8 key/value heads, MLP, one norm."""
+    config = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    with torch.device("meta"):
+        head = EagleHead(EagleConfig.for_target(config, bias=False), Shared(torch.empty(128256, 4096)))
+    assert sum(p.numel() for p in head.parameters()) == 2 * 4096**2 + 2 * (4096 + 1024) * 4096 + 3 * 14336 * 4096 + 4096 == 251_662_336
 
 
 @pytest.mark.timeout(600)

@@ -155,7 +155,6 @@ def test_leftovers_never_reach_an_export(place):
 @pytest.mark.parametrize(("config", "tensors", "kind"), [
     ({"architectures": ["Qwen2ForCausalLM"]}, {"fc.weight": (8, 16), "fc.bias": (8,)},
      r"found an EAGLE-1 or EAGLE-2 head of architecture \['Qwen2ForCausalLM'\]"),
-    ({"model_type": "llama"}, {"fc.weight": (8, 16), "residual": (2, 8)}, "found a HiViS head"),
     ({"model_type": "mlp_speculator"}, {}, "found an LSTM or MLP speculator"),
     ({"model_type": "medusa"}, {}, "found a Medusa head"),
     ({"architectures": ["GPT2Model"]}, {}, r"architectures: found \['GPT2Model'\]"),

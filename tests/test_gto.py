@@ -1,5 +1,6 @@
 """Group Tree Optimization: rewards are expectations, hung trees are decoding's trees, one start has no gradient, and clipping blocks the right side."""
 
+from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -10,13 +11,13 @@ from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verify import MATCH
 from draftsmith.models.drafter import NoDrafter
-from draftsmith.models.features import Packing
+from draftsmith.models.features import Features, Packing
 from draftsmith.models.grow import DynamicTree
 from draftsmith.models.tree import DraftTree
 from draftsmith.train import gto
 from tests.conftest import pack, tiny_target, trained_head
 from tests.laws import Bulk
-from tests.test_heads import cut, features_of, packed, place
+from tests.test_heads import cut, documents, features_of, packed, place
 
 SPEC = SimpleNamespace(groups=3, group_size=2, tree="dynamic:3x3x9", reward_agg="lse", reward_mode="prob", debias=True, clip=0.2, delta=1e-4,
                        min_spread=1e-6, omega=0.5)
@@ -26,10 +27,10 @@ def spec(**changes):
     return SimpleNamespace(**{**vars(SPEC), **changes})
 
 
-def one_by_one(target):
-    """The target asked for every node by itself: the text of its document up to the root, then its ancestors."""
+def one_by_one(target, features):
+    """`TrainingFeatures.score` of a target asked for every node by itself: the text of its document up to the root, then its ancestors."""
     @torch.no_grad()
-    def score(features, tree, at):
+    def score(tree, at):
         edges, best = torch.zeros(tree.tokens.shape), torch.zeros_like(tree.tokens)
         for p, root in enumerate(at.tolist()):
             start = root - int(features.packing.positions[root])
@@ -42,6 +43,11 @@ def one_by_one(target):
                     edges[p, node] = logits[-2].log_softmax(-1)[text[-1]]
         return edges, best
     return score
+
+
+def scored(target, head, rows, starts):
+    """`pack` with trees to be scored."""
+    return pack(target, SimpleNamespace(feature_spec=replace(head.feature_spec, trees=True)), rows, starts)
 
 
 def other_head(head, seed=5):
@@ -194,12 +200,12 @@ def test_clipping_stops_the_gradient_on_the_right_side(advantage, ratio, slope):
 
 def test_a_drafter_equal_to_its_start_has_no_gradient(target, head):
     """M = M0: R = 0, every group is skipped, every gradient exactly zero; without debiasing s = 1 (methods: test 3)."""
-    features = packed(target, head, first=2)
-    loss, sums = gto.Gto(SPEC, head, one_by_one(target), set())(head, features)
+    features = scored(target, head, documents(target), [2, 2, 2])
+    loss, sums = gto.Gto(SPEC, head, set())(head, features)
     told = gto.figures(sums["gto"])
     assert told["groups"] == told["skipped"] == 3 and told["reward"] == told["frozen_reward"] > 0 and told["spread"] == 0
     assert loss.item() == 0 and all(g.eq(0).all() for g in torch.autograd.grad(loss, list(head.parameters())))
-    loss, sums = gto.Gto(spec(debias=False), head, one_by_one(target), set())(head, features)
+    loss, sums = gto.Gto(spec(debias=False), head, set())(head, features)
     told = gto.figures(sums["gto"])
     assert told["skipped"] == 0 and told["clipped"] == 0 and (told["ratio"] == 1 or sums["gto"][6] == 0)
 
@@ -212,9 +218,9 @@ def test_the_loss_is_the_papers_formula(mode):
     frozen = other_head(head)
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5]]
     rows = [p + t.tokens for p, t in zip(prompts, generate(target, NoDrafter(), prompts, Sampling(), 12))]
-    features = pack(target, head, rows, [3, 8])
+    features = scored(target, head, rows, [3, 8])
     settings = spec(reward_mode=mode, groups=4, group_size=3)
-    loss, sums = gto.Gto(settings, frozen, one_by_one(target), set())(head, features)
+    loss, sums = gto.Gto(settings, frozen, set())(head, features)
     groups = gto.draw_groups(gto.windows(features.packing, features.tokens, 3, set()), 4, 3, torch.Generator().manual_seed(0))
     policy, zero, total, kept = DynamicTree(3, 3, 9), torch.zeros(1, 1, dtype=torch.long), 0.0, 0
     states = [target.model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in rows]
@@ -230,7 +236,7 @@ def test_the_loss_is_the_papers_formula(mode):
             values = []
             for drafter in (head, frozen):
                 tree = policy.grow(drafter, context(drafter, b, t), features.tokens[p:p + 1])
-                edges, best = one_by_one(target)(features, tree, torch.tensor([p]))
+                edges, best = one_by_one(target, features)(tree, torch.tensor([p]))
                 values.append(gto.reward(tree, edges if mode == "prob" else gto.greedy_edges(tree, best), "lse").item())
                 if drafter is head:
                     nodes, counts = tree.follow(best)
@@ -257,6 +263,4 @@ def test_the_loss_is_the_papers_formula(mode):
 
 
 def cut_of(tokens, hidden):
-    from draftsmith.models.features import Features
-
     return Features(torch.tensor([tokens]), hidden[None], torch.tensor([len(tokens)]))

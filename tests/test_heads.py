@@ -174,13 +174,13 @@ def test_unrolled_layer_has_the_gradients_of_the_plain_computation(kernel, monke
 
 def plain_unroll(head, features, steps):
     """The same by the definition: rows one at a time, attention over the list of visible keys."""
-    layer, packing, fused = head.midlayer, features.packing, head._fuse(features.hidden)
+    layer, packing, fused = head.midlayer, features.packing, head.first(features.hidden)
     attention_, states, outputs = layer.self_attn, {}, []
     repeat = lambda x: attention_.repeat(x, 0)  # noqa: E731
 
     def consume(token, hidden, position):
         u = layer.widen(head._embed(token), hidden)
-        cos, sin = head._angles(torch.tensor(position))
+        cos, sin = head.angles(torch.tensor(position))
         return attention_.query(u, cos, sin), *attention_.key_value(u, cos, sin)
 
     first = {}
@@ -310,7 +310,7 @@ def test_rope_and_head_dim_come_from_the_target():
     assert head.config.head_dim == 16 and head.config.rope_parameters == target.config.rope_parameters
     assert torch.equal(head._rope[0], target.body.rotary_emb.inv_freq)
     cos, sin = target.body.rotary_emb(torch.zeros(1), torch.arange(9)[None])
-    mine = head._angles(torch.arange(9))
+    mine = head.angles(torch.arange(9))
     torch.testing.assert_close(mine[0][:, 0], cos[0])
     torch.testing.assert_close(mine[1][:, 0, 8:], sin[0, :, 8:])
     torch.testing.assert_close(mine[1][:, 0, :8], -sin[0, :, :8])

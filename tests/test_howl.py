@@ -1,16 +1,22 @@
 """HOWL: one source a request and step, by the rule of methods/owl.md section 6; greedy and sampled texts are those of plain decoding."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.proof import verify
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
+from draftsmith.models.formats import save_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.howl import HowlDrafter, merge
 from draftsmith.models.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.targets import TextTarget
 from draftsmith.models.tree import DraftTree
-from tests.conftest import tiny_target, trained_head
+from tests.conftest import tiny_head, tiny_target, trained_head
 from tests.test_decode import PROMPTS
 
 LOOPING = [[4, 8, 15, 16, 23, 42] * 3, [9, 7, 9, 3, 2], [1, 2] * 6, [8]]
@@ -77,3 +83,14 @@ def test_merged_trees_are_padded():
     both = merge(torch.tensor([True, False]), path, tree)
     assert both.tokens.tolist() == [[5, 6, 7, 8], [9, 3, 4, 0]] and both.parents.tolist() == [[-1, 0, 1, 2], [-1, 0, 1, -1]]
     assert both.real.tolist() == [[True] * 4, [True, True, True, False]]
+
+
+def test_both_are_methods_of_the_command_line(folder, tmp_path):
+    """`draftsmith verify suffix howl:DRAFTER`: the drafter names the target, all texts are those of plain decoding."""
+    target = TextTarget.load(folder / "target")
+    save_drafter(tiny_head(target), tmp_path / "drafter", {"target": str(folder / "target")})
+    (tmp_path / "suite.jsonl").write_text('{"prompt": "import os import os"}\n{"prompt": "fox"}\n')
+    names = ["suffix", f"howl:{tmp_path}/drafter"]
+    assert verify(names, str(tmp_path / "suite.jsonl"), [], ["fp32"], ["chain:2"], [1, 2], [0.0, 0.9], 24, 2, 0, tmp_path / "out", lambda line: None)
+    found = json.loads(Path(tmp_path / "out" / "lossless.json").read_text())["comparisons"]
+    assert set(names) < {comparison["method"] for comparison in found if comparison["claimed"] and comparison["lossless"]}

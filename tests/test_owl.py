@@ -12,6 +12,7 @@ from draftsmith.eval.decode import generate
 from draftsmith.eval.predict import predicted_chain_tau
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.export import export_drafter, import_drafter
+from draftsmith.launch.hub import stage
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, Shared
@@ -319,3 +320,14 @@ def test_a_pickle_of_arctictraining_is_imported_when_asked(saved, target):
     (folder / "model.safetensors").unlink()
     out = import_drafter(str(folder), folder.parent / "in", str(folder.parent / "target"), pickle=True)
     assert same_weights(load_drafter(out, target.shared), head)
+
+
+def test_the_card_serves_what_names_its_target_and_tells_how_to_export_the_rest(saved, target):
+    folder, _ = saved
+    kept = stage(str(folder), "me/owl", folder.parent / "kept", None, "org/target", None)
+    out = export_drafter(folder, folder.parent / "out", "arctic", report=lambda line: None)
+    exported = stage(str(out), "me/owl-arctic", folder.parent / "exported", None, "org/target", None)
+    ours, engines = (place / "README.md" for place in (kept, exported))
+    assert "draftsmith export me/owl owl-arctic --to arctic" in ours.read_text() and "vllm serve" not in ours.read_text()
+    assert "vllm serve org/target" in engines.read_text() and '"model": "me/owl-arctic", "num_speculative_tokens": 4' in engines.read_text()
+    assert json.loads((exported / "config.json").read_text())["base_model_name_or_path"] == "org/target"

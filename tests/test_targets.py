@@ -161,7 +161,7 @@ def test_a_head_copies_the_rope_and_head_dim_of_its_target(family):
     head, positions = tiny_head(target), torch.arange(200)
     rotary = (torch.zeros(1), positions[None], *(["full_attention"] if family == "gemma3" else []))
     half = head.config.head_dim // 2
-    for got, want in zip(head._angles(positions), target.body.rotary_emb(*rotary)):
+    for got, want in zip(head.angles(positions), target.body.rotary_emb(*rotary)):
         torch.testing.assert_close(got[:, 0, half:], want[0, :, :half], atol=0, rtol=0)
     assert head.config.head_dim == target.body.layers[0].self_attn.head_dim
     assert head.config.rope_parameters["rope_type"] == {"llama": "llama3", "qwen2": "yarn", "gemma3": "linear", "gpt_oss": "yarn"}.get(family, "default")

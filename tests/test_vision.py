@@ -18,6 +18,8 @@ from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import Eagle3Objective
 from draftsmith.models.targets import ImagePrompt, TextTarget, session
 from draftsmith.models.tree import DraftTree
+from draftsmith.train.data import Rows
+from draftsmith.train.features import Cached
 from tests.conftest import tiny_head, tiny_target
 from tests.tiny_vision import CONFIGS, END, IMAGE, START, document, pictures, plain, tiny_vision
 
@@ -207,6 +209,26 @@ def test_columns_and_the_middle_are_the_same_in_training_and_decoding_and_as_eag
         torch.testing.assert_close(features.middle[start:stop], states[best, torch.arange(len(ids))], atol=3e-5, rtol=0)
 
 
+@every_family
+@pytest.mark.parametrize("rows", ["all", "text"])
+def test_trees_behind_a_packed_row_with_images_are_scored_as_plain_forwards(family, rows):
+    """Anchors count among the rows that feed the drafter; the prefix keeps the images all the same."""
+    target = tiny_vision(family)
+    features, documents, packing = packed(family, target, FeatureSpec((), trees=True, rows=rows, drop_ids=(START, END)))
+    at, tree = features.packing.rows[[0, 5, -1]] + 1, tree_of(3, 4)
+    tree = DraftTree.of(torch.cat([features.tokens[at, None], tree.tokens[:, 1:]], 1), tree.parents)
+    scores, best = features.score(tree, at)
+    numbers = (at[:, None] >= torch.tensor(features.packing.borders[1:])).sum(1).tolist()
+    for row, (number, place) in enumerate(zip(numbers, features.positions[at].tolist())):
+        ids, images = documents[number]
+        for leaf in (4, 5, 6):
+            path = path_to(tree, leaf)
+            logits = own(target, ids[:place] + tree.tokens[row, path].tolist(), images)[0][place:]
+            want = torch.log_softmax(logits, -1)[:-1].gather(1, tree.tokens[row, path[1:], None])[:, 0]
+            torch.testing.assert_close(scores[row, path[1:]], want, atol=5e-5, rtol=0)
+            assert best[row, path[:-1]].tolist() == logits[:-1].argmax(-1).tolist()
+
+
 def test_images_see_all_of_themselves_in_gemma_3_though_chunks_would_cut_them():
     """Chunks grow to the end of an image; the last piece of an image changes what the first one is."""
     target, (ids, images) = tiny_vision("gemma3"), document("gemma3", [3, 5])
@@ -247,6 +269,13 @@ def test_what_cannot_be_read_is_refused():
         target.open(FeatureSpec(()), 1, 8).prefill([ImagePrompt(ids, images | {"pixel_values_videos": torch.zeros(1)})])
     with pytest.raises(UserError, match=r"target tiny: found a prompt with images, expected text \(llama sees none\)"):
         tiny_target().open(FeatureSpec(()), 1, 8).prefill([ImagePrompt(ids, images)])
+
+
+def test_features_that_the_cache_does_not_hold_are_computed_anew(tmp_path):
+    for spec in (FeatureSpec((), rows="text"), FeatureSpec((), columns=True), FeatureSpec((), middle=Middle("token", (1, 3), "output"))):
+        with pytest.raises(UserError, match="data.features: found cached, expected online"):
+            Cached(tiny_target(), Rows(tmp_path), spec, tmp_path / "features", 0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_vision_language_models_are_refused():

@@ -1,7 +1,11 @@
 """What a run will take before anything is loaded: parameters are counted on the meta device, time is measured on one layer and one short step.
 
 Memory is per process, in bytes. Activations of the drafter are `saved_per_row` numbers (the head's own config says them) per row that is trained
-on and step, and once per taught token the teacher's probabilities [Vd] in fp32. What Python and its libraries take (about 0.7 GB) is not in it.
+on and step, and once per taught token the teacher's probabilities [Vd] in fp32. Behind a probe the target's own activations are kept too, about
+
+    layers * (8 h + 4 I)   numbers per row that is trained on.
+
+What Python and its libraries take (about 0.7 GB) is not in it.
 """
 
 import copy
@@ -58,7 +62,7 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
     width, rows = BYTES[engine.dtype], spec.batch_tokens
     matrices = sum(p.numel() for p in muon_parts(head)[0]) if spec.name == "muon" else 0
     optimizer = 4 * matrices + 8 * (trained - matrices) + (0 if engine.dtype == "fp32" and engine.zero_stage == 0 else 4 * trained)
-    c = head.config
+    c, probes = head.config, head.feature_spec.probe is not None
     hidden, written = config.hidden_size, corpus[1] / corpus[0] if corpus else 1.0
     memory = {
         "target": target_parameters * item // (world if engine.target == "sharded" else 1),
@@ -66,6 +70,8 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
         "head": whole * width // part(3), "gradients": trained * width // part(2), "optimizer": optimizer // part(1),
         "activations": int(rows * written * (recipe.goal.steps * c.saved_per_row * width + 4 * c.draft_vocab_size)),
     }
+    if probes:
+        memory["probes"] = int(rows * written * config.num_hidden_layers * (8 * hidden + 4 * (config.intermediate_size or hidden)) * item)
     disk = {"drafter": head_parameters * 2, "checkpoint": whole * width + head_parameters * 4 + optimizer}
     if corpus is not None:
         disk["rows"] = corpus[0] * 5
@@ -102,14 +108,15 @@ def probe(recipe: DrafterRecipe, config, device: torch.device, written: float) -
     packing = Packing((0, size), torch.arange(size) >= round(size * (1 - written)))
     states = torch.randn(size, len(head.feature_spec.taps) * hidden, device=device, dtype=dtype)
     final = torch.randn(len(packing.rows), hidden, device=device, dtype=dtype)
-    features = TrainingFeatures(tokens[0], states, packing, Teacher(final, lambda x, ids: x @ matrix.T))
+    features = TrainingFeatures(tokens[0], states, packing, Teacher(final, lambda x, ids: x @ matrix.T), probe=lambda x: x + final)
     optimizer = build_optimizer(recipe, head)
 
     def step():
         head.loss(features, recipe.goal)[0].backward()
 
     drafter, update = median_seconds(step, device), median_seconds(optimizer.step, device)
-    return {"target": layer * config.num_hidden_layers / size, "drafter": drafter / size, "optimizer": update / recipe.optimization.batch_tokens}
+    passes = 1 + 2 * written * (head.feature_spec.probe is not None)  # probes behind the written rows, there and back
+    return {"target": passes * layer * config.num_hidden_layers / size, "drafter": drafter / size, "optimizer": update / recipe.optimization.batch_tokens}
 
 
 def _few_layers(config, layers: int, device, dtype):

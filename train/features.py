@@ -52,6 +52,8 @@ class Cached:
     """
 
     def __init__(self, target, rows: Rows, spec: FeatureSpec, folder: Path, rank: int, report=print):
+        if spec.probe is not None:
+            raise UserError("data.features: found cached, expected online with a probe (its states change as it learns)")
         self.online, self.folder, self.rank = Online(target, rows, spec), folder, rank
         self.header = {"version": 1, "target": target.name, "taps": list(spec.taps), "convention": CONVENTION, "rows": rows.key,
                        "dtype": str(target.dtype).removeprefix("torch.")}
@@ -59,6 +61,8 @@ class Cached:
         self.open: dict[str, object] = {}
         self.waiting: dict[str, torch.Tensor] = {}
         self.size = 0
+        if spec.rows == "text" or spec.columns or spec.middle:
+            raise UserError("data.features: found cached, expected online for this head (the cache holds taps and final states of all rows only)")
         folder.mkdir(parents=True, exist_ok=True)
         self._check_header()
         self.refresh()

@@ -14,17 +14,12 @@ by their std would turn rounding into unit advantages (all of them are, at the s
 that of the population.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Packing, TrainingFeatures
 from draftsmith.models.grow import DynamicTree, StaticTree, parse_tree
 from draftsmith.models.tree import DraftTree
-
-# (features, trees [P, N], at [P]) -> (log-prob of every node given its ancestors [P, N], the target's most probable token after every inner node [P, N])
-Scorer = Callable[[TrainingFeatures, DraftTree, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 SUMS = ("groups", "kept", "roots", "reward", "frozen", "spread", "chains", "length", "ratio", "clipped", "loss")
 
@@ -116,13 +111,14 @@ def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, clip: float) -> torc
 
 
 class Gto:
-    """spec: a recipe's `gto` section (`train.recipe.Gto`); frozen: M0, whole and outside the engine; score: the target; stops: its stop ids.
+    """spec: a recipe's `gto` section (`train.recipe.Gto`); frozen: M0, whole and outside the engine; stops: the target's stop ids. Features must come
+    with `score` (`FeatureSpec.trees`).
 
     Raises UserError for a tree whose shape is drawn: the reward of M and M0 would differ by their draws.
     """
 
-    def __init__(self, spec, frozen, score: Scorer, stops: set[int]):
-        self.spec, self.frozen, self.score, self.stops, self.policy = spec, frozen, score, stops, parse_tree(spec.tree)
+    def __init__(self, spec, frozen, stops: set[int]):
+        self.spec, self.frozen, self.stops, self.policy = spec, frozen, stops, parse_tree(spec.tree)
         if not isinstance(self.policy, DynamicTree | StaticTree):
             raise UserError(f"gto.tree: found {spec.tree}, expected one that is not sampled")
 
@@ -161,7 +157,7 @@ class Gto:
         spec, roots = self.spec, features.tokens[at.to(features.tokens.device)]
         mine, theirs = (self.policy.grow(some, some.hang(features, at), roots) for some in (head, self.frozen))
         trie, places = union(mine, theirs)
-        edges, best = self.score(features, trie, at)
+        edges, best = features.score(trie, at.to(trie.tokens.device))
         own, theirs_best = best[:, :mine.size], best.gather(1, places)
         mode = {"prob": (edges[:, :mine.size], edges.gather(1, places)), "greedy": (greedy_edges(mine, own), greedy_edges(theirs, theirs_best))}
         now, before = (reward(tree, e, spec.reward_agg) for tree, e in zip((mine, theirs), mode[spec.reward_mode]))

@@ -48,6 +48,8 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
         head = load_drafter(spec.start_from, target.shared, target.layers)
         if type(head) is not kind:
             raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
+        if hasattr(head, "grow"):
+            head.grow(config)
         for key in spec.shape:
             if getattr(head.config, key) != getattr(config, key):
                 raise UserError(f"head.{key}: found {getattr(config, key)}, expected {getattr(head.config, key)} as in {spec.start_from}")
@@ -62,7 +64,7 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
 def build_gto(recipe: DrafterRecipe, target: TextTarget, stops: set[int]) -> Gto:
     """With a frozen copy of the drafter that the run starts from, in the precision of the one that is trained."""
     frozen = load_drafter(recipe.head.start_from, target.shared, target.layers)
-    return Gto(recipe.gto, frozen.to(target.device, DTYPES[recipe.engine.dtype]).eval().requires_grad_(False), target.score, stops)
+    return Gto(recipe.gto, frozen.to(target.device, DTYPES[recipe.engine.dtype]).eval().requires_grad_(False), stops)
 
 
 def build_optimizer(recipe: DrafterRecipe, head: nn.Module):
@@ -200,9 +202,10 @@ class Run:
 
     def _features(self):
         """Where a step's features come from."""
+        spec = replace(self.head.feature_spec, trees=self.recipe.gto is not None)
         if self.recipe.data.features == "online":
-            return Online(self.target, self.rows, self.head.feature_spec)
-        return Cached(self.target, self.rows, self.head.feature_spec, self.output / "features", self.rank, self.say)
+            return Online(self.target, self.rows, spec)
+        return Cached(self.target, self.rows, spec, self.output / "features", self.rank, self.say)
 
     def train(self) -> Path:
         """All steps that are left, then the drafter directory."""

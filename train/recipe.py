@@ -3,6 +3,7 @@
 A recipe knows nothing about tensors. Every default that a person would want to change stands in the YAML, not here.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
@@ -29,6 +30,16 @@ class Strict(BaseModel):
 R = TypeVar("R", bound=Strict)
 
 
+class Yaml(yaml.SafeLoader):
+    """The booleans of YAML 1.2, true and false: `off` is a word (head.spec_mode: off)."""
+
+    yaml_implicit_resolvers = {first: [(tag, form) for tag, form in found if tag != "tag:yaml.org,2002:bool"]
+                               for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+
+Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R:
     """Reads and checks a YAML recipe.
 
@@ -38,7 +49,7 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
     if not path.is_file():
         raise UserError(f"{path}: no such recipe; expected a YAML file")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = yaml.load(path.read_text("utf-8"), Yaml)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
@@ -49,7 +60,7 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
             raise UserError(f"override {override!r}: expected section.key=value")
         try:
             merged = OmegaConf.create(values)
-            OmegaConf.update(merged, key, yaml.safe_load(text), merge=True)
+            OmegaConf.update(merged, key, yaml.load(text, Yaml), merge=True)
             values = OmegaConf.to_container(merged)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             raise UserError(f"override {override!r}: {' '.join(str(error).split())}") from None
@@ -164,7 +175,7 @@ class DrafterRecipe(Strict):
     head: Head
     lora: Lora | None
     objective: Objective
-    gto: Gto | None = None
+    gto: Gto | None
     optimization: Optimization
     engine: Engine
     evaluation: Evaluation

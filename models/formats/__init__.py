@@ -10,14 +10,14 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats import arctic, dream, eagle, eagle3, speculators
+from draftsmith.models.formats import arctic, dream, eagle, eagle3, hivis, speculators
 from draftsmith.models.formats.layout import Layout, Serving, Stored, read_files, written
 from draftsmith.models.formats.place import fetch
 from draftsmith.models.targets import TextTarget
 
 __all__ = ["LAYOUTS", "fetch", "from_pretrained", "layout_for", "layout_of", "load_drafter", "read_files", "save_drafter", "store"]
 
-LAYOUTS = (eagle3.LAYOUT, speculators.LAYOUT, eagle.LAYOUT, eagle.VLLM_LAYOUT, arctic.LAYOUT, dream.LAYOUT)
+LAYOUTS = (hivis.LAYOUT, eagle3.LAYOUT, speculators.LAYOUT, eagle.LAYOUT, eagle.VLLM_LAYOUT, arctic.LAYOUT, dream.LAYOUT)
 
 
 def load_drafter(place: str | Path, shared: Shared, taps_below: int | None = None):
@@ -62,7 +62,7 @@ def store(head, folder: Path, layout: Layout, about: dict, dtype: torch.dtype, s
 def layout_of(stored: Stored) -> Layout:
     """Raises UserError that says what lies there instead."""
     for layout in LAYOUTS:
-        if layout.recognises(stored.config):
+        if layout.recognises(stored.config) or any(name in stored.tensors for name in layout.marks):
             return layout
     known = ", ".join(sorted({layout.head.name for layout in LAYOUTS}))
     raise UserError(f"{stored.folder}/config.json: {family(stored)}, expected a head that draftsmith has: {known}")
@@ -74,7 +74,7 @@ def layout_for(head, engine: str) -> Layout:
     for layout in mine:
         if engine in layout.engines:
             return layout
-    engines = ", ".join(name for layout in mine for name in layout.engines)
+    engines = ", ".join(name for layout in mine for name in layout.engines) or "none: no engine does"
     raise UserError(f"--to {engine}: {engine} does not load heads of kind {head.name}; expected one of {engines}")
 
 
@@ -87,8 +87,6 @@ def family(stored: Stored) -> str:
         return "found a Medusa head"
     if "speculators_model_type" in config:
         return f"found a speculators drafter of kind {config['speculators_model_type']}"
-    if "residual" in stored.tensors or "adaptive_embedding" in stored.tensors:
-        return "found a HiViS head"
     if fc is not None and fc.ndim == 2 and fc.size(1) == 2 * fc.size(0) and "lm_head.weight" not in stored.tensors:
         return f"found an EAGLE-1 or EAGLE-2 head of architecture {config.get('architectures')}"
     return f"architectures: found {config.get('architectures')}"

@@ -40,6 +40,7 @@ class Layout:
     recognises(config.json) -> whether a directory is of this layout.
     read(config, tensors, shared, taps_below, folder) -> head; raises UserError for whatever is missing, unknown or of another target.
     write(head, dtype, serving) -> (config.json, tensors). The first layout of a head is the one that drafters are kept in; it needs no serving.
+    marks: names of tensors that no other layout has, whatever the configuration says.
     described: whether the engines want the verifier named in config.json, so that an export is given `Serving`.
     """
 
@@ -49,6 +50,7 @@ class Layout:
     read: Callable[[dict, Tensors, Shared, int | None, Path], torch.nn.Module]
     write: Callable[[torch.nn.Module, torch.dtype, Serving | None], tuple[dict, Tensors]]
     described: bool = False
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

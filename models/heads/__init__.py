@@ -10,16 +10,19 @@ A head's class has
     start_from(target)         starts from the target's weights where that helps
     feature_spec, ids, shared  what it asks of the target; the draft vocabulary [Vd] int64
     loss(features, objective, counts) -> (loss, sums)
+    unroll(features, steps)    (rows, outputs) of each step with teacher tokens; logits(outputs) in the draft vocabulary
     prefill(features), extend(context, features), roots(context), expand(beam, tokens, parents)   decoding
+    grow(config)               (some heads) becomes the wider head of another recipe that starts from this one
     hang(features, at)         a beam of P roots at inner positions of one packed row, for training on trees
 """
 
 from draftsmith.models.heads.dream import DreamConfig, DreamHead, DreamObjective
 from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
+from draftsmith.models.heads.hivis import HivisConfig, HivisHead, HivisObjective
 from draftsmith.models.heads.owl import OwlConfig, OwlHead, OwlObjective
 
-HEADS = {head.name: head for head in (Eagle3Head, EagleHead, OwlHead, DreamHead)}
+HEADS = {head.name: head for head in (Eagle3Head, EagleHead, HivisHead, OwlHead, DreamHead)}
 
 __all__ = ["HEADS", "DreamConfig", "DreamHead", "DreamObjective", "EagleConfig", "EagleHead", "EagleObjective",
-           "Eagle3Config", "Eagle3Head", "Eagle3Objective", "OwlConfig", "OwlHead", "OwlObjective"]
+           "Eagle3Config", "Eagle3Head", "Eagle3Objective", "HivisConfig", "HivisHead", "HivisObjective", "OwlConfig", "OwlHead", "OwlObjective"]

@@ -1,8 +1,9 @@
 """Drafting with a head of one decoder layer that reads its own output back: committed rows in a cache and trees grown behind them, or trees
 hung at inner positions of one packed row.
 
-Such a head has `layer` (heads/layer.py), `first(hidden) -> H` for the target's states, `enter(tokens, H) -> (residual base, attention input)`
-and `angles(positions)`; a row's output is the H of its children.
+Such a head has `layer` (heads/layer.py), `first(hidden) -> H` for the target's states, `enter(tokens, H, step) -> (residual base, attention
+input)`, step being 0 for rows of the target's own states and k for nodes k levels below the root, and `angles(positions)`; a row's output is
+the H of its children.
 """
 
 from dataclasses import dataclass, replace
@@ -18,32 +19,35 @@ from draftsmith.models.slots import SlotCache
 @dataclass
 class Context:
     """Committed rows of B requests. `cache` holds the keys and values of complete rows; `pending` are features whose rows wait
-    for the next token (the last one waits for the root)."""
+    for the next token (the last one waits for the root). shift [B]: how far positions of rows from the last one on lie ahead of slots."""
 
     cache: SlotCache
     pending: Features | None
+    shift: torch.Tensor
 
     def select(self, rows: torch.Tensor) -> None:
         self.cache.select(rows)
-        p = self.pending
+        p, self.shift = self.pending, self.shift[rows]
         self.pending = Features(p.tokens[rows], p.hidden[rows], p.lengths[rows])
 
 
-def prefill(head, features: Features) -> Context:
-    """Keys and values of all rows whose next token is known; the last row of each request stays pending."""
+def prefill(head, features: Features, places: torch.Tensor | None = None) -> Context:
+    """Keys and values of all rows whose next token is known; the last row of each request stays pending. places [B, S]: positions of the rows
+    where they are not 0, 1, ...; rows behind the last go on from it."""
     attention, batch, width = head.layer.self_attn, *features.tokens.shape
     dtype, device = attention.o_proj.weight.dtype, features.hidden.device
     cache = SlotCache(1, batch, attention.kv_heads, width + 64, attention.head_dim, dtype, device)
     last = (features.lengths - 1)[:, None]
     rows = torch.arange(batch, device=device)[:, None]
+    places = torch.arange(width, device=device).expand(batch, -1) if places is None else places
     if width > 1:
-        _, u = head.enter(features.tokens[:, 1:], head.first(features.hidden[:, :-1]))
-        key, value = attention.key_value(u, *head.angles(torch.arange(width - 1, device=device)))
+        _, u = head.enter(features.tokens[:, 1:], head.first(features.hidden[:, :-1]), 0)
+        key, value = attention.key_value(u, *head.angles(places[:, :-1]))
         cache.place(width - 1)
         cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
     cache.lengths = features.lengths - 1
     pending = Features(features.tokens[rows, last], features.hidden[rows, last], torch.ones_like(features.lengths))
-    return Context(cache, pending)
+    return Context(cache, pending, (places.gather(1, last) - last)[:, 0])
 
 
 @dataclass(frozen=True)
@@ -65,21 +69,23 @@ def expand(head, beam: Beam | Hung, tokens: torch.Tensor, parents: torch.Tensor)
     return _commit_root(head, beam.context, tokens) if beam.depth == 0 else _grow(head, beam, tokens, parents)
 
 
-def hang(head, features: TrainingFeatures, at: torch.Tensor) -> Hung:
-    """A beam of P roots at packed indices at [P], each at least 1 inside its document; root p sees features of its document before at[p] only."""
+def hang(head, features: TrainingFeatures, at: torch.Tensor, places: torch.Tensor | None = None) -> Hung:
+    """A beam of P roots at packed indices at [P], each at least 1 inside its document; root p sees features of its document before at[p] only.
+    places [T]: positions of the rows where they are not 0, 1, ... in each document."""
     hidden = head.first(features.hidden)
-    _, u = head.enter(features.tokens.roll(-1), hidden)  # a document's last row meets the next one's first token; no root sees it
-    row = head.layer.self_attn.key_value(u, *head.angles(features.packing.positions.to(hidden.device)))
-    return Hung.at(features.packing, at, row, hidden)
+    places = (features.packing.positions if places is None else places).to(hidden.device)
+    _, u = head.enter(features.tokens.roll(-1), hidden, 0)  # a document's last row meets the next one's first token; no root sees it
+    row = head.layer.self_attn.key_value(u, *head.angles(places))
+    return replace(Hung.at(features.packing, at, row, hidden), positions=places[at.to(hidden.device) - 1])
 
 
 def _grow_hung(head, beam: Hung, tokens, parents):
     attention, rows = head.layer.self_attn, torch.arange(len(tokens), device=tokens.device)[:, None]
-    base, u = head.enter(tokens, beam.hidden[rows, parents])
+    base, u = head.enter(tokens, beam.hidden[rows, parents], beam.depth)
     cos, sin = head.angles(beam.positions[:, None])
     attended, own, seen = beam.attend(attention.query(u, cos, sin), *attention.key_value(u, cos, sin), parents, attention.scale)
     output = head.layer.finish(base, attended)
-    return output, replace(beam, hidden=output, own=own, seen=seen, positions=beam.positions + 1)
+    return output, replace(beam, hidden=output, own=own, seen=seen, positions=beam.positions + 1, depth=beam.depth + 1)
 
 
 def _commit_root(head, context: Context, root):
@@ -92,7 +98,7 @@ def _commit_root(head, context: Context, root):
     positions = cache.lengths[:, None] + torch.arange(width, device=root.device)
     cache.place(width)
     seen = torch.arange(cache.visible, device=root.device) <= positions[..., None]
-    output = _attend(head, head.first(pending.hidden), following, positions, cache, seen)
+    output = _attend(head, head.first(pending.hidden), following, positions + context.shift[:, None], 0, cache, seen)
     cache.lengths, context.pending = cache.lengths + pending.lengths, None
     output = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
     return output, Beam(context, output, torch.zeros(batch, 1, 0, dtype=torch.bool, device=root.device), 1)
@@ -103,19 +109,19 @@ def _grow(head, beam: Beam, tokens, parents):
     rows = torch.arange(batch, device=tokens.device)[:, None]
     own = torch.eye(new, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
     seen = torch.cat([beam.seen[rows, parents], own], -1)
-    positions = (cache.lengths + beam.depth - 1)[:, None].expand(-1, new)
+    positions = (cache.lengths + beam.context.shift + beam.depth - 1)[:, None].expand(-1, new)
     cache.place(new, offset=before)
     visible = (torch.arange(cache.visible, device=tokens.device) < cache.lengths[:, None])[:, None].repeat(1, new, 1)
     slots = cache.lengths[:, None] + torch.arange(before + new, device=tokens.device)
     visible.scatter_(2, slots[:, None].expand(-1, new, -1), seen)
-    output = _attend(head, beam.hidden[rows, parents], tokens, positions, cache, visible)
+    output = _attend(head, beam.hidden[rows, parents], tokens, positions, beam.depth, cache, visible)
     return output, replace(beam, hidden=output, seen=seen, depth=beam.depth + 1)
 
 
-def _attend(head, hidden, tokens, positions, cache: SlotCache, seen):
+def _attend(head, hidden, tokens, positions, step: int, cache: SlotCache, seen):
     """The layer over new rows [B, T] placed in the cache; seen [B, T, visible] -> layer output [B, T, h]."""
     attention = head.layer.self_attn
-    base, u = head.enter(tokens, hidden)
+    base, u = head.enter(tokens, hidden, step)
     cos, sin = head.angles(positions)
     key, value = attention.key_value(u, cos, sin)
     keys, values = cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))

@@ -212,11 +212,11 @@ class DreamHead(nn.Module):
         middle = torch.zeros_like(feature)
         if features.middle is not None:
             middle = F.smooth_l1_loss(first.to(wide), features.middle[rows + 1].to(wide), reduction="none").mean(-1)
-        crossed, right = taught_by(states[None], teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1))
+        crossed, rank = taught_by(states[None], teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1))
         kl = crossed[0] - entropy(teacher, self.config.vocab_size)
         losses = objective.feature_weight * feature + objective.middle_weight * middle + objective.kl_weight * kl
         sums = {name: value.detach().sum()[None] for name, value in (("feature", feature), ("middle", middle), ("kl", kl))}
-        return losses.sum() / max((counts or packing.counts(1))[0], 1), tally(packing, parts, right, losses.detach()[None]) | sums
+        return losses.sum() / max((counts or packing.counts(1))[0], 1), tally(packing, parts, rank == 0, losses.detach()[None]) | sums
 
     def _noisy(self, features: TrainingFeatures, width: float) -> TrainingFeatures:
         """Noise on the states that are attended to, not on the embeddings."""

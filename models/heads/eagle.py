@@ -99,6 +99,7 @@ class EagleHead(nn.Module):
 
     name, Shape, Objective, Config = "eagle", EagleShape, EagleObjective, EagleConfig
     tables = ()
+    inputs = 2  # vectors that `fc` joins
 
     def __init__(self, config: EagleConfig, shared: Shared, ids: torch.Tensor | None = None):
         super().__init__()
@@ -106,7 +107,7 @@ class EagleHead(nn.Module):
         self.config, self.shared = config, Shared(shared.embedding.detach(), shared.project)
         device = shared.embedding.device
         self.register_buffer("ids", torch.arange(config.vocab_size, device=device) if ids is None else ids.to(device), persistent=False)
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.bias)
+        self.fc = nn.Linear(self.inputs * config.hidden_size, config.hidden_size, bias=config.bias)
         self.layers = nn.ModuleList([Layer(config, config.hidden_size)])
         self._rope = frequencies(config, device)  # no buffer: fp32 frequencies must survive casts of the module
         for module in self.modules():
@@ -140,19 +141,33 @@ class EagleHead(nn.Module):
         """The target's features, in the head's dtype."""
         return hidden.to(self.fc.weight.dtype)
 
-    def enter(self, tokens: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def enter(self, tokens: torch.Tensor, hidden: torch.Tensor, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens [...], features [..., h] of the rows before them -> the layer's input, twice: residual base and what the attention reads."""
-        x = self.fc(torch.cat([F.embedding(tokens, self.shared.embedding).to(hidden.dtype), hidden], -1))
+        x = self.fc(torch.cat([self.embed(tokens), hidden], -1))
         return x, x
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The target's embeddings of tokens [...], in the head's dtype."""
+        return F.embedding(tokens, self.shared.embedding).to(self.fc.weight.dtype)
+
+    def places(self, features: TrainingFeatures) -> torch.Tensor:
+        """[T] positions of the packed rows."""
+        return features.packing.positions
 
     # Training
 
-    def unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
+    def unroll(self, features: TrainingFeatures, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The rounds that decoding can reach. For k = 0 .. steps - 1: (the rows [P_k] that take part (`Packing`), layer output [P_k, h])."""
+        packing, outputs = features.packing, self._unroll(features, steps)
+        parts = [packing.takes_part(k) for k in range(steps)]
+        return [(packing.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)]
+
+    def _unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
         """Layer outputs [K, P, h] of `packing.rows`: step 0 over the features given, step k over the outputs of step k - 1, detached, with teacher
         tokens. A row attends to its document's rows up to its own at step 0, and to its own earlier steps. Where a row takes no part in
         a step (`Packing`) its output means nothing."""
         attention, packing, device = self.layer.self_attn, features.packing, features.tokens.device
-        rows, positions, last = packing.rows.to(device), packing.positions.to(device), len(features.tokens) - 1
+        rows, positions, last = packing.rows.to(device), self.places(features).to(device), len(features.tokens) - 1
         kernel = kernel_for(device)
         strips = strips_of(packing, kernel.block)
         _, whole = self.enter(features.tokens.roll(-1), self.first(features.hidden))  # a document's last row is read by none
@@ -162,7 +177,7 @@ class EagleHead(nn.Module):
         for k in range(steps):
             cos, sin = self.angles(positions[rows] + k)
             if k > 0:
-                _, x = self.enter(features.tokens[(rows + 1 + k).clamp(max=last)], outputs[-1].detach())
+                _, x = self.enter(features.tokens[(rows + 1 + k).clamp(max=last)], outputs[-1].detach(), k)
                 key, value = attention.key_value(x, cos, sin)
                 keys.append(key)
                 values.append(value)
@@ -185,15 +200,21 @@ class EagleHead(nn.Module):
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
             return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, parts, parts, none) | {"feature": none.sum(1)}
-        outputs = self.unroll(noisy(features, objective.noise), steps)
+        outputs = self._unroll(noisy(features, objective.noise), steps)
         taught = (torch.arange(len(rows), device=device) + torch.arange(steps, device=device)[:, None]).clamp(max=len(rows) - 1)
         wide = torch.promote_types(outputs.dtype, torch.float32)
         regression = F.smooth_l1_loss(outputs.to(wide), teacher.final[taught].to(wide), reduction="none").mean(-1)
         weights = Weights(objective.ce_weight, objective.topk_weight, objective.topk)
-        classification, right = taught_by(outputs, teacher, self.shared.project, self.config.vocab_size, weights)
-        losses = (regression + classification) * parts
+        classification, rank = taught_by(outputs, teacher, self.shared.project, self.config.vocab_size, weights)
+        losses, right = (regression + classification) * parts, rank == 0
+        kept = self.alive(parts, rank, objective)
         shares = torch.tensor([weight / max(n, 1) for weight, n in zip(objective.weights, counts or packing.counts(steps))], device=device)
-        return (losses.sum(1) * shares).sum(), tally(packing, parts, right, losses.detach()) | {"feature": (regression.detach() * parts).sum(1)}
+        shares = shares * parts.sum(1) / kept.sum(1).clamp(min=1)
+        return ((losses * kept).sum(1) * shares).sum(), tally(packing, parts, right, losses.detach()) | {"feature": (regression.detach() * parts).sum(1)}
+
+    def alive(self, parts: torch.Tensor, rank: torch.Tensor, objective: EagleObjective) -> torch.Tensor:
+        """Which of the rows that take part (parts [K, P] bool) are trained on; a step's loss is the mean over them."""
+        return parts
 
     # Decoding
 

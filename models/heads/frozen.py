@@ -31,7 +31,7 @@ class _Taught(torch.autograd.Function):
     def forward(ctx, states, teacher: Teacher, project, vocab: int, weights: Weights):
         (steps, count, _), size = states.shape, max(64, CHUNK // vocab)
         losses = torch.zeros(steps, count, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
-        right = torch.zeros(steps, count, dtype=torch.bool, device=states.device)
+        rank = torch.full((steps, count), vocab, device=states.device)
         grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, count, size):
             logits = teacher.project(teacher.final[start:start + size], None).to(losses.dtype)
@@ -46,14 +46,14 @@ class _Taught(torch.autograd.Function):
                     out = project(x)
                 z = out.detach().to(losses.dtype)
                 top, student = z.amax(-1), z.softmax(-1)
-                right[k, first:stop] = z.gather(-1, choice[mine])[:, 0] >= top
+                rank[k, first:stop] = (z > z.gather(-1, choice[mine])).sum(-1)
                 losses[k, first:stop] = total[mine] * (top - student.amax(-1).log()) - torch.linalg.vecdot(taught[mine], z)
                 if grads is not None:
                     slope = student.mul_(total[mine, None]).sub_(taught[mine]).to(out.dtype)
                     grads[k, first:stop] = torch.autograd.grad(out, x, slope)[0]
         ctx.save_for_backward(grads)
-        ctx.mark_non_differentiable(right)
-        return losses, right
+        ctx.mark_non_differentiable(rank)
+        return losses, rank
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -73,7 +73,7 @@ def _weighted(probs: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torc
 def taught_by(states: torch.Tensor, teacher: Teacher, project: Callable, vocab: int, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     """states [K, P, h], after which stands `project` to `vocab` tokens; row i of step k is taught what the teacher says of its token i + k.
 
-    -> (losses [K, P] fp32, differentiable in the states; whether the most probable token is the target's own [K, P] bool). The last k rows of
-    step k have nothing to be taught: 0 and False.
+    -> (losses [K, P] fp32, differentiable in the states; how many tokens are more probable than the target's own first choice [K, P] int64). The
+    last k rows of step k have nothing to be taught: 0 and `vocab`.
     """
     return _Taught.apply(states, teacher, project, vocab, weights)

@@ -36,7 +36,7 @@ def spans_of(packing: Packing, at: torch.Tensor) -> list[Span]:
 class Hung:
     """A beam of P trees. row: (keys, values) [T, H_kv, D] of the packed row, row t consuming x_t's features and x_{t+1}; limit [P]: a root sees
     rows before this one; hidden [P, k, h]: what the next nodes go on from; own: (keys, values) [P, n, H_kv, D] of the nodes expanded so
-    far, and seen [P, k, n], which of them each row of `hidden` sees; positions [P]: of the next level."""
+    far, and seen [P, k, n], which of them each row of `hidden` sees; positions [P] and depth: of the next level."""
 
     row: tuple[torch.Tensor, torch.Tensor]
     spans: list[Span]
@@ -45,6 +45,7 @@ class Hung:
     own: tuple[torch.Tensor, torch.Tensor]
     seen: torch.Tensor
     positions: torch.Tensor
+    depth: int = 0
 
     @classmethod
     def at(cls, packing: Packing, at: torch.Tensor, row: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor) -> "Hung":

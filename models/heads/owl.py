@@ -21,10 +21,9 @@ from torch import nn
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
 from draftsmith.models.heads.adapted import matrix
-from draftsmith.models.heads.distill import chain_walk
+from draftsmith.models.heads.distill import tally
 from draftsmith.models.heads.labels import choices, hard_cross_entropy
 
-SUMS = ("rows", "right", "tried", "kept", "loss")
 EPS = 1e-6  # of all norms
 SPEC_UNIT = 0.125  # [SPEC]'s vector is this times its parameter: it learns at an eighth of the rate, since embeddings are small beside it
 
@@ -200,17 +199,16 @@ class OwlHead(nn.Module):
     def loss(self, features: TrainingFeatures, objective: OwlObjective, counts: list[float] | None = None):
         """loss = sum_k 1 / counts[k] sum_rows (logsumexp(z) - z[x_{t+2+k}]), z the logits of step k at row t: a mean for each step, added up.
 
-        counts: what to divide by where several packed rows make one batch; by default this one's own rows per step. Returns (loss, sums that
-        add up over packed rows, as in `Eagle3Head.loss`): `right` rows agree with the target's own choice, which the data's token need not be.
+        counts: what to divide by where several packed rows make one batch; by default this one's own rows per step. Returns (loss, sums as
+        `tally` has them): `right` rows agree with the target's own choice, which the data's token need not be.
         """
         packing, device, steps = features.packing, features.tokens.device, objective.steps
         if steps != self.config.n_predict:
             raise UserError(f"objective.steps: found {steps}, expected head.n_predict {self.config.n_predict} (the embedding's scale follows from it)")
         rows = packing.rows.to(device)
-        if len(rows) == 0:
-            nothing = torch.zeros(steps, device=device)
-            return sum(p.sum() * 0.0 for p in self.parameters()), {name: nothing for name in SUMS} | {"walk": torch.zeros(2, device=device)}
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        if len(rows) == 0:
+            return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, parts, parts, torch.zeros(steps, 0, device=device))
         at, step = rows.expand(steps, -1)[parts], torch.arange(steps, device=device)[:, None].expand_as(parts)[parts]
         states = self._unroll(features, self._starts(features, objective.spec_dropout), steps)[parts]
         scale = torch.tensor([1 / max(n, 1) for n in counts or packing.counts(steps)], device=device,
@@ -219,13 +217,7 @@ class OwlHead(nn.Module):
         total, losses, hits = hard_cross_entropy(states, matrix(self.output_head), features.tokens[at + 2 + step], chosen[at + 1 + step], scale)
         right = torch.zeros_like(parts).masked_scatter_(parts, hits)
         spread = losses.new_zeros(parts.shape).masked_scatter_(parts, losses)
-        alive = right.cumprod(0).bool()  # right so far
-        before = torch.cat([torch.ones_like(parts[:1]), alive[:-1]]) & parts
-        leading = torch.zeros(len(features.tokens), dtype=torch.int64)
-        leading[packing.rows] = alive.sum(0).cpu()
-        sums = {"rows": parts, "right": right, "tried": before, "kept": alive, "loss": spread}
-        return total, {name: value.sum(1).float() for name, value in sums.items()} | {
-            "walk": torch.tensor(chain_walk(packing, leading.tolist()), dtype=torch.float32, device=device)}
+        return total, tally(packing, parts, right, spread)
 
     # Decoding
 

@@ -1,11 +1,12 @@
 """Acceptance length by context length on the bundled long-context target: EAGLE-3 trained at 512, OWL without and with [SPEC], suffix decoding, HOWL.
 
-    python tests/benchmarks/long_context.py [--quick] [--output runs/long-context] [--documents 40]
+    python tests/benchmarks/long_context.py [--quick] [--output runs/long-context] [--documents 40] [--part 1/2]
 
 Repository-level questions about held-out modules (`draftsmith longbench`), every document cut from the left to 1K, 2K, 4K and 8K tokens with the same
 questions behind it; greedy, up to 256 new tokens. All methods decode behind one prefill, with equal rows to verify: trees of 32 nodes, OWL with
-[SPEC] 16 nodes and 16 probes, suffix paths of 32. Intervals: 95 %, bootstrap over documents, paired. A killed run goes on. --quick: 1K and 8K only.
-Ends with one JSON line: tau by length (owl_tau: with [SPEC]), and of HOWL and the best single method over all lengths.
+[SPEC] 16 nodes and 16 probes, suffix paths of 32. Intervals: 95 %, bootstrap over documents, paired. A killed run goes on; parts are for several
+processes, and the tables hold what all of them have finished. --quick: 1K and 8K only. Ends with one JSON line: tau by length (owl_tau: with
+[SPEC]), and of HOWL and the best single method over all lengths.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from draftsmith.eval.decode import Clock, decode
 from draftsmith.eval.evaluate import LOOPS
 from draftsmith.eval.interval import difference_interval, quotient_interval, ratio_interval
-from draftsmith.eval.journal import Journal
+from draftsmith.eval.journal import Journal, read
 from draftsmith.eval.measure import repeated_4grams
 from draftsmith.eval.pictures import calibration, colours, points_by_place
 from draftsmith.eval.prompts import read_prompts
@@ -38,7 +39,7 @@ from draftsmith.train.pretrain import TargetRecipe
 from draftsmith.train.recipe import read_recipe
 
 LENGTHS = (1024, 2048, 4096, 8192)
-QUESTIONS, LEAST = 6, 3  # functions of a document, at most and at least
+QUESTIONS, LEAST = 3, 2  # functions of a document, at most and at least
 RULE = SuffixRule(factor=4)
 SCORES = (0, 0.5, 1, 2, 3, 4, 6, 9, 14, 32)  # borders of the ranges of the calibration
 SINGLE = ("eagle3", "owl", "owl-spec", "suffix")
@@ -54,18 +55,16 @@ class Timed(Tapped):
 
 
 def prompts_of(file: Path, lengths, documents, tokenizer, packages) -> list[dict]:
-    """Rows of the suite with their tokens, document after document, in each from short to long; built where it does not exist."""
+    """Rows of the suite's first documents with their tokens, document after document, in each from short to long; built where it does not exist."""
     if not file.exists():
         left_out = Counter()
         found = longbench.repositories(packages, True, max(lengths), tokenizer, 0, QUESTIONS)
         rows = longbench.cut(longbench.rendered(found, tokenizer, max(lengths), left_out), lengths, 10**6, tokenizer, left_out)
-        counts = Counter(row["document"] for row in rows if row["category"] == longbench.label(lengths[0]))
-        chosen = [document for document, count in counts.items() if count >= LEAST][:documents]
-        longbench.write_suite([row for row in rows if row["document"] in chosen], str(file), left_out)
-    rows = [row for _, row in read_rows(file)]
-    order = {document: i for i, document in enumerate(dict.fromkeys(row["document"] for row in rows))}
-    rows = [{**row, "ids": prompt.tokens} for row, prompt in zip(rows, read_prompts(file, tokenizer))]
-    return sorted(rows, key=lambda row: (order[row["document"]], row["tokens"] > 0 and lengths.index(length_of(row))))
+        counts = Counter(row["document"] for row in rows)
+        longbench.write_suite([row for row in rows if counts[row["document"]] >= LEAST * len(lengths)], str(file), left_out)
+    rows = [{**row, "ids": prompt.tokens} for (_, row), prompt in zip(read_rows(file), read_prompts(file, tokenizer))]
+    order = list(dict.fromkeys(row["document"] for row in rows))[:documents]
+    return sorted((row for row in rows if row["document"] in order), key=lambda row: (order.index(row["document"]), length_of(row)))
 
 
 def length_of(row: dict) -> int:
@@ -73,14 +72,14 @@ def length_of(row: dict) -> int:
 
 
 def drafters_of(arguments, target: TextTarget) -> dict:
-    head = lambda place, tree: HeadDrafter(load_drafter(fetch(place), target.embedding, target.layers), parse_tree(tree))  # noqa: E731
+    head = lambda place, tree: HeadDrafter(load_drafter(fetch(place), target.shared, target.layers), parse_tree(tree))  # noqa: E731
     probing = head(arguments.owl_spec, "dynamic:10x8x16")
     return {"eagle3": head(arguments.eagle3, "dynamic:10x7x32"), "owl": head(arguments.owl, "dynamic:10x8x32"), "owl-spec": probing,
             "suffix": SuffixDrafter(32, RULE), "howl": HowlDrafter(probing, SuffixDrafter(32, RULE))}
 
 
-def run(rows, drafters, target, stops, max_new_tokens, journal, report=print) -> dict[str, dict]:
-    """{prompt's name: {method: {"trace", "draft" and "began" seconds, "steps"}}}."""
+def run(rows, drafters, target, stops, max_new_tokens, journal, report=print) -> None:
+    """Adds {method: {"trace", "draft" and "began" seconds, "steps"}} of every prompt to the journal, under its name."""
     spec = shared_spec(drafter.feature_spec for drafter in drafters.values())
     timed = {name: Timed(drafter, spec, target.config.hidden_size) for name, drafter in drafters.items()}
     shared = SharedSession(target, spec, max(len(row["ids"]) for row in rows) + max_new_tokens + 256)
@@ -98,7 +97,17 @@ def run(rows, drafters, target, stops, max_new_tokens, journal, report=print) ->
         journal.add(row["name"], entry)
         if number % 10 == 9:
             report(f"{number + 1}/{len(rows)} prompts, {(time.time() - started) / 60:.1f} min")
-    return {row["name"]: journal[row["name"]] for row in rows}
+
+
+def finished(rows, folder: Path, settings: dict) -> tuple[list[dict], dict[str, dict]]:
+    """(rows of the questions that are finished at every length, {name: what `run` found}) over the journals of all parts."""
+    found = {}
+    for journal in sorted(folder.glob("runs*.jsonl")):
+        found |= {entry.pop("key"): entry for entry in read(journal, settings)}
+    asked = Counter(row["name"].rpartition("@")[0] for row in rows)
+    done = Counter(row["name"].rpartition("@")[0] for row in rows if row["name"] in found)
+    rows = [row for row in rows if done[row["name"].rpartition("@")[0]] == asked[row["name"].rpartition("@")[0]]]
+    return rows, {row["name"]: found[row["name"]] for row in rows}
 
 
 class Figures:
@@ -184,11 +193,12 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="5 documents at 1K and 8K, up to 96 new tokens (under 10 minutes)")
     parser.add_argument("--documents", type=int, default=40)
+    parser.add_argument("--part", default="1/1", help="K/N: only every N-th document, beginning with the K-th")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--target", default="bundled:targets/code-long")
     parser.add_argument("--eagle3", default="bundled:drafters/eagle3-code-long")
     parser.add_argument("--owl", default="bundled:drafters/owl-code-long")
-    parser.add_argument("--owl-spec", default="bundled:drafters/owl-spec-code-long")
+    parser.add_argument("--owl-spec", default="bundled:drafters/owl-code-long-spec")
     parser.add_argument("--output", type=Path, default=Path("runs/long-context"))
     arguments = parser.parse_args()
     recipe = read_recipe(Path(__file__).parents[2] / "recipes/targets/code-long.yaml", TargetRecipe)
@@ -200,7 +210,11 @@ def main():
     rows = prompts_of(output / "prompts.jsonl", lengths, documents, tokenizer, packages)
     drafters = drafters_of(arguments, target)
     settings = {"target": arguments.target, "drafters": [arguments.eagle3, arguments.owl, arguments.owl_spec], "max_new_tokens": tokens}
-    found = run(rows, drafters, target, stop_ids(target, tokenizer), tokens, Journal(output / "runs.jsonl", settings))
+    part, parts = map(int, arguments.part.split("/"))
+    order = list(dict.fromkeys(row["document"] for row in rows))[part - 1::parts]
+    journal = Journal(output / ("runs.jsonl" if parts == 1 else f"runs-{part}-of-{parts}.jsonl"), settings)
+    run([row for row in rows if row["document"] in order], drafters, target, stop_ids(target, tokenizer), tokens, journal)
+    rows, found = finished(rows, output, settings)
     text = tables(rows, found, lengths)
     (output / "tables.md").write_text(text)
     print(text)

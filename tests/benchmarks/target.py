@@ -1,14 +1,21 @@
 """How good the bundled `code` target is: held-out loss, and how much its continuations loop beside the text people wrote.
 
     python tests/benchmarks/target.py [--quick] [--target bundled:targets/code]
+    python tests/benchmarks/target.py --contexts [--target bundled:targets/code-long]
 
 Held-out functions are cut from the packages of the target's recipe as installed here, so figures move a little with their versions.
 Ends with one JSON line. repeated_4grams: share of the 4-grams of a text (token ids, stop token excluded) that occurred in it before.
+--contexts: instead the loss of the last 256 tokens of held-out repository documents (train/repository.py) behind ever more of what stands before
+them, and the loss of the same documents by position: a longer context must not make it worse.
 """
 
 import argparse
 import json
 
+import torch
+import torch.nn.functional as F
+
+from draftsmith.eval.interval import difference_interval
 from draftsmith.eval.measure import decode_batches, repeated_4grams
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.chat import encode_prompt, load_tokenizer, stop_ids
@@ -17,16 +24,46 @@ from draftsmith.models.targets import TextTarget
 from draftsmith.train import corpus
 from draftsmith.train.pretrain import TargetRecipe, chat, loss_per_byte
 from draftsmith.train.recipe import read_recipe
+from draftsmith.train.repository import RepositoryRows
+
+CONTEXTS, LAST = (128, 768, 1792, 3840, 7936), 256  # tokens before the last ones: rows of 384 (the length that `code` was trained at), 1K, 2K, 4K, 8K
+POSITIONS = (0, 384, 1024, 2048, 4096, 8192)
+
+
+@torch.no_grad()
+def loss_by_context(target, tokenizer, files, documents: int) -> dict:
+    """Nats per token {"by_context": {tokens before: loss}, "behind_least": {tokens before: [difference, low, high]}, "by_position"}; the differences
+    are to the shortest context, paired by document."""
+    rows, length = RepositoryRows(files, tokenizer, 0), CONTEXTS[-1] + LAST
+    losses, positions = [], []
+    for _ in range(documents):
+        row = torch.tensor([rows.row(length)], device=target.device)
+        each = lambda part: F.cross_entropy(target.model(input_ids=part[:, :-1]).logits[0].float(), part[0, 1:], reduction="none")  # noqa: E731
+        cuts = [each(row[:, -LAST - before:]) for before in CONTEXTS]
+        losses.append([float(found[-LAST:].mean()) for found in cuts])
+        positions.append([float(cuts[-1][low:high].mean()) for low, high in zip(POSITIONS, POSITIONS[1:])])
+    ones, by_context = [1.0] * documents, list(zip(*losses))
+    mean = lambda values: round(sum(values) / len(values), 4)  # noqa: E731
+    behind = {before: [mean(values) - mean(by_context[0]), *difference_interval((values, ones), (by_context[0], ones))]
+              for before, values in zip(CONTEXTS, by_context)}
+    return {"documents": documents, "by_context": {before: mean(values) for before, values in zip(CONTEXTS, by_context)},
+            "behind_least": {before: [round(x, 4) for x in found] for before, found in behind.items()},
+            "by_position": {f"{low}-{high}": mean(values) for low, high, values in zip(POSITIONS, POSITIONS[1:], zip(*positions))}}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="60 functions of the standard library, sympy and pandas (2 minutes)")
     parser.add_argument("--target", default="bundled:targets/code")
+    parser.add_argument("--contexts", type=int, metavar="DOCUMENTS", nargs="?", const=48)
     arguments = parser.parse_args()
     recipe = read_recipe("recipes/targets/code.yaml", TargetRecipe)
     packages, count = (["python", "sympy", "pandas"], 60) if arguments.quick else (recipe.corpus.packages, 400)
     target, tokenizer = TextTarget.load(arguments.target), load_tokenizer(arguments.target)
+    if arguments.contexts:
+        files = [f for f in corpus.find_sources(packages) if corpus.is_held_out(f.module, recipe.corpus.held_out)]
+        print(json.dumps(loss_by_context(target, tokenizer, files, arguments.contexts)))
+        return
     stops = stop_ids(target, tokenizer)
     functions = [f for f in corpus.unique_functions(corpus.find_sources(packages)) if f.documented and corpus.is_held_out(f.module, recipe.corpus.held_out)]
     rows = []

@@ -1,0 +1,62 @@
+"""The HiViS directory: config.json and model.safetensors with the authors' keys `embed_tokens`, `fc`, `residual` and `layers.0`.
+
+How many steps have a vector of their own is the number of rows of `residual`, which older files call `adaptive_embedding`. The authors'
+configuration says nothing of positions and hidden tokens; without a word positions are compact and visual tokens alone are hidden, as for
+their Llava heads. Their Qwen heads have biases in the attention, and are refused. No engine serves these heads.
+"""
+
+from pathlib import Path
+
+import torch
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.features import Shared
+from draftsmith.models.formats import eagle
+from draftsmith.models.formats.eagle3 import LEFT_OUT, check_embedding
+from draftsmith.models.formats.layout import Layout, Serving, Tensors, check_tensors
+from draftsmith.models.heads import HivisConfig, HivisHead
+
+ARCHITECTURE, MARKS = "HivisLlama", ("residual", "adaptive_embedding")
+
+
+def recognises(config: dict) -> bool:
+    return (config.get("architectures") or [None])[0] == ARCHITECTURE
+
+
+def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> HivisHead:
+    """`Layout.read`: checked against the target before anything is built."""
+    place, (vocab, hidden) = f"{folder}/config.json", shared.embedding.shape
+    base = eagle.from_config(stored, place, True)
+    positions = stored.get("positions", "compact")
+    if positions not in ("compact", "original"):
+        raise UserError(f"{place}: positions: found {positions}, expected compact or original")
+    for name, found, expected in (("vocab_size", base.vocab_size, vocab), ("hidden_size", base.hidden_size, hidden), ("bias", base.bias, True)):
+        if found != expected:
+            raise UserError(f"{place}: {name}: found {found}, expected {expected}")
+    place = f"{folder}/model.safetensors"
+    tensors = {("residual" if name in MARKS else name): value for name, value in tensors.items() if not name.endswith(LEFT_OUT)}
+    if "embed_tokens.weight" in tensors:
+        check_embedding(tensors.pop("embed_tokens.weight"), shared.embedding, place)
+    rows = len(tensors["residual"]) if "residual" in tensors else 1
+    config = HivisConfig(**vars(base), residuals=rows, positions=positions, drop_ids=tuple(stored.get("drop_token_ids", ())))
+    check_tensors(tensors, expected_shapes(config), place)
+    head = HivisHead(config, shared)
+    head.load_state_dict({name: value.to(shared.embedding) for name, value in tensors.items()}, assign=True)
+    return head.eval()
+
+
+def expected_shapes(config: HivisConfig) -> dict[str, tuple[int, ...]]:
+    """Every stored key but the embedding, with its shape."""
+    h = config.hidden_size
+    return eagle.expected_shapes(config) | {"fc.weight": (h, 3 * h), "residual": (config.residuals, h)}
+
+
+def write(head: HivisHead, dtype: torch.dtype, serving: Serving | None = None) -> tuple[dict, Tensors]:
+    """`Layout.write`, with the target's embedding, which the authors' loader wants."""
+    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in head.state_dict().items()}
+    tensors["embed_tokens.weight"] = head.shared.embedding.detach().to("cpu", dtype).contiguous()
+    own = {"num_residuals": head.config.residuals, "positions": head.config.positions, "drop_token_ids": list(head.config.drop_ids)}
+    return eagle.to_config(head.config, dtype, ARCHITECTURE) | own, tensors
+
+
+LAYOUT = Layout(HivisHead, {}, recognises, read, write, marks=MARKS)
