@@ -68,7 +68,7 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
         "target": target_parameters * item // (world if engine.target == "sharded" else 1),
         "target's states": rows * ((len(head.feature_spec.taps) + 8) * hidden + 3 * (config.intermediate_size or hidden)) * item,
         "head": whole * width // part(3), "gradients": trained * width // part(2), "optimizer": optimizer // part(1),
-        "activations": int(rows * written * (recipe.objective.steps * c.saved_per_row * width + 4 * c.draft_vocab_size)),
+        "activations": int(rows * written * (recipe.goal.steps * c.saved_per_row * width + 4 * c.draft_vocab_size)),
     }
     if probes:
         memory["probes"] = int(rows * written * config.num_hidden_layers * (8 * hidden + 4 * (config.intermediate_size or hidden)) * item)

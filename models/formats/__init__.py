@@ -10,14 +10,14 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats import arctic, eagle, eagle3, hivis, speculators
+from draftsmith.models.formats import arctic, dream, eagle, eagle3, hivis, speculators
 from draftsmith.models.formats.layout import Layout, Serving, Stored, read_files, written
 from draftsmith.models.formats.place import fetch
 from draftsmith.models.targets import TextTarget
 
 __all__ = ["LAYOUTS", "fetch", "from_pretrained", "layout_for", "layout_of", "load_drafter", "read_files", "save_drafter", "store"]
 
-LAYOUTS = (hivis.LAYOUT, eagle3.LAYOUT, speculators.LAYOUT, eagle.LAYOUT, eagle.VLLM_LAYOUT, arctic.LAYOUT)
+LAYOUTS = (hivis.LAYOUT, eagle3.LAYOUT, speculators.LAYOUT, eagle.LAYOUT, eagle.VLLM_LAYOUT, arctic.LAYOUT, dream.LAYOUT)
 
 
 def load_drafter(place: str | Path, shared: Shared, taps_below: int | None = None):

@@ -16,12 +16,13 @@ A head's class has
     hang(features, at)         a beam of P roots at inner positions of one packed row, for training on trees
 """
 
+from draftsmith.models.heads.dream import DreamConfig, DreamHead, DreamObjective
 from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
 from draftsmith.models.heads.hivis import HivisConfig, HivisHead, HivisObjective
 from draftsmith.models.heads.owl import OwlConfig, OwlHead, OwlObjective
 
-HEADS = {head.name: head for head in (Eagle3Head, EagleHead, HivisHead, OwlHead)}
+HEADS = {head.name: head for head in (Eagle3Head, EagleHead, HivisHead, OwlHead, DreamHead)}
 
-__all__ = ["HEADS", "EagleConfig", "EagleHead", "EagleObjective", "Eagle3Config", "Eagle3Head", "Eagle3Objective",
-           "HivisConfig", "HivisHead", "HivisObjective", "OwlConfig", "OwlHead", "OwlObjective"]
+__all__ = ["HEADS", "DreamConfig", "DreamHead", "DreamObjective", "EagleConfig", "EagleHead", "EagleObjective",
+           "Eagle3Config", "Eagle3Head", "Eagle3Objective", "HivisConfig", "HivisHead", "HivisObjective", "OwlConfig", "OwlHead", "OwlObjective"]

@@ -1,0 +1,336 @@
+"""DREAM: what a row sees, training equals drafting, trees equal their paths, compression, the losses' formulas, lossless decoding."""
+
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from draftsmith.eval.decode import generate
+from draftsmith.eval.sampling import Sampling
+from draftsmith.models.drafter import HeadDrafter, NoDrafter
+from draftsmith.models.errors import UserError
+from draftsmith.models.features import Features, Packing
+from draftsmith.models.formats import load_drafter, save_drafter
+from draftsmith.models.grow import parse_tree
+from draftsmith.models.heads import DreamConfig, DreamHead, DreamObjective
+from draftsmith.models.heads.dream import entropy, kept_rows
+from draftsmith.train.recipe import DrafterRecipe, read_recipe
+from tests.conftest import ROOT, tiny_target
+from tests.test_heads import place
+from tests.test_vision import packed, prompts_of
+from tests.tiny_vision import IMAGE, tiny_vision
+
+PLAIN = DreamObjective(feature_weight=0.2, middle_weight=0.2, kl_weight=1.0, noise=0.0)
+H = 32
+both = pytest.mark.parametrize("family", ["llava", "gemma3"])
+ratios = pytest.mark.parametrize("ratio", [1.0, 0.5])
+
+
+def dream_head(target, ratio=0.5, seed=1, **shape) -> DreamHead:
+    torch.manual_seed(seed)
+    head = DreamHead(DreamConfig.for_target(target.config, keep_ratio=ratio, **shape), target.shared)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return head.eval()
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.long)
+
+
+def cut(features, start, count) -> Features:
+    """The first rows of one document of a packed row, as a prompt; columns stay those of the document's own prompt."""
+    mine = slice(start, start + count)
+    return Features(features.tokens[None, mine], features.hidden[None, mine], torch.tensor([count]), visual=features.visual[None, mine],
+                    columns=None if features.columns is None else features.columns[None, mine])
+
+
+def rows_of(head, n=9, seed=0, kept=None):
+    draw = torch.Generator().manual_seed(seed)
+    embedded, states = torch.randn(2, n, H, generator=draw)
+    return embedded, states, torch.ones(n, dtype=torch.bool) if kept is None else kept
+
+
+# What a row sees
+
+
+@pytest.mark.parametrize("dropped", [(), (2, 3)])
+def test_a_row_sees_embeddings_up_to_its_own_and_states_before_it(target, dropped):
+    """Row 0 sees no state at all: with a uniform mixture there, the last state would change every row."""
+    head, kept = dream_head(target), torch.tensor([i not in dropped for i in range(9)])
+    embedded, states, _ = rows_of(head)
+    base, places = head._rows(embedded, states, kept)[0], kept.nonzero().flatten().tolist()
+    for j in range(9):
+        moved = states.clone()
+        moved[j] += 1
+        changed = (head._rows(embedded, moved, kept)[0] - base).abs().amax(-1) > 1e-6
+        assert changed.tolist() == [i > j for i in places]
+        moved = embedded.clone()
+        moved[j] += 1
+        changed = (head._rows(moved, states, kept)[0] - base).abs().amax(-1) > 1e-6
+        assert changed.tolist() == [j not in dropped and i >= j for i in places]
+
+
+def test_a_new_head_does_not_look_at_the_states_and_learns_to_by_its_gates(target):
+    head = DreamHead(DreamConfig.for_target(target.config), target.shared)
+    embedded, states, kept = rows_of(head)
+    output = head._rows(embedded, states, kept)[0]
+    assert torch.equal(output, head._rows(embedded, torch.randn(9, H), kept)[0])
+    cross = dict(head.layers[1].named_parameters())
+    gradient = dict(zip(cross, torch.autograd.grad((output * torch.randn(9, H)).sum(), list(cross.values()))))
+    assert {name for name, g in gradient.items() if g.abs().sum() > 0} == {"attn_gate", "mlp_gate"}
+
+
+# Training equals drafting
+
+
+@both
+@ratios
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_training_rows_equal_sequential_drafting(family, ratio, positions):
+    target = tiny_vision(family)
+    head, compared = dream_head(target, ratio, positions=positions), 0
+    training = packed(family, target, head.feature_spec)[0]
+    for row, got in zip(training.packing.rows.tolist(), head.logits(head.states(training)[0])):
+        b, t = place(training, row)
+        start = training.packing.borders[b]
+        want, _ = head.expand(head.roots(head.prefill(cut(training, start, t + 1))), training.tokens[row + 1].view(1, 1), zeros(1, 1))
+        torch.testing.assert_close(got.log_softmax(-1), want[0, 0], atol=1e-5, rtol=1e-5)
+        compared += 1
+    assert compared == 3 * 5  # answers of six tokens
+
+
+@both
+@ratios
+def test_rows_added_one_by_one_equal_a_prompt_and_speculation_leaves_no_trace(family, ratio):
+    target = tiny_vision(family)
+    head = dream_head(target, ratio)
+    training, _, packing = packed(family, target, head.feature_spec)
+    start, prompt, stop = packing.borders[1], int(packing.prompts[1]), packing.borders[2]
+    count = stop - start
+    grown = head.prefill(cut(training, start, prompt))
+    for a, b in ((prompt, prompt + 3), (prompt + 3, prompt + 4), (prompt + 4, count - 1)):
+        _, beam = head.expand(head.roots(grown), training.tokens[start + a].view(1, 1), zeros(1, 1))
+        head.expand(beam, torch.tensor([[3, 4]]), zeros(1, 2))
+        new = slice(start + a, start + b)
+        head.extend(grown, Features(training.tokens[None, new], training.hidden[None, new], torch.tensor([b - a])))
+    fresh, root = head.prefill(cut(training, start, count - 1)), training.tokens[stop - 1].view(1, 1)
+    (a, first), (b, second) = (head.expand(head.roots(context), root, zeros(1, 1)) for context in (grown, fresh))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    for name in ("own", "cross"):
+        n = int(getattr(fresh, name).lengths)
+        assert int(getattr(grown, name).lengths) == n
+        torch.testing.assert_close(getattr(grown, name).store[..., :n, :], getattr(fresh, name).store[..., :n, :], atol=1e-5, rtol=1e-5)
+
+
+@both
+def test_every_path_of_a_tree_equals_the_chain_alone_in_a_ragged_batch(family):
+    target = tiny_vision(family)
+    head, prompts = dream_head(target), prompts_of(family)
+    prompt = target.open(head.feature_spec, 3, 8).prefill(prompts).features
+    roots, levels = torch.tensor([[5], [6], [7]]), [torch.tensor([[1, 2], [3, 4], [8, 9]]), torch.tensor([[4, 5, 6], [6, 7, 8], [3, 3, 1]])]
+    parents = [zeros(3, 2), torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 0]])]
+    first, beam = head.expand(head.roots(head.prefill(prompt)), roots, zeros(3, 1))
+    second, beam = head.expand(beam, levels[0], parents[0])
+    third, _ = head.expand(beam, levels[1], parents[1])
+    for b, n in enumerate(prompt.lengths.tolist()):
+        mine = Features(prompt.tokens[b:b + 1, :n], prompt.hidden[b:b + 1, :n], torch.tensor([n]), visual=prompt.visual[b:b + 1, :n],
+                        columns=prompt.columns[b:b + 1, :n])
+        for leaf, parent in enumerate(parents[1][b].tolist()):
+            a, alone = head.expand(head.roots(head.prefill(mine)), roots[b:b + 1], zeros(1, 1))
+            c, alone = head.expand(alone, levels[0][b, parent].view(1, 1), zeros(1, 1))
+            d, _ = head.expand(alone, levels[1][b, leaf].view(1, 1), zeros(1, 1))
+            for tree, chain in ((first[b, 0], a), (second[b, parent], c), (third[b, leaf], d)):
+                torch.testing.assert_close(tree, chain[0, 0], atol=1e-5, rtol=1e-5)
+
+
+@both
+@ratios
+def test_trees_hung_in_a_packed_row_equal_trees_behind_the_truncated_document(family, ratio):
+    target = tiny_vision(family)
+    head = dream_head(target, ratio)
+    training = packed(family, target, head.feature_spec)[0]
+    ends = training.packing.borders[1:]
+    at = torch.tensor([ends[0] - 5, ends[0] - 1, ends[1] - 6, ends[1] - 1, ends[1] + 1, ends[2] - 1])
+    roots, tokens, parents = training.tokens[at][:, None], torch.tensor([[1, 2]] * 6), torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [0, 0], [1, 0]])
+    first, beam = head.expand(head.hang(training, at), roots, zeros(6, 1))
+    second, beam = head.expand(beam, tokens, zeros(6, 2))
+    third, _ = head.expand(beam, tokens.flip(1), parents)
+    for p, (b, t) in enumerate(place(training, i) for i in at.tolist()):
+        a, alone = head.expand(head.roots(head.prefill(cut(training, training.packing.borders[b], t))), roots[p:p + 1], zeros(1, 1))
+        c, alone = head.expand(alone, tokens[p:p + 1], zeros(1, 2))
+        d, _ = head.expand(alone, tokens[p:p + 1].flip(1), parents[p:p + 1])
+        for hung, single in ((first, a), (second, c), (third, d)):
+            torch.testing.assert_close(hung[p], single[0], atol=1e-5, rtol=1e-5)
+    gradient = torch.autograd.grad(third[..., 0].sum(), list(head.parameters()))
+    assert all(g.abs().sum() > 0 for g in gradient)
+    if ratio < 1:
+        with pytest.raises(UserError, match="piece of an image"):
+            head.hang(training, training.visual.nonzero().flatten())
+
+
+# Compression
+
+
+def test_the_visual_rows_with_most_attention_stay_and_all_text_does():
+    visual, columns = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0]).bool(), torch.tensor([9, 0.1, 0.4, 9, 0.4, 0.2, 0, 0])
+    real = torch.arange(8) < 7
+    for ratio, want in ((1.0, [0, 1, 2, 3, 4, 5, 6]), (0.75, [0, 2, 3, 4, 5, 6]), (0.5, [0, 2, 3, 4, 6]), (0.3, [0, 2, 3, 6]), (0.01, [0, 2, 3, 6])):
+        assert kept_rows(real, visual, columns, ratio).nonzero().flatten().tolist() == want
+    assert kept_rows(real, visual, None, 1.0) is real and kept_rows(real, torch.zeros(8).bool(), None, 0.5) is real
+
+
+@both
+def test_only_the_pieces_of_images_are_dropped_in_prompts_and_training_alike(family):
+    target, prompts = tiny_vision(family), prompts_of(family)
+    head = dream_head(target, 0.5)
+    training, _, packing = packed(family, target, head.feature_spec)
+    prompt = target.open(head.feature_spec, 3, 8).prefill(prompts).features
+    context = head.prefill(prompt)
+    pieces = [list(p).count(IMAGE) for p in prompts]
+    assert context.skipped.tolist() == [n - n // 2 for n in pieces] and context.cross.lengths.tolist() == [len(p) - 1 for p in prompts]
+    for b, (_, kept, _) in enumerate(head._documents(training)):
+        n = len(prompts[b])
+        mine = kept_rows(torch.ones(n).bool(), prompt.visual[b, :n], prompt.columns[b, :n], 0.5)
+        assert torch.equal(kept[:n], mine) and kept[n:].all()
+        assert all(prompts[b][i] == IMAGE for i in range(n) if not mine[i])
+
+
+# Losses
+
+
+@both
+def test_loss_and_gradients_equal_the_plain_formulas(family):
+    target = tiny_vision(family)
+    head = dream_head(target)
+    features = packed(family, target, head.feature_spec)[0]
+    (loss, sums), rows, final = head.loss(features, PLAIN), features.packing.rows, features.teacher.final
+    states, first = head.states(features)
+    p, q = target.project(final).log_softmax(-1), target.project(states).log_softmax(-1)
+    feature = F.smooth_l1_loss(states, final, reduction="none").mean(-1)
+    middle = F.smooth_l1_loss(first, features.middle[rows + 1], reduction="none").mean(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    want = (0.2 * feature + 0.2 * middle + kl).mean()
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
+    for name, value in (("feature", feature), ("middle", middle), ("kl", kl), ("loss", 0.2 * feature + 0.2 * middle + kl)):
+        torch.testing.assert_close(sums[name][0], value.sum(), atol=1e-4, rtol=1e-4)
+    assert sums["right"][0] == (p.argmax(-1) == q.argmax(-1)).sum() and sums["rows"][0] == len(rows)
+    for a, b in zip(torch.autograd.grad(loss, list(head.parameters())), torch.autograd.grad(want, list(head.parameters()))):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    half = head.loss(features, PLAIN, [2.0 * len(rows)])[0]
+    torch.testing.assert_close(half * 2, loss)
+    torch.testing.assert_close(entropy(features.teacher, 2**20), -(p.exp() * p).sum(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_noise_is_keyed_and_on_the_states_alone():
+    target = tiny_vision("llava")
+    head = dream_head(target)
+    features = packed("llava", target, head.feature_spec)[0]
+    noise = head._noisy(features, 0.2).hidden - features.hidden
+    assert not noise[:, :H].any() and noise[:, H:].abs().amax() > 0
+    assert torch.equal(head._noisy(features, 0.2).hidden, head._noisy(features, 0.2).hidden)
+    assert not torch.equal(head._noisy(features, 0.2).hidden, head._noisy(replace(features, seed=1), 0.2).hidden)
+
+
+@pytest.mark.parametrize(("granularity", "feature"), [("token", "output"), ("token", "input"), ("sample", "output")])
+def test_the_middle_state_is_the_one_of_least_entropy(granularity, feature):
+    target = tiny_vision("llava")
+    head = dream_head(target, middle_granularity=granularity, middle_feature=feature, middle_first=1, middle_last=4)
+    features, documents, packing = packed("llava", target, head.feature_spec)
+    states = packed("llava", target, replace(head.feature_spec, taps=(1, 2, 3, 4)))[0].hidden.unflatten(-1, (4, H))
+    entropies = features.entropies
+    if granularity == "sample":
+        entropies = torch.cat([entropies[a:b].mean(0).expand(b - a, -1) for a, b in zip(packing.borders, packing.borders[1:])])
+    chosen = entropies.argmin(-1) + (feature == "output")
+    torch.testing.assert_close(features.middle, states[torch.arange(len(chosen)), chosen], atol=1e-5, rtol=1e-5)
+
+
+def test_no_taught_rows_cost_nothing():
+    target = tiny_vision("llava")
+    head = dream_head(target)
+    features = packed("llava", target, head.feature_spec)[0]
+    features = replace(features, packing=replace(features.packing, mask=torch.zeros_like(features.packing.mask)))
+    loss, sums = head.loss(features, PLAIN)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is not None for p in head.parameters()) and sums["rows"].tolist() == [0]
+
+
+# Whole
+
+
+@both
+@ratios
+@pytest.mark.parametrize("tree", ["chain:3", "dynamic:4x3x10"])
+def test_decoding_is_plain_greedy_decoding(family, ratio, tree):
+    target, prompts = tiny_vision(family), prompts_of(family)
+    want = generate(target, NoDrafter(), prompts, Sampling(), 20)
+    head = dream_head(target, ratio)
+    traces = generate(target, HeadDrafter(head, parse_tree(tree)), prompts, Sampling(), 20)
+    assert [t.tokens for t in traces] == [t.tokens for t in want]
+
+
+def test_a_head_overfits_a_batch_and_then_drafts_further():
+    target, prompts = tiny_vision("llava"), prompts_of("llava")
+    plain = generate(target, NoDrafter(), prompts, Sampling(), 20)
+    torch.manual_seed(1)
+    head = DreamHead(DreamConfig.for_target(target.config, keep_ratio=0.5), target.shared)
+    documents = [(list(p) + t.tokens, getattr(p, "images", {}), len(p)) for p, t in zip(prompts, plain)]
+    features = pack_images(target, head, documents)
+
+    def accepted():
+        traces = generate(target, HeadDrafter(head.eval(), parse_tree("chain:3")), prompts, Sampling(), 20)
+        assert [t.tokens for t in traces] == [t.tokens for t in plain]
+        return sum(sum(t.accepted) for t in traces)
+
+    untrained, before = accepted(), head.loss(features, PLAIN)[1]["kl"].item()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss, sums = head.loss(features, PLAIN)
+        loss.backward()
+        optimizer.step()
+    assert sums["kl"].item() < 0.1 * before and accepted() > untrained + 5
+
+
+def pack_images(target, head, documents):
+    """Documents (ids, pictures, first token that the target wrote) as one packed row."""
+    mask = torch.cat([torch.arange(len(ids)) >= start for ids, _, start in documents])
+    packing = Packing((0, *accumulate(len(ids) for ids, *_ in documents)), mask)
+    return target.features(torch.tensor([t for ids, *_ in documents for t in ids]), packing, head.feature_spec, [images for _, images, _ in documents])
+
+
+def test_a_text_target_is_drafted_for_too():
+    target, prompts = tiny_target(), [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8]]
+    head = dream_head(target, 0.75)
+    plain = generate(target, NoDrafter(), prompts, Sampling(), 20)
+    assert [t.tokens for t in generate(target, HeadDrafter(head, parse_tree("dynamic:4x3x10")), prompts, Sampling(), 20)] == [t.tokens for t in plain]
+    loss, _ = head.loss(pack_images(target, head, [(p + t.tokens, {}, len(p)) for p, t in zip(prompts, plain)]), PLAIN)
+    assert torch.isfinite(loss)
+
+
+def test_a_directory_gives_the_same_head_and_damage_is_named(tmp_path):
+    target = tiny_vision("llava")
+    head = dream_head(target, 0.5, middle_granularity="sample")
+    for parameter in head.parameters():  # what is stored is bf16
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    folder = save_drafter(head, tmp_path / "drafter", {"target": "tiny"})
+    again = load_drafter(folder, target.shared, target.layers)
+    features = packed("llava", target, head.feature_spec)[0]
+    assert again.config == head.config and torch.equal(again.states(features)[0], head.states(features)[0])
+    with pytest.raises(UserError, match="middle_last: found 2, expected at most the target's 1 layers"):
+        load_drafter(folder, target.shared, 1)
+    with pytest.raises(UserError, match="expected 0 <= first < last <= the target's 8 layers"):
+        DreamConfig.for_target(target.config, middle_last=9)
+
+
+@pytest.mark.parametrize("name", ["dream-llava-1.6-7b", "dream-smolvlm", "dream-gemma3", "dream-shapes"])
+def test_recipes_hold_the_papers_values(name):
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml", DrafterRecipe)
+    assert recipe.kind is DreamHead and recipe.goal == replace(PLAIN, noise=0.2) and recipe.head.keep_ratio == 0.75
+    assert recipe.evaluation.tree == "dynamic:6x4x32" and (recipe.goal.steps, recipe.goal.weights) == (1, [1.0])
+    for override, message in (("objective.steps=1", "objective.steps: unknown key"), ("head.keep_ratio=0", "head.keep_ratio: found 0"),
+                              ("head.positions=none", "head.positions: found 'none'")):
+        with pytest.raises(UserError, match=message):
+            read_recipe(ROOT / "recipes" / f"{name}.yaml", DrafterRecipe, [override])
