@@ -74,11 +74,16 @@ def inspect(recipe: str, overrides: Annotated[list[str], typer.Argument(help="se
 
 @app.command()
 def pretrain(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
-    """Train a bundled reference target by its recipe."""
+    """Train a bundled reference target by its recipe: text alone, or one that sees (a recipe with a section `vision`)."""
     from draftsmith.train.pretrain import TargetRecipe, pretrain
-    from draftsmith.train.recipe import read_recipe
+    from draftsmith.train.recipe import has_section, read_recipe
 
-    pretrain(read_recipe(recipe, TargetRecipe, overrides or []), say)
+    if has_section(recipe, "vision"):
+        from draftsmith.train.pretrain_vision import VisionRecipe, pretrain_vision
+
+        pretrain_vision(read_recipe(recipe, VisionRecipe, overrides or []), say)
+    else:
+        pretrain(read_recipe(recipe, TargetRecipe, overrides or []), say)
 
 
 @app.command()
@@ -120,6 +125,14 @@ def longbench(output: str, conversations: Annotated[list[str], typer.Option(help
         bench.write_suite(bench.cut(found, tuple(cut), count, tokenizer, left_out), output, left_out, say)
     else:
         bench.longbench(sources, output, tokenizer, tuple(edge), count, sampler, fill, seed, left_out, say)
+
+
+@app.command()
+def scenes(output: str, count: Count = 1000, seed: int = 0, held_out: bool = False):
+    """Draw scenes for `shapes-vlm`: pictures, and questions and descriptions as LLaVA-format JSON."""
+    from draftsmith.launch.scenes import write_scenes
+
+    say(f"conversations in {write_scenes(output, count, seed, held_out)}")
 
 
 @app.command()

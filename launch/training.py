@@ -79,6 +79,7 @@ def dry_run(arguments: list[str]) -> int:
     from draftsmith.train.data import prepare
     from draftsmith.train.distributed import read_engine_file
     from draftsmith.train.estimate import estimate
+    from draftsmith.train.pictures import load_pictures
     from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
     recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
@@ -88,7 +89,7 @@ def dry_run(arguments: list[str]) -> int:
         tokenizer, spec = load_tokenizer(recipe.target), recipe.data
         with tempfile.TemporaryDirectory() as folder:
             rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, tokenizer, stop_ids(described, tokenizer), described.vocab_size,
-                           Path(folder), say)
+                           Path(folder), say, load_pictures(recipe.target, described, spec.max_image_pixels))
             corpus = len(rows.tokens), int(rows.mask.sum())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = estimate(recipe, described, world, device, corpus)

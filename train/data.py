@@ -29,7 +29,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 @dataclass(frozen=True)
 class Rows:
     """Documents behind one another: tokens [T] uint32 and mask [T] bool (1 = written by the target), mapped from `folder`;
-    borders [N + 1] int64; counts [V] int64, how often each id was written by the target."""
+    borders [N + 1] int64; counts [V] int64, how often each id was written by the target; and where the pictures of each lie."""
 
     folder: Path
 
@@ -70,25 +70,45 @@ class Rows:
         borders = (0, *np.cumsum([len(t) for t in tokens]).tolist())
         return torch.from_numpy(np.concatenate(tokens).astype(np.int64)), Packing(borders, torch.from_numpy(np.concatenate(masks)))
 
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which names are a row's (borders [N + 1]), which bytes are a name's (borders [names + 1]), and the bytes of all names."""
+        load = lambda name: np.load(self.folder / name, mmap_mode="r")  # noqa: E731
+        return load("picture_borders.npy"), load("name_borders.npy"), load("names.npy")
+
+    @property
+    def seen(self) -> bool:
+        """Whether any row has pictures."""
+        return (self.folder / "names.npy").is_file() and len(self._places[2]) > 0
+
+    def images(self, number: int) -> list[Path]:
+        """The pictures of a row, in the order of its image tokens."""
+        if not self.seen:
+            return []
+        of_row, of_name, names = self._places
+        return [self.folder / names[of_name[k]:of_name[k + 1]].tobytes().decode() for k in range(of_row[number], of_row[number + 1])]
+
     def prompt(self, number: int) -> list[int]:
         """What stands before the first token that the target wrote (at least one token)."""
         tokens, mask = self.row(number)
         return tokens[:max(1, int(mask.argmax()))].tolist()
 
 
-def prepare(files: list[str], max_length: int, max_bad_rows: float, tokenizer, stops: set[int], vocab_size: int, folder: Path, report=print) -> Rows:
+def prepare(files: list[str], max_length: int, max_bad_rows: float, tokenizer, stops: set[int], vocab_size: int, folder: Path, report=print,
+            pictures=None) -> Rows:
     """Encodes the files below `folder` unless that was done before with equal content and tokenizer (the folder's name is a hash of both).
 
+    pictures: a `train.pictures.Pictures` for a target that sees. Picture files are not part of the hash, only their names are.
     Raises UserError naming file and row when a share of more than `max_bad_rows` of a file's records cannot be used, and when nothing can
     be learned from any.
     """
-    place = folder / key_of(files, max_length, tokenizer, stops, vocab_size)
+    place = folder / key_of(files, max_length, tokenizer, stops, vocab_size, pictures)
     if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{place.name}-{socket.gethostname()}-{os.getpid()}"  # machines may share the folder
         try:
             partial.mkdir()
-            _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, partial, report)
+            _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, partial, report, pictures)
             try:
                 partial.rename(place)
             except OSError:
@@ -99,18 +119,20 @@ def prepare(files: list[str], max_length: int, max_bad_rows: float, tokenizer, s
     return Rows(place)
 
 
-def await_rows(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, folder: Path) -> Rows:
+def await_rows(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, folder: Path, pictures=None) -> Rows:
     """The rows that the first process of this machine prepares; waiting is no collective, so that no time-out of one can strike."""
-    place = folder / key_of(files, max_length, tokenizer, stops, vocab_size)
+    place = folder / key_of(files, max_length, tokenizer, stops, vocab_size, pictures)
     while not place.is_dir():
         time.sleep(0.1)
     return Rows(place)
 
 
-def key_of(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int) -> str:
+def key_of(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, pictures=None) -> str:
     """16 hex digits over everything that the rows depend on. Raises UserError for a file that does not exist."""
     digest = hashlib.sha256(json.dumps([2, max_length, sorted(stops), vocab_size, tokenizer.chat_template]).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer).encode())
+    if pictures is not None:
+        digest.update(json.dumps([1, *pictures.key, [str(Path(file).resolve().parent) for file in files]]).encode())
     for file in files:
         digest.update(file.encode() if file.startswith("hub:") else _content(Path(file)))
     return digest.hexdigest()[:16]
@@ -123,7 +145,8 @@ def _content(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).digest()
 
 
-def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report) -> None:
+def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report, pictures) -> None:
+    names, of_row = [], [0]
     borders, counts, short, shown = [0], np.zeros(vocab_size, dtype=np.int64), 0, time.time()
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "mask.bin").open("wb") as mask_file:
         for file in files:
@@ -132,7 +155,7 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
             for number, record in read_records(file):
                 seen, place = seen + 1, f"{file} row {number}"
                 try:
-                    tokens, mask = encode_record(record, tokenizer, stops, vocab_size)
+                    tokens, mask, found = _encode(record, file, tokenizer, stops, vocab_size, max_length, pictures)
                 except UnstableTemplate as error:
                     raise UserError(f"{place}: {error}") from None
                 except UserError as error:
@@ -146,6 +169,9 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
                     mask_file.write(written.tobytes())
                     counts += np.bincount(ids[written], minlength=vocab_size)
                     borders.append(borders[-1] + len(ids))
+                    if pictures is not None:
+                        names += pictures.store(found, folder)
+                        of_row.append(len(names))
                 if seen == EARLY and bad > seen * max(max_bad_rows, 0.5):
                     break
                 if time.time() - shown > 10:
@@ -164,6 +190,20 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
         report(f"{short:,} rows are left out: their answers begin behind data.max_length {max_length}")
     np.save(folder / "borders.npy", np.array(borders, dtype=np.int64))
     np.save(folder / "counts.npy", counts)
+    if pictures is not None:
+        encoded = [name.encode() for name in names]
+        np.save(folder / "names.npy", np.frombuffer(b"".join(encoded), dtype=np.uint8))
+        np.save(folder / "name_borders.npy", np.cumsum([0, *map(len, encoded)]))
+        np.save(folder / "picture_borders.npy", np.array(of_row, dtype=np.int64))
+
+
+def _encode(record, file: str, tokenizer, stops, vocab_size, max_length, pictures) -> tuple[list[int], list[int], list]:
+    """(token ids, token mask, pictures)."""
+    if pictures is not None:
+        return pictures.encode(record, Path("." if file.startswith("hub:") else file).parent, stops, vocab_size, max_length)
+    if isinstance(record, dict) and (record.get("image") or record.get("images")):
+        raise UserError("found a picture, expected text alone: this target does not see")
+    return *encode_record(record, tokenizer, stops, vocab_size), []
 
 
 def read_records(file: str) -> Iterator[tuple[int, object]]:
@@ -201,7 +241,8 @@ def _stream(file: str, name: str, **options) -> Iterator[dict]:
         raise UserError(f"{file}: reading it needs the package datasets, found none; pip install 'draftsmith[train]'") from None
     datasets.disable_progress_bars()
     try:
-        yield from datasets.load_dataset(name, streaming=True, **options)
+        stream = datasets.load_dataset(name, streaming=True, **options)
+        yield from stream if stream.features is None else stream.decode(False)  # pictures as they are stored: a bad one is an error of its row
     except Exception as error:  # datasets raises many types for bad files; the cause is its innermost message
         raise UserError(f"{file}: cannot be read ({' '.join(str(error.__cause__ or error).split())[:200]})") from None
 
@@ -215,14 +256,19 @@ def encode_record(record, tokenizer, stops: set[int], vocab_size: int) -> tuple[
     if record.get("tokens") is not None:
         return _encode_tokens(record["tokens"], record.get("prompt_length"), vocab_size)
     if record.get("messages") is not None or record.get("conversations") is not None:
-        ids, mask = encode_row(tokenizer, _messages(record), stops)
-        if not any(mask):
-            raise UserError("the token mask is all zero: found no answer in it, expected a turn of the assistant")
-        return ids, mask
+        return encode_answers(tokenizer, messages_of(record), stops)
     if isinstance(record.get("text"), str):
         ids = tokenizer(record["text"])["input_ids"]
         return ids, [1] * len(ids)
     raise UserError(f"found keys {sorted(record)}, expected tokens, messages, conversations or text")
+
+
+def encode_answers(tokenizer, messages: list[dict], stops: set[int]) -> tuple[list[int], list[int]]:
+    """`encode_row`, refusing conversations in which the assistant says nothing."""
+    ids, mask = encode_row(tokenizer, messages, stops)
+    if not any(mask):
+        raise UserError("the token mask is all zero: found no answer in it, expected a turn of the assistant")
+    return ids, mask
 
 
 def _encode_tokens(tokens, start, vocab_size):
@@ -236,7 +282,7 @@ def _encode_tokens(tokens, start, vocab_size):
     return tokens, [0] * start + [1] * (len(tokens) - start)
 
 
-def _messages(record: dict) -> list[dict]:
+def messages_of(record: dict) -> list[dict]:
     """`messages` with role and content, or `conversations` with from and value."""
     if record.get("messages") is not None:
         turns = record["messages"]

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from draftsmith.models.errors import ProcessError, UserError
 from draftsmith.models.features import FeatureSpec, Teacher, TrainingFeatures
 from draftsmith.train.data import Rows
+from draftsmith.train.pictures import Pictures
 
 SHARD = 256 * 2**20  # bytes of features after which a shard is written
 CONVENTION = "index into Hugging Face hidden_states: 0 = embeddings, k = the state entering layer k, last = after the final norm"
@@ -28,14 +29,20 @@ def bytes_needed(rows: Rows, spec: FeatureSpec, width: int, item: int) -> int:
 
 
 class Online:
-    """Every step's features come from the target."""
+    """Every step's features come from the target. pictures: reads those of the rows; None for rows of text.
 
-    def __init__(self, target, rows: Rows, spec: FeatureSpec):
-        self.target, self.rows, self.spec = target, rows, spec
+    Raises UserError for rows with pictures and nothing that reads them: a drafter would learn from a blind target.
+    """
+
+    def __init__(self, target, rows: Rows, spec: FeatureSpec, pictures: Pictures | None = None):
+        if pictures is None and rows.seen:
+            raise UserError(f"{rows.folder}: found rows with pictures, expected text alone (no processor was given)")
+        self.target, self.rows, self.spec, self.pictures = target, rows, spec, pictures
 
     def __call__(self, numbers: list[int]) -> TrainingFeatures:
         tokens, packing = self.rows.pack(numbers)
-        return self.target.features(tokens.to(self.target.device), packing, self.spec)
+        images = [self.pictures.pixels(self.rows.images(n)) for n in numbers] if self.rows.seen else None
+        return self.target.features(tokens.to(self.target.device), packing, self.spec, images)
 
     def flush(self) -> None:
         """Nothing waits to be written."""
@@ -54,6 +61,8 @@ class Cached:
     def __init__(self, target, rows: Rows, spec: FeatureSpec, folder: Path, rank: int, report=print):
         if spec.probe is not None:
             raise UserError("data.features: found cached, expected online with a probe (its states change as it learns)")
+        if rows.seen:
+            raise UserError("data.features: found cached, expected online for rows with pictures")
         self.online, self.folder, self.rank = Online(target, rows, spec), folder, rank
         self.header = {"version": 1, "target": target.name, "taps": list(spec.taps), "convention": CONVENTION, "rows": rows.key,
                        "dtype": str(target.dtype).removeprefix("torch.")}

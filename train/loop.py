@@ -25,6 +25,7 @@ from draftsmith.train.features import Cached, Online
 from draftsmith.train.gto import Gto
 from draftsmith.train.lora import Adapter
 from draftsmith.train.optimizers import AdamW, MuonAdamW
+from draftsmith.train.pictures import Pictures, load_pictures
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
 from draftsmith.train.step import TrainingStep
@@ -129,17 +130,19 @@ def train(recipe: DrafterRecipe, report=print, evaluator: Evaluator | None = Non
             raise UserError(f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}")
         recipe.kind.Config.for_target(described.config, **recipe.head.shape)
         stops = stop_ids(described, tokenizer)
+        pictures = load_pictures(recipe.target, described, spec.max_image_pixels)
         arguments = (tokenizer, stops, described.vocab_size, Path(recipe.output) / "rows")
         if local == 0:
-            rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, say)
+            rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, say, pictures)
         else:
-            rows = await_rows(spec.files, spec.max_length, *arguments)
-        settings = recipe.model_dump(mode="json", exclude={"output": True, "wandb": True, "engine": {"checkpoint_minutes"}}) | {"rows": rows.key}
+            rows = await_rows(spec.files, spec.max_length, *arguments, pictures)
+        silent = {"output": True, "wandb": True, "engine": {"checkpoint_minutes"}, "data": {"max_image_pixels"}}  # the last is part of the rows' key
+        settings = recipe.model_dump(mode="json", exclude=silent) | {"rows": rows.key}
         if finished(Path(recipe.output) / "drafter", settings):
             say(f"{recipe.output}/drafter is there already, trained by this recipe on these rows; remove it to train again")
             return Path(recipe.output) / "drafter"
         with distributed.process_group(rank, world, local) as device:
-            return Run(recipe, settings, rows, stops, rank, world, device, say, evaluator, engine_extra or {}).train()
+            return Run(recipe, settings, rows, pictures, stops, rank, world, device, say, evaluator, engine_extra or {}).train()
 
 
 def finished(folder: Path, settings: dict) -> bool:
@@ -157,9 +160,10 @@ def finished(folder: Path, settings: dict) -> bool:
 class Run:
     """One process of a run. Every process knows all rows and takes its share of each step; the first one writes."""
 
-    def __init__(self, recipe: DrafterRecipe, settings: dict, rows: Rows, stops: set[int], rank: int, world: int, device: torch.device, say,
-                 evaluator: Evaluator | None, engine_extra: dict):
+    def __init__(self, recipe: DrafterRecipe, settings: dict, rows: Rows, pictures: Pictures | None, stops: set[int], rank: int, world: int,
+                 device: torch.device, say, evaluator: Evaluator | None, engine_extra: dict):
         self.recipe, self.rows, self.stops, self.rank, self.world, self.say, self.evaluator = recipe, rows, stops, rank, world, say, evaluator
+        self.pictures = pictures
         self.output, spec, self.objective = Path(recipe.output), recipe.optimization, recipe.goal
         numbers, self.kept = held_out(len(rows), min(recipe.evaluation.rows, len(rows) // 2) if evaluator else 0, recipe.seed)
         self.schedule = Schedule(rows.lengths, numbers, spec.batch_tokens, world * spec.accumulation, recipe.seed, spec.epochs)
@@ -204,7 +208,7 @@ class Run:
         """Where a step's features come from."""
         spec = replace(self.head.feature_spec, trees=self.recipe.gto is not None)
         if self.recipe.data.features == "online":
-            return Online(self.target, self.rows, spec)
+            return Online(self.target, self.rows, spec, self.pictures)
         return Cached(self.target, self.rows, spec, self.output / "features", self.rank, self.say)
 
     def train(self) -> Path:
@@ -295,10 +299,14 @@ class Run:
         times, total = self.recipe.evaluation.times, self.schedule.total
         return {round(total * (i + 1) / times) for i in range(times)} if len(self.kept) else set()
 
+    def _prompt(self, number: int):
+        tokens = self.rows.prompt(number)
+        return self.pictures.prompt(tokens, self.rows.images(number)) if self.rows.seen else tokens
+
     def _measure(self) -> float:
         """Acceptance length on the held-out rows' prompts; the best drafter so far is kept in `output/best`."""
         head, adapter = self._now()
-        tau = self.evaluator(self.target, head, [self.rows.prompt(n) for n in self.kept], self.stops)
+        tau = self.evaluator(self.target, head, [self._prompt(n) for n in self.kept], self.stops)
         if self.state.best is None or tau >= self.state.best["tau"]:
             self.state.best = {"tau": tau, "step": self.state.step}
             if self.rank == 0:

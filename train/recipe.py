@@ -78,14 +78,24 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
         raise UserError(f"{path}: {key}: found {first['input']!r}; {first['msg']}") from None
 
 
+def has_section(path: str | Path, name: str) -> bool:
+    """Whether a recipe has a section, where it can be read at all: what tells kinds of recipe apart."""
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(values, dict) and name in values
+
+
 class Data(Strict):
     """files: JSONL, JSON or Parquet files, or `hub:USER/NAME[:SPLIT]`, with `messages`, `conversations`, `text`, or `tokens` + `prompt_length`
-    (as `draftsmith regenerate` writes)."""
+    (as `draftsmith regenerate` writes). max_image_pixels: of a picture, for targets that see; larger ones are bad rows."""
 
     files: list[str] = Field(min_length=1)
     max_length: int = Field(gt=8)
     max_bad_rows: float = Field(ge=0, lt=1)
     features: Literal["online", "cached"]
+    max_image_pixels: int = Field(2**26, gt=0)
 
 
 def known(name: str) -> str:

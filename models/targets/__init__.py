@@ -17,10 +17,12 @@ __all__ = ["Description", "FeatureSpec", "ImagePrompt", "PackedPrefix", "Prefill
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a target without its weights. config: the text model's; generation_config: None where the target has none."""
+    """What is known of a target without its weights. config: the text model's; generation_config: None where the target has none; image_token: the id
+    that stands for pieces of images (None: it sees none)."""
 
     config: object
     generation_config: object | None
+    image_token: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -42,7 +44,8 @@ def describe(name: str | Path) -> Description:
         generation = GenerationConfig.from_pretrained(place)
     except OSError:
         generation = None
-    return Description(config.get_text_config(), generation)
+    seen = getattr(config, "image_token_id", getattr(config, "image_token_index", None)) if getattr(config, "vision_config", None) else None
+    return Description(config.get_text_config(), generation, seen)
 
 
 def locate(name: str | Path) -> str:

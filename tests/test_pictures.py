@@ -1,0 +1,120 @@
+"""Pictures on their way from files to features: what is refused, with which line, and that the target does see them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.features import FeatureSpec
+from draftsmith.models.targets import ImagePrompt, TextTarget, describe
+from draftsmith.train import data
+from draftsmith.train.features import Cached, Online
+from draftsmith.train.pictures import load_pictures
+from draftsmith.train.pretrain import train_tokenizer
+from draftsmith.train.pretrain_vision import CHAT_TEMPLATE, IMAGE
+from tests.tiny_vision import EYE, TEXT
+
+SPEC, VOCAB = FeatureSpec((0, 2)), 320
+TALK = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A square."}]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A LLaVA with its processor: a picture takes four tokens."""
+    folder = tmp_path_factory.mktemp("llava")
+    tokenizer = train_tokenizer(["What is this? A square."] * 4, 290)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    side = {"height": 8, "width": 8}
+    processor = hf.LlavaProcessor(hf.CLIPImageProcessor(size=side, crop_size=side), tokenizer, patch_size=4, image_token=IMAGE,
+                                  vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
+    processor.save_pretrained(folder)
+    torch.manual_seed(0)
+    hf.LlavaForConditionalGeneration(hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**TEXT | {"vocab_size": VOCAB}), vision_config=hf.CLIPVisionConfig(**EYE, image_size=8, projection_dim=16),
+        image_token_id=processor.image_token_id, vision_feature_layer=-2, vision_feature_select_strategy="default")).save_pretrained(folder)
+    return folder
+
+
+def draw(path, seed):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+
+
+def rows_of(records, place, folder, max_length=64, max_pixels=64):
+    """(rows, pictures) of a LLaVA-format file in `folder`."""
+    pictures = load_pictures(place, describe(place), max_pixels)
+    (folder / "data.json").write_text(json.dumps(records))
+    rows = data.prepare([str(folder / "data.json")], max_length, 0.0, pictures.processor.tokenizer, {2}, VOCAB, folder / "rows", pictures=pictures)
+    return rows, pictures
+
+
+def test_pixels_change_the_features(place, tmp_path):
+    for name, seed in (("a.png", 1), ("b.png", 2), ("c.png", 1)):
+        draw(tmp_path / name, seed)
+    rows, pictures = rows_of([{"image": name, "conversations": TALK} for name in ("a.png", "b.png", "c.png")], place, tmp_path)
+    tokens, _ = rows.pack([0])
+    assert int((tokens == pictures.image_token).sum()) == 4 and all(rows.row(0)[0].tolist() == rows.row(n)[0].tolist() for n in (1, 2))
+    assert [[path.name for path in rows.images(n)] for n in range(3)] == [["a.png"], ["b.png"], ["c.png"]]
+    target = TextTarget.load(place, device="cpu")
+    first, other, same = (Online(target, rows, SPEC, pictures)([n]) for n in range(3))
+    assert torch.equal(first.hidden, same.hidden) and torch.equal(first.teacher.final, same.teacher.final)
+    assert not torch.allclose(first.hidden, other.hidden, atol=1e-4) and not torch.allclose(first.teacher.final, other.teacher.final, atol=1e-4)
+    seen = tokens == pictures.image_token
+    assert torch.equal(first.hidden[:int(seen.nonzero()[0])], other.hidden[:int(seen.nonzero()[0])])  # what stands before sees no picture
+    both = Online(target, rows, SPEC, pictures)([1, 0])  # each document with its own
+    assert torch.allclose(both.hidden, torch.cat([other.hidden, first.hidden]), atol=1e-5)
+
+
+def test_a_prompt_has_the_pictures_that_stand_in_it(place, tmp_path):
+    draw(tmp_path / "a.png", 1)
+    draw(tmp_path / "b.png", 2)
+    rows, pictures = rows_of([{"image": ["a.png", "b.png"], "conversations": TALK * 2}], place, tmp_path)
+    prompt = pictures.prompt(rows.prompt(0), rows.images(0))
+    assert isinstance(prompt, ImagePrompt) and torch.equal(prompt.images["pixel_values"], pictures.pixels(rows.images(0)[:1])["pixel_values"])
+    assert pictures.pixels(rows.images(0))["pixel_values"].shape == (2, 3, 8, 8) and pictures.prompt([3, 4], rows.images(0)) == [3, 4]
+
+
+def test_bad_pictures_are_one_line_with_file_and_row(place, tmp_path):
+    draw(tmp_path / "good.png", 1)
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:80])
+    Image.new("RGB", (9, 8)).save(tmp_path / "large.png")
+    good = {"image": "good.png", "conversations": TALK}
+    for record, said in (
+        (good | {"image": "gone.png"}, r"gone\.png: no such file, expected a picture"),
+        (good | {"image": "text.png"}, r"text\.png: found no picture in it"),
+        (good | {"image": "cut.png"}, r"cut\.png: the picture cannot be decoded"),
+        (good | {"image": "large.png"}, r"large\.png: found 9 x 8 pixels, expected at most 64 in all \(data\.max_image_pixels\)"),
+        (good | {"image": ["good.png", "good.png"]}, r"found 1 <image> in the conversation and 2 pictures"),
+        ({"conversations": TALK}, r"found 1 <image> in the conversation and 0 pictures"),
+        ({"tokens": [3, 4, 5, 6], "prompt_length": 1, "image": "good.png"}, r"found 0 image tokens, expected 4 for 1 picture"),
+    ):
+        with pytest.raises(UserError, match=rf"data\.json: found 1 of 2 rows .* the first: \S*data\.json row 2: .*{said}") as found:
+            rows_of([good, record], place, tmp_path)
+        assert "\n" not in str(found.value)
+    with pytest.raises(UserError, match=r"found \d of 4 image tokens within data\.max_length 4, expected all of them"):
+        rows_of([good], place, tmp_path, max_length=4)
+
+
+def test_rows_with_pictures_want_a_target_that_sees_and_no_cache(place, tmp_path):
+    draw(tmp_path / "a.png", 1)
+    rows, pictures = rows_of([{"image": "a.png", "conversations": TALK}], place, tmp_path)
+    target = TextTarget.load(place, device="cpu")
+    with pytest.raises(UserError, match="found rows with pictures, expected text alone"):
+        Online(target, rows, SPEC)
+    with pytest.raises(UserError, match="data.features: found cached, expected online for rows with pictures"):
+        Cached(target, rows, SPEC, tmp_path / "features", 0)
+    with pytest.raises(UserError, match="row 1: found a picture, expected text alone: this target does not see"):
+        data.prepare([str(tmp_path / "data.json")], 64, 0.0, pictures.processor.tokenizer, {2}, VOCAB, tmp_path / "blind")
+
+
+def test_text_for_a_target_that_sees_makes_the_rows_that_it_makes_for_any(place, tmp_path):
+    rows, pictures = rows_of([{"text": "What is this?"}], place, tmp_path)
+    blind = data.prepare([str(tmp_path / "data.json")], 64, 0.0, pictures.processor.tokenizer, {2}, VOCAB, tmp_path / "blind")
+    assert np.array_equal(rows.tokens, blind.tokens) and np.array_equal(rows.mask, blind.mask) and not rows.seen and not blind.seen
+    target = TextTarget.load(place, device="cpu")
+    assert torch.equal(Online(target, rows, SPEC, pictures)([0]).hidden, Online(target, blind, SPEC)([0]).hidden)
