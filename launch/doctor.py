@@ -15,7 +15,7 @@ from huggingface_hub import constants, get_token, try_to_load_from_cache
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats.place import HUB_ID
@@ -49,7 +49,7 @@ def doctor(recipes: list[str], console: Console) -> bool:
     """Shows everything; the recipes are those of the package where none is given. False when a package does not do."""
     files = [Path(recipe) for recipe in recipes] or sorted(Path(locate("bundled:targets")).parent.glob("*.yaml"))
     found = Findings(list(machine()), list(packages()), [(file.name, missing(file)) for file in files])
-    show(found, console)
+    show(found, console, whole=bool(recipes))
     return not found.broken
 
 
@@ -148,7 +148,8 @@ def target_of(name: str) -> list[str]:
     return [f"target {name}: not in the cache, will be downloaded"]
 
 
-def show(found: Findings, console: Console) -> None:
+def show(found: Findings, console: Console, whole: bool) -> None:
+    """whole: all that a recipe lacks; otherwise what fits in its line."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for what, seen in found.machine:
         table.add_row(f"[bold]{what}", escape(seen))
@@ -157,7 +158,8 @@ def show(found: Findings, console: Console) -> None:
     for name, seen, wanted, purpose, enough in found.packages:
         table.add_row(name, f"[{'green' if seen and enough else 'red' if not enough else 'yellow'}]{seen or 'missing'}", wanted, purpose)
     console.print(table, "")
-    table = Table("recipe", "missing", box=None, pad_edge=False, header_style="bold")
+    names = Column("recipe", no_wrap=True, min_width=max((len(name) for name, _ in found.recipes), default=0))
+    table = Table(names, Column("missing", no_wrap=not whole), box=None, pad_edge=False, header_style="bold")
     for name, lacking in found.recipes:
         table.add_row(name, "[yellow]" + escape("; ".join(lacking)) if lacking else "[green]nothing: ready")
     console.print(table)

@@ -68,7 +68,7 @@ def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path, monkeypatch, 
     assert main([*arguments, f"output={tmp_path}/cut"]) == 0
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values()))
     told = [[(line["loss"], line["gto"]) for line in log_of(tmp_path / name)] for name in ("whole", "cut")]
-    assert told[0] == told[1] and told[0][0][1]["ratio"] in (0.0, 1.0) and told[0][-1][1]["reward"] != told[0][-1][1]["frozen_reward"]
+    assert told[0] == told[1] and told[0][0][1]["ratio"] in (0.0, 1.0) and any(g["reward"] != g["frozen_reward"] for _, g in told[0])
 
 
 def test_the_drafter_keeps_its_form_and_the_run_tells_what_it_does(start, tmp_path, capsys):
