@@ -1,7 +1,7 @@
 """Trains the bundled `shapes-vlm` target: a small LLaVA (CLIP tower, two-layer projector, Llama) on scenes drawn by code.
 
 Two steps, as large models of this kind are made. First the tower alone learns to say at every patch what it shows and where that is
-(probes that are thrown away). Then tower, projector and language model learn together to answer questions and to describe, the language
+(probes that are thrown away). Then it is frozen, and projector and language model learn to answer questions and to describe, the language
 model growing in depth and the scenes in content from stage to stage. A row is one picture and many conversations about it: each sees the
 picture and itself only, at the positions that it would have alone, so that the picture is encoded once and no answer can be copied from
 another. The loss covers what the assistant says.
@@ -384,6 +384,7 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
     else:
         model, state = first_model(recipe, processor.image_token_id), None
         train_tower(model.model.vision_tower, recipe, log)
+    model.model.vision_tower.requires_grad_(False)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} ids, {course.seen} rows done")
     end = 0
     for number, stage in enumerate(recipe.stages, 1):
