@@ -83,6 +83,54 @@ def test_a_new_head_does_not_look_at_the_states_and_learns_to_by_its_gates(targe
     assert {name for name, g in gradient.items() if g.abs().sum() > 0} == {"attn_gate", "mlp_gate"}
 
 
+def by_formula(head, embedded, states):
+    """Section 3 written out for one document without dropped rows: (the head's states, block 0's outputs) [N, h]."""
+    c, w, n = head.config, dict(head.named_parameters()), len(embedded)
+    half = torch.arange(c.head_dim // 2) * 2 / c.head_dim
+    angle = torch.arange(n)[:, None] / c.rope_parameters["rope_theta"] ** half
+
+    def norm(x, name):
+        return x * (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).rsqrt() * w[f"{name}.weight"]
+
+    def heads(x, name, count):
+        return (x @ w[f"{name}.weight"].T).unflatten(-1, (count, c.head_dim)).transpose(0, 1)
+
+    def turn(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    def mixed(query, key, value, seen, name):
+        key, value = (x.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, 0) for x in (key, value))
+        weights = (query @ key.mT / c.head_dim**0.5).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return (weights @ value).transpose(0, 1).flatten(1) @ w[f"{name}.o_proj.weight"].T
+
+    def mlp(x, name):
+        gate, up = (norm(x, f"{name}.post_attention_layernorm") @ w[f"{name}.mlp.{part}_proj.weight"].T for part in ("gate", "up"))
+        return (F.silu(gate) * up) @ w[f"{name}.mlp.down_proj.weight"].T
+
+    def self_block(x, u, name):
+        q, k, v = (heads(u, f"{name}.self_attn.{part}_proj", count) for part, count in
+                   (("q", c.num_attention_heads), ("k", c.num_key_value_heads), ("v", c.num_key_value_heads)))
+        a = x + mixed(turn(q), turn(k), v, torch.ones(n, n).tril().bool(), f"{name}.self_attn")
+        return a + mlp(a, name)
+
+    x1, cross = self_block(embedded, embedded, "layers.0"), "layers.1.cross_attn"
+    q = norm(heads(norm(x1, "layers.1.input_layernorm"), f"{cross}.q_proj", c.num_attention_heads), f"{cross}.q_norm")
+    k = norm(heads(states, f"{cross}.k_proj", c.num_key_value_heads), f"{cross}.k_norm")
+    v = heads(states, f"{cross}.v_proj", c.num_key_value_heads)
+    b = x1 + w["layers.1.attn_gate"].tanh() * mixed(q, k, v, torch.ones(n, n).tril(-1).bool(), cross)
+    x2 = b + w["layers.1.mlp_gate"].tanh() * mlp(b, "layers.1")
+    return norm(self_block(x2, norm(x2, "layers.2.input_layernorm"), "layers.2"), "norm"), x1
+
+
+def test_the_blocks_are_the_written_out_formulas(target):
+    """No norm before block 0 nor of the states, no positions in the cross-attention, gates through tanh; the middle is taught to block 0."""
+    head = dream_head(target)
+    embedded, states, kept = rows_of(head)
+    for got, want in zip(head._rows(embedded, states, kept)[:2], by_formula(head, embedded, states)):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 # Training equals drafting
 
 

@@ -11,6 +11,7 @@ Where the paper and the authors' code differ (and where both fail), this is:
     the middle state       per token, output of the layer, layers 1 .. 40 %, by default (`middle_*` choose otherwise); supervises block 0
     weights                0.2 feature, 0.2 middle, 1.0 KL, each a mean over the taught tokens; KL(target || draft) summed over the vocabulary
     compression            on, 0.75: of the visual rows those with the most attention in the target's last layer, over all images of a prompt
+                           Training chooses once a document, by its first prompt, decoding for every prompt: they agree where a row has one turn
     compressed are         embeddings and queries; keys and values of the cross-attention are all rows'
     tree mask              in the cross-attention too: siblings are not seen
     row 0, padding         a row without a state before it gets 0 from the cross-attention, not a mean of the future; padding is never seen
