@@ -130,7 +130,7 @@ def test_the_majority_answer_knows_the_kind_of_a_question_alone():
 
 
 def test_a_tiny_run_goes_to_its_end_and_one_that_was_killed_to_the_same(tmp_path):
-    changes = [*SMALL, "tower.pictures=4", "tower.batch=2", "evaluation=2", "save_minutes=0.000001",
+    changes = [*SMALL, "eyes.pictures=4", "eyes.batch=2", "evaluation=2", "save_minutes=0.000001",
                "stages=[{layers: 1, shapes: [2, 3], descriptions: 0.5, length: 580, batch: 2, rows: 4}, "
                "{layers: 2, shapes: [5, 9], descriptions: 1.0, length: 580, batch: 2, rows: 4}]"]
     place = pretrain_vision(read_recipe(RECIPE, VisionRecipe, [*changes, f"output={tmp_path / 'whole'}"]), lambda line: None)

@@ -1,10 +1,10 @@
 """Trains the bundled `shapes-vlm` target: a small LLaVA (CLIP tower, two-layer projector, Llama) on scenes drawn by code.
 
-Two steps, as large models of this kind are made. First the tower alone learns to say at every patch what it shows and where that is
-(probes that are thrown away). Then it is frozen, and projector and language model learn to answer questions and to describe, the language
-model growing in depth and the scenes in content from stage to stage. A row is one picture and many conversations about it: each sees the
-picture and itself only, at the positions that it would have alone, so that the picture is encoded once and no answer can be copied from
-another. The loss covers what the assistant says.
+Two steps, as large models of this kind are made. First tower and projector, the eyes, learn to say at every patch what it shows and where
+that is (probes that are thrown away). Then they are frozen, since the loss of answers alone unlearns reading before it needs it, and the
+language model learns to answer questions and to describe, growing in depth and the scenes in content from stage to stage. A row is one
+picture and many conversations about it: each sees the picture and itself only, at the positions that it would have alone, so that the
+picture is encoded once and no answer can be copied from another. The loss covers what the assistant says.
 """
 
 import json
@@ -73,8 +73,8 @@ class Vision(Strict):
     num_attention_heads: int
 
 
-class Tower(Strict):
-    """The step of the tower alone, on pictures of the last stage's scenes."""
+class Eyes(Strict):
+    """The step of tower and projector alone, on pictures of the last stage's scenes."""
 
     pictures: int = Field(ge=0)
     batch: int = Field(gt=0)
@@ -96,7 +96,7 @@ class VisionRecipe(Strict):
     held_out: float = Field(gt=0, lt=1)
     vision: Vision
     model: text.Architecture
-    tower: Tower
+    eyes: Eyes
     stages: list[VisionStage] = Field(min_length=1)
     optimizer: Optimizer
     evaluation: int = Field(gt=0)
@@ -155,7 +155,7 @@ def pixels(pictures: list) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# The tower alone.
+# Tower and projector alone.
 
 FACTS = {"kind": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES), **{f"letter {k}": len(LETTERS) + 1 for k in range(3)},
          "empty": 2, "row": GRID, "column": GRID}
@@ -177,29 +177,46 @@ def facts(scene: Scene) -> torch.Tensor:
 
 
 class Probes(torch.nn.Module):
-    """The tower with a linear reading of every fact at every patch."""
+    """Tower and projector with a linear reading of every fact at every patch."""
 
-    def __init__(self, tower):
+    def __init__(self, model: LlavaForConditionalGeneration):
         super().__init__()
-        self.tower = tower
-        self.read_embed = torch.nn.Linear(tower.config.hidden_size, sum(FACTS.values()))
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        self.read_embed = torch.nn.Linear(model.config.text_config.hidden_size, sum(FACTS.values()))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, S, S] -> [B, PATCHES, h], what the language model gets."""
+        return self.projector(self.tower(images, output_hidden_states=True).hidden_states[-1][:, 1:])
+
+    def readings(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A tensor [..., answers] for each fact. The language model's first norm takes the length of features away, and so do the probes."""
+        return self.read_embed(F.rms_norm(features, features.shape[-1:])).split(list(FACTS.values()), -1)
 
     def forward(self, images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, S, S], wanted [B, slots, slots, facts] -> mean over the facts of their mean cross-entropies."""
-        hidden = self.tower(images, output_hidden_states=True).hidden_states[-1][:, 1:]
-        parts = self.read_embed(hidden).split(list(FACTS.values()), -1)
-        return sum(F.cross_entropy(part[known], fact[known]) for part, fact in zip(parts, wanted.flatten(1, 2).unbind(-1))
-                   if (known := fact >= 0).any()) / len(FACTS)
+        """images [B, 3, S, S], wanted [B, slots, slots, facts] -> mean over the facts of their mean cross-entropies; full and empty slots weigh
+        the same, though one in thirty is full."""
+        wanted, losses = wanted.flatten(1, 2), []
+        for part, fact in zip(self.readings(self.features(images)), wanted.unbind(-1)):
+            for empty in (0, 1):
+                known = (fact >= 0) & (wanted[..., list(FACTS).index("empty")] == empty)
+                losses.append(F.cross_entropy(part[known], fact[known]) if known.any() else 0.0)
+        return sum(losses) / len(FACTS)
 
 
-def train_tower(tower, recipe: VisionRecipe, log) -> None:
-    probes = Probes(tower)
-    course = Course(recipe.optimizer, recipe.tower.pictures, recipe.save_minutes, log)
+def open_eyes(model: LlavaForConditionalGeneration, recipe: VisionRecipe, log) -> None:
+    """Trains tower and projector, and gives the features a mean square of 1: at the thousands that training leaves them with, nothing that a
+    layer adds to the state of a patch would be seen behind the next norm."""
+    probes = Probes(model)
+    course = Course(recipe.optimizer, recipe.eyes.pictures, recipe.save_minutes, log)
     optimizer, source = make_optimizer(probes, recipe.optimizer), scenes(recipe.seed + 1, False, recipe.held_out, recipe.stages[-1].shapes)
-    while course.seen < recipe.tower.pictures:
-        drawn = list(islice(source, recipe.tower.batch))
-        loss = probes(pixels([picture(s) for s in drawn]), torch.stack([facts(s) for s in drawn]))
-        course.step(probes, optimizer, loss, len(drawn), "tower")
+    while course.seen < recipe.eyes.pictures:
+        drawn = list(islice(source, recipe.eyes.batch))
+        images = pixels([picture(s) for s in drawn])
+        course.step(probes, optimizer, probes(images, torch.stack([facts(s) for s in drawn])), len(drawn), "eyes")
+    with torch.no_grad():
+        scale = probes.features(images).square().mean().sqrt()
+        for parameter in probes.projector.linear_2.parameters():
+            parameter /= scale
 
 
 # Rows: one picture, many conversations.
@@ -363,7 +380,7 @@ def save_snapshot(folder: Path, model, optimizer, course: Course) -> None:
 
 
 def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
-    """Runs the tower's step and all stages; `recipe.output` appears when complete: bf16 safetensors, processor, held-out figures.
+    """Runs the step of the eyes and all stages; `recipe.output` appears when complete: bf16 safetensors, processor, held-out figures.
 
     Until then everything is in `output.partial`, with a snapshot (`checkpoint`) every `save_minutes`, from which a killed run goes on: row n
     of a run is the same whenever it is drawn. Raises UserError when `output` exists or the loss stops being finite.
@@ -383,8 +400,9 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
         course.go_on(state["seen"], state["steps"], state["minutes"])
     else:
         model, state = first_model(recipe, processor.image_token_id), None
-        train_tower(model.model.vision_tower, recipe, log)
+        open_eyes(model, recipe, log)
     model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} ids, {course.seen} rows done")
     end = 0
     for number, stage in enumerate(recipe.stages, 1):
