@@ -1,5 +1,9 @@
-"""From conversations to prompts: ids that end with the opening of the assistant's turn."""
+"""From conversations to prompts: ids that end with the opening of the assistant's turn, and the pictures among them.
 
+`tokenizer` is the target's, or the `Reader` of one that sees (`load_reader`).
+"""
+
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,16 +11,24 @@ from pathlib import Path
 from draftsmith.eval.suites import Conversation, read_suite
 from draftsmith.models.chat import encode_prompt
 from draftsmith.models.errors import UserError
+from draftsmith.models.pictures import Reader
+from draftsmith.models.targets import ImagePrompt
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """name (of a later turn with `/TURN` behind it), category, messages and the rendered ids."""
+    """name (of a later turn with `/TURN` behind it), category, messages, and what the target decodes from."""
 
     name: str
     category: str
     messages: list[dict]
-    tokens: list[int]
+    tokens: list[int] | ImagePrompt
+    pictures: tuple[Path | bytes, ...] = ()
+
+    @property
+    def identity(self) -> list:
+        """What tells this prompt from another."""
+        return [*self.tokens, *(str(p) if isinstance(p, Path) else hashlib.sha256(p).hexdigest() for p in self.pictures)]
 
 
 def read_prompts(file: str | Path, tokenizer, limit: int | None = None) -> list[Prompt]:
@@ -31,10 +43,16 @@ def first_turn(conversation: Conversation, tokenizer, file: str | Path) -> Promp
 
 def rendered(conversation: Conversation, messages: list[dict], tokenizer, file: str | Path, turn: int) -> Prompt:
     try:
-        tokens = encode_prompt(tokenizer, messages)
+        if isinstance(tokenizer, Reader):
+            tokens = tokenizer.prompt(messages, conversation.pictures)
+        elif conversation.pictures:
+            raise UserError("found a picture, expected text alone: this target does not see")
+        else:
+            tokens = encode_prompt(tokenizer, messages)
     except UserError as error:
         raise UserError(f"{file} row {conversation.row}: {error}") from None
-    return Prompt(conversation.name if turn == 1 else f"{conversation.name}/{turn}", conversation.category, messages, tokens)
+    name = conversation.name if turn == 1 else f"{conversation.name}/{turn}"
+    return Prompt(name, conversation.category, messages, tokens, conversation.pictures)
 
 
 def all_turns(conversations: list[Conversation], tokenizer, file: str | Path, answer: Callable[[list[Prompt]], list[str]]) -> list[Prompt]:

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.pictures import picture_sources
 
 
 @dataclass(frozen=True)
 class Conversation:
     """One row of a file (counted from 1). before: messages that are given; turns: what the user says, each answered by the target before
-    the next."""
+    the next; pictures stand where the text has `<image>`."""
 
     row: int
     name: str
     category: str
     before: list[dict]
     turns: list[str]
+    pictures: tuple[Path | bytes, ...] = ()
 
 
 def _messages(row: dict) -> tuple[list[dict], list[str]] | None:
@@ -42,6 +44,14 @@ def _turns(row: dict) -> tuple[list[dict], list[str]] | None:
     return ([], turns) if isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns) else None
 
 
+def _conversations(row: dict) -> tuple[list[dict], list[str]] | None:
+    said = row["conversations"]
+    if not isinstance(said, list) or not all(isinstance(m, dict) and isinstance(m.get("value"), str) for m in said):
+        return None
+    turns = [m["value"] for m in said if m.get("from") in ("human", "user")]
+    return ([{"role": "system", "content": m["value"]} for m in said if m.get("from") == "system"], turns) if turns else None
+
+
 def _text(*keys: str, opening: str = "") -> Callable[[dict], tuple[list[dict], list[str]] | None]:
     """The texts of `keys` (empty ones left out), joined by a blank line behind `opening`."""
     def read(row):
@@ -55,6 +65,7 @@ def _text(*keys: str, opening: str = "") -> Callable[[dict], tuple[list[dict], l
 # format -> (the key that tells it, reader). The first whose key a row has is taken.
 FORMATS = {
     "messages": ("messages", _messages),
+    "LLaVA": ("conversations", _conversations),
     "Spec-Bench, MT-bench": ("turns", _turns),
     "HumanEval": ("prompt", _text("prompt")),
     "Alpaca": ("instruction", _text("instruction", "input")),
@@ -81,7 +92,11 @@ def read_suite(file: str | Path, limit: int | None = None) -> list[Conversation]
         if conversation is None:
             raise UserError(f"{place}: {key}: found {json.dumps(row[key], default=str)[:60]}, expected text that is not empty")
         name = next((row[key] for key in NAMES if row.get(key) is not None), number)
-        found.append(Conversation(number, str(name), str(row.get("category") or ""), *conversation))
+        try:
+            pictures = tuple(picture_sources(row, path.parent))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        found.append(Conversation(number, str(name), str(row.get("category") or ""), *conversation, pictures))
     if not found:
         raise UserError(f"{path}: found no prompts, expected at least one")
     return found

@@ -66,7 +66,7 @@ def measure(request: Request, report=print) -> dict:
     rows = max(tree.size for tree in (plan.tree, chain(plan.chain_depth), plan.fixed or plan.tree))
     prompts = {name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)
                for name, file in zip(names, request.suites)}
-    digest = lambda found: hashlib.sha256(json.dumps([p.tokens for p in found]).encode()).hexdigest()[:16]  # noqa: E731
+    digest = lambda found: hashlib.sha256(json.dumps([p.identity for p in found]).encode()).hexdigest()[:16]  # noqa: E731
     settings = {**methods.identity(), "suites": {name: digest(found) for name, found in prompts.items()}, "temperatures": request.temperatures,
                 "timed": plan.timed, "tree": request.tree, "max_new_tokens": request.max_new_tokens, "seed": request.seed}
     check_writable(request.output)

@@ -15,13 +15,14 @@ from draftsmith.eval.measure import Decoder, Looped, decode_batches
 from draftsmith.eval.prompts import Prompt, all_turns, first_turn
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.suites import read_suite
-from draftsmith.models.chat import load_tokenizer, stop_ids
+from draftsmith.models.chat import stop_ids
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.grow import DynamicTree
 from draftsmith.models.howl import HowlDrafter
 from draftsmith.models.lookup import LookupDrafter
+from draftsmith.models.pictures import load_reader
 from draftsmith.models.suffix import SuffixDrafter, SuffixRule
 from draftsmith.models.targets import TextTarget, locate
 
@@ -64,7 +65,8 @@ class Methods:
             if not wanted:
                 raise UserError(f"methods: found no drafter among {', '.join(names)}, expected one that names its target, or --target")
             target_name = next(iter(wanted.values()))
-        target, tokenizer = TextTarget.load(target_name, dtype), load_tokenizer(target_name)
+        target = TextTarget.load(target_name, dtype)
+        tokenizer = load_reader(target_name, target)
         load = lambda place: load_drafter(place, target.shared, target.layers)  # noqa: E731
         heads = {name: load(place) for name, place in places.items()}
         lookup, baselines = LookupDrafter(), {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from draftsmith.eval.decode import generate
 from draftsmith.eval.progress import Progress
 from draftsmith.eval.prompts import Prompt, read_prompts
 from draftsmith.eval.sampling import Sampling
-from draftsmith.models.chat import load_tokenizer, stop_ids
+from draftsmith.models.chat import stop_ids
 from draftsmith.models.drafter import NoDrafter
+from draftsmith.models.errors import UserError
+from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget
 
 
@@ -22,11 +25,12 @@ def regenerate(target_name: str, prompts_file: str, output: str, temperatures: l
     Row i is decoded at temperatures[i % len]. Answers already in `output.partial` are kept, so that a killed run goes on; the file
     appears under its name only when complete.
     """
-    target, tokenizer = TextTarget.load(target_name), load_tokenizer(target_name)
+    target = TextTarget.load(target_name)
+    tokenizer = load_reader(target_name, target)
     stops = stop_ids(target, tokenizer)
     prompts = read_prompts(prompts_file, tokenizer, limit)
     room = target.context_length - max_new_tokens - 1
-    digest = hashlib.sha256(json.dumps([p.tokens for p in prompts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest()
     settings = {"target": target_name, "prompts": digest, "temperatures": temperatures, "max_new_tokens": max_new_tokens, "seed": seed}
     partial = Path(f"{output}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,7 @@ def regenerate(target_name: str, prompts_file: str, output: str, temperatures: l
                 group = mine[start:start + batch]
                 traces = generate(target, NoDrafter(), [prompts[i].tokens for i in group], Sampling(temperature, seed=seed), max_new_tokens, stops, group)
                 for i, trace in zip(group, traces):
-                    file.write(json.dumps(answer(i, prompts[i], trace.tokens, tokenizer, stops, temperature)) + "\n")
+                    file.write(json.dumps(answer(i, prompts[i], trace.tokens, tokenizer, stops, temperature, partial.parent)) + "\n")
                     tokens += len(trace.tokens)
                 file.flush()
                 answered += len(group)
@@ -56,8 +60,12 @@ def regenerate(target_name: str, prompts_file: str, output: str, temperatures: l
     return partial.replace(output)
 
 
-def answer(row: int, prompt: Prompt, tokens: list[int], tokenizer, stops: set[int], temperature: float) -> dict:
+def answer(row: int, prompt: Prompt, tokens: list[int], tokenizer, stops: set[int], temperature: float, folder: Path) -> dict:
+    """folder: what file names of pictures start from. Raises UserError for pictures that are no files."""
     finished = tokens[-1] in stops
     text = tokenizer.decode(tokens[:-1] if finished else tokens)
-    return {"row": row, "messages": [*prompt.messages, {"role": "assistant", "content": text}], "tokens": prompt.tokens + tokens,
+    if not all(isinstance(picture, Path) for picture in prompt.pictures):
+        raise UserError(f"prompt {prompt.name}: found a picture inside the data, expected the name of a file (answers refer to it)")
+    images = {"images": [os.path.relpath(picture, folder) for picture in prompt.pictures]} if prompt.pictures else {}
+    return {"row": row, "messages": [*prompt.messages, {"role": "assistant", "content": text}], **images, "tokens": [*prompt.tokens, *tokens],
             "prompt_length": len(prompt.tokens), "finished": finished, "temperature": temperature}

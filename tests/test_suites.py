@@ -72,8 +72,8 @@ def test_a_turn_follows_the_targets_own_answer(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "found no prompts, expected at least one"), ("{", "row 1: not valid JSON"), ("3", "row 1: found int, expected messages, turns"),
-    ('{"x": 1}', r"row 1: found \['x'\], expected messages, turns, prompt, instruction, question, article"),
+    ("", "found no prompts, expected at least one"), ("{", "row 1: not valid JSON"), ("3", "row 1: found int, expected messages, conversations, turns"),
+    ('{"x": 1}', r"row 1: found \['x'\], expected messages, conversations, turns, prompt, instruction, question, article"),
     ('{"prompt": "a"}\n{"turns": []}', r"row 2: turns: found \[\], expected text"), ('{"turns": ["a", 3]}', "row 1: turns"),
     ('{"messages": [{"role": "user"}]}', "row 1: messages: found"), ('{"prompt": ""}', "row 1: prompt"), ("[1", "not valid JSON")])
 def test_bad_suites_name_the_row(tmp_path, text, message):

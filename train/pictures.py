@@ -6,58 +6,16 @@ training and with its row; a row remembers where its pictures lie, and the targe
 """
 
 import hashlib
-import io
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers import AutoProcessor
+from PIL import Image
 
 from draftsmith.models.chat import render
 from draftsmith.models.errors import UserError
-from draftsmith.models.targets import Description, ImagePrompt, locate
-from draftsmith.models.targets.vision import FAMILIES
+from draftsmith.models.pictures import Reader, counted, load_processor, open_picture, open_pictures, picture_sources, placed
+from draftsmith.models.targets import Description, ImagePrompt
 from draftsmith.train.data import encode_answers, encode_record, messages_of
-
-MARK = "<image>"
-INPUTS = {name for names in FAMILIES.values() for name in names}  # what targets take of what processors make of pictures
-
-
-def open_picture(source: Path | bytes, name: str, max_pixels: int) -> Image.Image:
-    """RGB. Raises UserError for a file that is missing, no picture, cut off, or of more than `max_pixels` pixels (found before they are decoded)."""
-    if isinstance(source, Path) and not source.is_file():
-        raise UserError(f"{name}: no such file, expected a picture")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UserError(f"{name}: found {width} x {height} pixels, expected at most {max_pixels:,} in all (data.max_image_pixels)")
-            return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: found a picture too large to be opened ({error}), expected at most {max_pixels:,} pixels (data.max_image_pixels)") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{name}: found no picture in it, expected PNG, JPEG or another format that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for broken files
-        raise UserError(f"{name}: the picture cannot be decoded ({' '.join(str(error).split())[:120]})") from None
-
-
-@dataclass(frozen=True)
-class _Renderer:
-    """What `encode_row` needs of a tokenizer, answered by the processor: ids with as many image tokens as the pictures take."""
-
-    processor: object
-
-    @property
-    def chat_template(self) -> str:
-        return self.processor.chat_template or ""
-
-    def apply_chat_template(self, messages, **options) -> dict:
-        return {key: value[0] for key, value in self.processor.apply_chat_template(messages, **options).items() if key in ("input_ids", "assistant_masks")}
 
 
 class Pictures:
@@ -65,12 +23,12 @@ class Pictures:
 
     def __init__(self, processor, image_token: int, max_pixels: int):
         self.processor, self.image_token, self.max_pixels = processor, image_token, max_pixels
-        self.renderer = _Renderer(processor)
+        self.reader = Reader(processor)
 
     @property
     def key(self) -> list:
         """What rows depend on beside files and tokenizer."""
-        return [self.image_token, self.max_pixels, self.renderer.chat_template, self.processor.to_json_string()]
+        return [self.image_token, self.max_pixels, self.reader.chat_template, self.processor.to_json_string()]
 
     def load(self, place: Path) -> Image.Image:
         """A picture of `Rows.images`."""
@@ -78,10 +36,7 @@ class Pictures:
 
     def pixels(self, places: list[Path]) -> dict[str, torch.Tensor]:
         """What the processor makes of a row's pictures, as `TextTarget.features` takes it of one document; {} of none."""
-        if not places:
-            return {}
-        made = self.processor.image_processor(images=[[self.load(place) for place in places]], return_tensors="pt")
-        return {name: value for name, value in made.items() if name in INPUTS}
+        return self.reader.pixels([self.load(place) for place in places])
 
     def prompt(self, tokens: list[int], places: list[Path]) -> list[int] | ImagePrompt:
         """The beginning of a row, with the pictures that stand in it: the first of `places`."""
@@ -97,14 +52,14 @@ class Pictures:
         Raises UserError saying what was found and expected.
         """
         sources = picture_sources(record, base) if isinstance(record, dict) else []
-        images = [open_picture(source, _name(source, n), self.max_pixels) for n, source in enumerate(sources, 1)]
+        images = open_pictures(sources, self.max_pixels)
         if isinstance(record, dict) and record.get("tokens") is None and (record.get("messages") or record.get("conversations")) is not None:
-            ids, mask = encode_answers(self.renderer, _placed(messages_of(record), images), stops)
+            ids, mask = encode_answers(self.reader, placed(messages_of(record), images), stops)
         else:
             ids, mask = encode_record(record, self.processor.tokenizer, stops, vocab_size)
         expected, found = sum(self.tokens_of(image) for image in images), ids.count(self.image_token)
         if found != expected:
-            raise UserError(f"found {found} image tokens, expected {expected} for {_count(images)}")
+            raise UserError(f"found {found} image tokens, expected {expected} for {counted(images)}")
         if (kept := ids[:max_length].count(self.image_token)) < found:
             raise UserError(f"found {kept} of {found} image tokens within data.max_length {max_length}, expected all of them")
         return ids, mask, sources
@@ -112,7 +67,7 @@ class Pictures:
     def tokens_of(self, image: Image.Image) -> int:
         """How many image tokens a picture takes."""
         alone = [{"role": "user", "content": [{"type": "image", "image": image}]}]
-        return list(render(self.renderer, alone)["input_ids"]).count(self.image_token)
+        return list(render(self.reader, alone)["input_ids"]).count(self.image_token)
 
     @staticmethod
     def store(sources: list[Path | bytes], folder: Path) -> list[str]:
@@ -133,61 +88,4 @@ def load_pictures(name: str | Path, described: Description, max_pixels: int) -> 
     """For a target that sees; None for any other. Raises UserError when no processor lies beside the target."""
     if described.image_token is None:
         return None
-    try:
-        return Pictures(AutoProcessor.from_pretrained(locate(name)), described.image_token, max_pixels)
-    except (OSError, ValueError) as error:
-        raise UserError(f"processor {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-
-
-def picture_sources(record: dict, base: Path) -> list[Path | bytes]:
-    """Files or encoded pictures of a record; none where it has none."""
-    found = record.get("images") if record.get("images") else record.get("image")
-    found = list(found) if isinstance(found, (list, tuple)) else [found] if found else []
-    return [_source(item, base) for item in found]
-
-
-def _source(item, base: Path) -> Path | bytes:
-    if isinstance(item, str):
-        return base / item
-    if isinstance(item, dict) and isinstance(item.get("bytes"), bytes):
-        return item["bytes"]
-    if isinstance(item, dict) and isinstance(item.get("path"), str):
-        return base / item["path"]
-    raise UserError(f"image: found {type(item).__name__}, expected a file name or a picture")
-
-
-def _name(source: Path | bytes, number: int) -> str:
-    return str(source) if isinstance(source, Path) else f"picture {number} of the row"
-
-
-def _count(images: Sequence) -> str:
-    return f"{len(images)} picture{'' if len(images) == 1 else 's'}"
-
-
-def _placed(messages: list[dict], images: list[Image.Image]) -> list[dict]:
-    """Messages whose content is a list of parts, every picture where its mark stands. Raises UserError when marks and pictures differ in number."""
-    parts = [_parts(message["content"]) for message in messages]
-    marks = sum(part["type"] == "image" for listed in parts for part in listed)
-    if marks != len(images):
-        raise UserError(f"found {marks} {MARK} in the conversation and {_count(images)}, expected as many of one as of the other")
-    waiting = iter(images)
-    return [{"role": message["role"], "content": [part | {"image": next(waiting)} if part["type"] == "image" else part for part in listed]}
-            for message, listed in zip(messages, parts)]
-
-
-def _parts(content) -> list[dict]:
-    if isinstance(content, str):
-        texts = content.split(MARK)
-        found = []
-        for number, text in enumerate(texts):
-            if number:
-                found.append({"type": "image"})
-                text = text.removeprefix("\n")  # the template sets what stands between a picture and the text
-            if number < len(texts) - 1:
-                text = text.removesuffix("\n")
-            if text:
-                found.append({"type": "text", "text": text})
-        return found
-    if not isinstance(content, list) or not all(isinstance(part, dict) and part.get("type") in ("image", "text") for part in content):
-        raise UserError("content: expected a text or a list of parts of type image or text")
-    return [{"type": "image"} if part["type"] == "image" else {"type": "text", "text": part.get("text") or ""} for part in content]
+    return Pictures(load_processor(name), described.image_token, max_pixels)

@@ -2,7 +2,8 @@
 
 Two steps, as large models of this kind are made. First tower and projector, the eyes, learn to say at every patch what it shows and where
 that is (probes that are thrown away). Then they are frozen, since the loss of answers alone unlearns reading before it needs it, and the
-language model learns to answer questions and to describe, growing in depth and the scenes in content from stage to stage. A row is one
+language model learns to answer questions and to describe. From stage to stage it grows in depth, the scenes in content, and the share of
+empty patches that it is shown: to find one patch among 256 is not learnt from answers, to find one of four among 16 is. A row is one
 picture and many conversations about it: each sees the picture and itself only, at the positions that it would have alone, so that the
 picture is encoded once and no answer can be copied from another. The loss covers what the assistant says.
 """
@@ -12,7 +13,7 @@ import random
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -81,10 +82,12 @@ class Eyes(Strict):
 
 
 class VisionStage(Strict):
-    """shapes: fewest and most in a scene; descriptions: share of rows with a description before the questions; length: tokens of a row."""
+    """shapes: fewest and most in a scene; patches: visual tokens of a row, all those that hold something among them; descriptions: share of rows
+    with a description before the questions; length: tokens of a row."""
 
     layers: int = Field(gt=0)
     shapes: tuple[int, int] = Field(strict=False)
+    patches: int = Field(PATCHES, gt=0, le=PATCHES)
     descriptions: float = Field(ge=0, le=1)
     length: int = Field(gt=0)
     batch: int = Field(gt=0)
@@ -108,9 +111,13 @@ class VisionRecipe(Strict):
         for before, after in zip(self.stages, self.stages[1:]):
             if after.layers % before.layers:
                 raise ValueError(f"stages: found {before.layers} layers before {after.layers}, expected a multiple")
-        shortest = min(stage.length for stage in self.stages)
-        if shortest < PATCHES + 320:
-            raise ValueError(f"stages: found length {shortest}, expected at least {PATCHES + 320} (a picture and a description)")
+        for stage in self.stages:
+            if stage.length < stage.patches + 320:
+                raise ValueError(f"stages: found length {stage.length}, expected at least {stage.patches + 320} (a picture and a description)")
+            if stage.patches <= stage.shapes[1]:
+                raise ValueError(f"stages: found {stage.patches} patches, expected more than the {stage.shapes[1]} shapes and the text")
+        if self.stages[-1].patches < PATCHES:
+            raise ValueError(f"stages: found {self.stages[-1].patches} patches in the last, expected all {PATCHES}")
         return self
 
 
@@ -224,13 +231,14 @@ def open_eyes(model: LlavaForConditionalGeneration, recipe: VisionRecipe, log) -
 @dataclass(frozen=True)
 class Batch:
     """tokens, positions [B, L] int64; said [B, L] bool, what the assistant says; conversation [B, L] int64: 0 the picture and what opens
-    the row, k > 0 the k-th conversation, -1 padding; images [B, 3, S, S]."""
+    the row, k > 0 the k-th conversation, -1 padding; images [B, 3, S, S]; shown [B, patches] int64, the patches that are seen, ascending."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
     said: torch.Tensor
     conversation: torch.Tensor
     images: torch.Tensor
+    shown: torch.Tensor
 
     @property
     def mask(self) -> torch.Tensor:
@@ -244,8 +252,7 @@ class Rows:
     """Makes batches."""
 
     def __init__(self, tokenizer, image_token: int):
-        self.tokenizer = tokenizer
-        self.opening = [*self._ids("<|bos|><|user|>"), *[image_token] * PATCHES, *self._ids("\n")]
+        self.tokenizer, self.image_token = tokenizer, image_token
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
@@ -259,20 +266,27 @@ class Rows:
             ids, said = ids + asked + answer, said + [False] * len(asked) + [True] * len(answer)
         return ids, said
 
-    def batch(self, scenes: list[Scene], conversations: list[list[list[Question]]], length: int | None = None) -> Batch:
+    def batch(self, scenes: list[Scene], conversations: list[list[list[Question]]], length: int | None = None, patches: int = PATCHES) -> Batch:
         """Row b holds those of conversations[b] that fit `length`, in order; without a length all, and the rows are as long as the longest."""
-        rows = []
+        opening, rows = [*self._ids("<|bos|><|user|>"), *[self.image_token] * patches, *self._ids("\n")], []
         for listed in conversations:
-            ids, said, of, positions = list(self.opening), [False] * len(self.opening), [0] * len(self.opening), list(range(len(self.opening)))
+            ids, said, of, positions = list(opening), [False] * len(opening), [0] * len(opening), list(range(len(opening)))
             for number, turns in enumerate(listed, 1):
                 new, marks = self.conversation(turns)
                 if length is None or len(ids) + len(new) <= length:
-                    positions += range(len(self.opening), len(self.opening) + len(new))
+                    positions += range(len(opening), len(opening) + len(new))
                     ids, said, of = ids + new, said + marks, of + [number] * len(new)
             rows.append((ids, positions, said, of))
         longest = length or max(len(row[0]) for row in rows)
         padded = [torch.tensor([part + [fill] * (longest - len(part)) for part in parts]) for parts, fill in zip(zip(*rows), (0, 0, False, -1))]
-        return Batch(*padded, pixels([picture(scene) for scene in scenes]))
+        return Batch(*padded, pixels([picture(scene) for scene in scenes]), torch.stack([chosen(scene, patches) for scene in scenes]))
+
+
+def chosen(scene: Scene, count: int) -> torch.Tensor:
+    """[count] int64, ascending: all patches that hold something, and as many empty ones as are left, drawn by the scene's content."""
+    empty = facts(scene)[..., list(FACTS).index("empty")].flatten()
+    noise = torch.rand(PATCHES, generator=torch.Generator().manual_seed(int(scene.digest[:8], 16)))
+    return (empty + noise).argsort()[:count].sort().values
 
 
 def talk(scene: Scene, rng: random.Random, descriptions: float) -> list[list[Question]]:
@@ -289,7 +303,11 @@ def talk(scene: Scene, rng: random.Random, descriptions: float) -> list[list[Que
 
 def hidden_states(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
     """[B, L, h] after the final norm."""
-    return model.model(input_ids=batch.tokens, pixel_values=batch.images, attention_mask=batch.mask, position_ids=batch.positions).last_hidden_state
+    seen = torch.stack(list(model.get_image_features(batch.images).pooler_output))
+    seen = seen.gather(1, batch.shown[..., None].expand(-1, -1, seen.size(-1)))
+    words = model.get_input_embeddings()(batch.tokens)
+    whole = words.masked_scatter((batch.tokens == model.config.image_token_id)[..., None], seen)
+    return model.model.language_model(inputs_embeds=whole, attention_mask=batch.mask, position_ids=batch.positions).last_hidden_state
 
 
 def answer_loss(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
@@ -310,7 +328,7 @@ def right_answers(model, rows: Rows, drawn: list[Scene], shown: list[Scene | Non
         part = slice(start, start + 8)
         batch = rows.batch(drawn[part], [[[q] for q in listed] for listed in asked[part]])
         images = [torch.zeros(1, 3, SIDE, SIDE) if s is None else pixels([picture(s)]) for s in shown[part]]
-        batch = Batch(batch.tokens, batch.positions, batch.said, batch.conversation, torch.cat(images))
+        batch = replace(batch, images=torch.cat(images))
         best = model.lm_head(hidden_states(model, batch)[:, :-1]).argmax(-1)
         wrong = batch.said[:, 1:] & (best != batch.tokens[:, 1:])
         for number, listed in enumerate(asked[part]):
@@ -417,7 +435,7 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
         source = islice(scenes(recipe.seed + 1 + number, False, recipe.held_out, stage.shapes), course.seen - start, None)
         while course.seen < end:
             rng, drawn = random.Random(f"{recipe.seed} row {course.seen}"), list(islice(source, stage.batch))
-            batch = rows.batch(drawn, [talk(scene, rng, stage.descriptions) for scene in drawn], stage.length)
+            batch = rows.batch(drawn, [talk(scene, rng, stage.descriptions) for scene in drawn], stage.length, stage.patches)
             course.step(model, optimizer, answer_loss(model, batch), len(drawn), f"stage {number} layers {stage.layers}")
             if course.due():
                 log(json.dumps(evaluate(model, rows, recipe, min(16, recipe.evaluation))))

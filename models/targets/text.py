@@ -94,9 +94,14 @@ class TextTarget:
         return Shared(self.embedding, self.project, float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)))
 
     @property
+    def image_token(self) -> int | None:
+        """The id that stands for pieces of images; None where the target sees none."""
+        return None if self.vision is None else self.vision.token
+
+    @property
     def visual_ids(self) -> tuple[int, ...]:
         """The ids of visual tokens, each of which stands for a piece of an image."""
-        return () if self.vision is None else (self.vision.token,)
+        return () if self.image_token is None else (self.image_token,)
 
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`."""

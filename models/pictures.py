@@ -1,0 +1,135 @@
+"""Pictures in conversations: opened with clear errors, set where their marks stand, and read by the target's own processor together with the text."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoProcessor
+
+from draftsmith.models.chat import encode_prompt, load_tokenizer
+from draftsmith.models.errors import UserError
+from draftsmith.models.targets import ImagePrompt, locate
+from draftsmith.models.targets.vision import FAMILIES
+
+MARK = "<image>"
+INPUTS = {name for names in FAMILIES.values() for name in names}  # what targets take of what processors make of pictures
+MAX_PIXELS = 100_000_000
+
+
+def open_picture(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """RGB. Raises UserError for a file that is missing, no picture, cut off, or of more than `max_pixels` pixels (found before they are decoded)."""
+    if isinstance(source, Path) and not source.is_file():
+        raise UserError(f"{name}: no such file, expected a picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UserError(f"{name}: found {width} x {height} pixels, expected at most {max_pixels:,} in all (data.max_image_pixels)")
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: found a picture too large to be opened ({error}), expected at most {max_pixels:,} pixels (data.max_image_pixels)") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: found no picture in it, expected PNG, JPEG or another format that Pillow reads") from None
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for broken files
+        raise UserError(f"{name}: the picture cannot be decoded ({' '.join(str(error).split())[:120]})") from None
+
+
+def picture_sources(record: dict, base: Path) -> list[Path | bytes]:
+    """Files (relative names start from `base`) or encoded pictures of a record's `image` or `images`; none where it has none."""
+    found = record.get("images") if record.get("images") else record.get("image")
+    found = list(found) if isinstance(found, (list, tuple)) else [found] if found else []
+    return [_source(item, base) for item in found]
+
+
+def _source(item, base: Path) -> Path | bytes:
+    if isinstance(item, str):
+        return base / item
+    if isinstance(item, dict) and isinstance(item.get("bytes"), bytes):
+        return item["bytes"]
+    if isinstance(item, dict) and isinstance(item.get("path"), str):
+        return base / item["path"]
+    raise UserError(f"image: found {type(item).__name__}, expected a file name or a picture")
+
+
+def open_pictures(sources: Sequence[Path | bytes], max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+    return [open_picture(source, str(source) if isinstance(source, Path) else f"picture {number} of the row", max_pixels)
+            for number, source in enumerate(sources, 1)]
+
+
+def counted(images: Sequence) -> str:
+    return f"{len(images)} picture{'' if len(images) == 1 else 's'}"
+
+
+def placed(messages: list[dict], images: list[Image.Image]) -> list[dict]:
+    """Messages whose content is a list of parts, every picture where its mark stands. Raises UserError when marks and pictures differ in number."""
+    parts = [_parts(message["content"]) for message in messages]
+    marks = sum(part["type"] == "image" for listed in parts for part in listed)
+    if marks != len(images):
+        raise UserError(f"found {marks} {MARK} in the conversation and {counted(images)}, expected as many of one as of the other")
+    waiting = iter(images)
+    return [{"role": message["role"], "content": [part | {"image": next(waiting)} if part["type"] == "image" else part for part in listed]}
+            for message, listed in zip(messages, parts)]
+
+
+def _parts(content) -> list[dict]:
+    if isinstance(content, str):
+        texts = content.split(MARK)
+        found = []
+        for number, text in enumerate(texts):
+            if number:
+                found.append({"type": "image"})
+                text = text.removeprefix("\n")  # the template sets what stands between a picture and the text
+            if number < len(texts) - 1:
+                text = text.removesuffix("\n")
+            if text:
+                found.append({"type": "text", "text": text})
+        return found
+    if not isinstance(content, list) or not all(isinstance(part, dict) and part.get("type") in ("image", "text") for part in content):
+        raise UserError("content: expected a text or a list of parts of type image or text")
+    return [{"type": "image"} if part["type"] == "image" else {"type": "text", "text": part.get("text") or ""} for part in content]
+
+
+class Reader:
+    """A target's processor in the place of its tokenizer: ids with as many image tokens as the pictures of a message (`placed`) take."""
+
+    def __init__(self, processor):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.decode, self.eos_token_id = processor.tokenizer.decode, processor.tokenizer.eos_token_id
+
+    @property
+    def chat_template(self) -> str:
+        return self.processor.chat_template or ""
+
+    def apply_chat_template(self, messages: list[dict], **options) -> dict:
+        return {key: value[0] for key, value in self.processor.apply_chat_template(messages, **options).items() if key in ("input_ids", "assistant_masks")}
+
+    def pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """What the processor makes of one document's pictures, as targets take it; {} of none."""
+        if not images:
+            return {}
+        made = self.processor.image_processor(images=[images], return_tensors="pt")
+        return {name: value for name, value in made.items() if name in INPUTS}
+
+    def prompt(self, messages: list[dict], sources: Sequence[Path | bytes]) -> list[int] | ImagePrompt:
+        """Messages up to the last user turn, with marks where pictures stand -> what a target decodes from."""
+        images = open_pictures(sources)
+        tokens = encode_prompt(self, placed(messages, images))
+        return ImagePrompt(tokens, self.pixels(images)) if images else tokens
+
+
+def load_processor(name: str | Path):
+    """The processor of a target that sees. Raises UserError when none lies beside the target."""
+    try:
+        return AutoProcessor.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"processor {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+
+
+def load_reader(name: str | Path, described):
+    """The tokenizer of a target of text, the `Reader` of one that sees. described: `TextTarget` or `Description`."""
+    return load_tokenizer(name) if described.image_token is None else Reader(load_processor(name))
