@@ -10,13 +10,12 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from draftsmith.models.errors import UserError
+from draftsmith.train.eyes import FACTS, PATCHES, Probes, chosen, facts, open_eyes, pixels
 from draftsmith.train.pretrain_vision import (
-    PATCHES,
     Question,
     Rows,
     VisionRecipe,
     deepen,
-    facts,
     first_model,
     hidden_states,
     majority,
@@ -122,6 +121,26 @@ def test_facts_name_what_stands_in_every_slot():
     for shape in scene.shapes:
         x, y = (c // 20 for c in shape.centre)
         assert SHAPES[found[y, x, 0]] == shape.shape and found[y, x, -2:].tolist() == list(shape.cell)
+
+
+def test_few_patches_hold_all_that_a_scene_holds(processor, model):
+    """And at all patches the rows are those of the model's own forward."""
+    rows, scene = Rows(processor.tokenizer, processor.image_token_id), draw_scene(5)
+    full = (facts(scene)[..., list(FACTS).index("empty")] == 0).flatten().nonzero().flatten()
+    for count in (16, 64, PATCHES):
+        places = chosen(scene, count)
+        assert len(places) == count and set(full.tolist()) <= set(places.tolist()) and places.diff().min() > 0
+    batch = rows.batch([scene], [[[Question("count", "How many shapes are there?", "8")]]], patches=16)
+    assert (batch.tokens == processor.image_token_id).sum() == 16 and hidden_states(model, batch).shape[:2] == batch.tokens.shape
+
+
+def test_opened_eyes_hand_on_features_of_mean_square_one(recipe, processor, model):
+    lines, rng = [], torch.random.get_rng_state()
+    torch.manual_seed(0)
+    open_eyes(model, recipe.eyes.model_copy(update={"pictures": 6, "batch": 3}), recipe.optimizer, scenes(0, False, 0.03), lines.append)
+    torch.random.set_rng_state(rng)
+    drawn = list(islice(scenes(0, False, 0.03), 6))[3:]
+    assert abs(Probes(model).features(pixels([picture(s) for s in drawn])).square().mean() - 1) < 1e-3
 
 
 def test_the_majority_answer_knows_the_kind_of_a_question_alone():

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -34,18 +33,13 @@ from transformers import (
 from draftsmith.models.errors import UserError
 from draftsmith.train import pretrain as text
 from draftsmith.train.course import Course, Optimizer, make_optimizer
+from draftsmith.train.eyes import PATCHES, Eyes, chosen, open_eyes, pixels
 from draftsmith.train.recipe import Strict
 from draftsmith.train.scenes import (
-    COLOURS,
-    GRID,
-    SHAPES,
     SIDE,
-    SIZES,
     SLOT,
-    SLOTS,
     Question,
     Scene,
-    Text,
     describe,
     picture,
     questions,
@@ -63,8 +57,6 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-PATCHES = (SIDE // SLOT) ** 2
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 class Vision(Strict):
@@ -72,13 +64,6 @@ class Vision(Strict):
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-
-
-class Eyes(Strict):
-    """The step of tower and projector alone, on pictures of the last stage's scenes."""
-
-    pictures: int = Field(ge=0)
-    batch: int = Field(gt=0)
 
 
 class VisionStage(Strict):
@@ -157,75 +142,6 @@ def deepen(model: LlavaForConditionalGeneration, layers: int) -> LlavaForConditi
     return model
 
 
-def pixels(pictures: list) -> torch.Tensor:
-    """[B, 3, side, side] fp32 in -1..1: what the image processor makes of pictures of the right size."""
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-# Tower and projector alone.
-
-FACTS = {"kind": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES), **{f"letter {k}": len(LETTERS) + 1 for k in range(3)},
-         "empty": 2, "row": GRID, "column": GRID}
-
-
-def facts(scene: Scene) -> torch.Tensor:
-    """[GRID * SLOTS, GRID * SLOTS, len(FACTS)] int64: what each slot holds; -1 where there is nothing to say (the colour of an empty slot)."""
-    side = GRID * SLOTS
-    found = torch.full((side, side, len(FACTS)), -1)
-    found[..., -3] = 1
-    found[..., -2], found[..., -1] = torch.arange(side)[:, None] // SLOTS, torch.arange(side)[None] // SLOTS
-    for item in (*scene.shapes, *([scene.text] if scene.text else [])):
-        if isinstance(item, Text):
-            said = [len(SHAPES), -1, -1, *(LETTERS.index(item.text[k]) if k < len(item.text) else len(LETTERS) for k in range(3))]
-        else:
-            said = [SHAPES.index(item.shape), list(COLOURS).index(item.colour), list(SIZES).index(item.size), -1, -1, -1]
-        found[item.row * SLOTS + item.slot[0], item.column * SLOTS + item.slot[1], :-2] = torch.tensor([*said, 0])
-    return found
-
-
-class Probes(torch.nn.Module):
-    """Tower and projector with a linear reading of every fact at every patch."""
-
-    def __init__(self, model: LlavaForConditionalGeneration):
-        super().__init__()
-        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
-        self.read_embed = torch.nn.Linear(model.config.text_config.hidden_size, sum(FACTS.values()))
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, S, S] -> [B, PATCHES, h], what the language model gets."""
-        return self.projector(self.tower(images, output_hidden_states=True).hidden_states[-1][:, 1:])
-
-    def readings(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A tensor [..., answers] for each fact. The language model's first norm takes the length of features away, and so do the probes."""
-        return self.read_embed(F.rms_norm(features, features.shape[-1:])).split(list(FACTS.values()), -1)
-
-    def forward(self, images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, S, S], wanted [B, slots, slots, facts] -> mean over the facts of their mean cross-entropies; full and empty slots weigh
-        the same, though one in thirty is full."""
-        wanted, losses = wanted.flatten(1, 2), []
-        for part, fact in zip(self.readings(self.features(images)), wanted.unbind(-1)):
-            for empty in (0, 1):
-                known = (fact >= 0) & (wanted[..., list(FACTS).index("empty")] == empty)
-                losses.append(F.cross_entropy(part[known], fact[known]) if known.any() else 0.0)
-        return sum(losses) / len(FACTS)
-
-
-def open_eyes(model: LlavaForConditionalGeneration, recipe: VisionRecipe, log) -> None:
-    """Trains tower and projector, and gives the features a mean square of 1: at the thousands that training leaves them with, nothing that a
-    layer adds to the state of a patch would be seen behind the next norm."""
-    probes = Probes(model)
-    course = Course(recipe.optimizer, recipe.eyes.pictures, recipe.save_minutes, log)
-    optimizer, source = make_optimizer(probes, recipe.optimizer), scenes(recipe.seed + 1, False, recipe.held_out, recipe.stages[-1].shapes)
-    while course.seen < recipe.eyes.pictures:
-        drawn = list(islice(source, recipe.eyes.batch))
-        images = pixels([picture(s) for s in drawn])
-        course.step(probes, optimizer, probes(images, torch.stack([facts(s) for s in drawn])), len(drawn), "eyes")
-    with torch.no_grad():
-        scale = probes.features(images).square().mean().sqrt()
-        for parameter in probes.projector.linear_2.parameters():
-            parameter /= scale
-
-
 # Rows: one picture, many conversations.
 
 @dataclass(frozen=True)
@@ -280,13 +196,6 @@ class Rows:
         longest = length or max(len(row[0]) for row in rows)
         padded = [torch.tensor([part + [fill] * (longest - len(part)) for part in parts]) for parts, fill in zip(zip(*rows), (0, 0, False, -1))]
         return Batch(*padded, pixels([picture(scene) for scene in scenes]), torch.stack([chosen(scene, patches) for scene in scenes]))
-
-
-def chosen(scene: Scene, count: int) -> torch.Tensor:
-    """[count] int64, ascending: all patches that hold something, and as many empty ones as are left, drawn by the scene's content."""
-    empty = facts(scene)[..., list(FACTS).index("empty")].flatten()
-    noise = torch.rand(PATCHES, generator=torch.Generator().manual_seed(int(scene.digest[:8], 16)))
-    return (empty + noise).argsort()[:count].sort().values
 
 
 def talk(scene: Scene, rng: random.Random, descriptions: float) -> list[list[Question]]:
@@ -418,7 +327,7 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
         course.go_on(state["seen"], state["steps"], state["minutes"])
     else:
         model, state = first_model(recipe, processor.image_token_id), None
-        open_eyes(model, recipe, log)
+        open_eyes(model, recipe.eyes, recipe.optimizer, scenes(recipe.seed + 1, False, recipe.held_out, recipe.stages[-1].shapes), log)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} ids, {course.seen} rows done")
