@@ -67,12 +67,13 @@ class Vision(Strict):
 
 
 class VisionStage(Strict):
-    """shapes: fewest and most in a scene; patches: visual tokens of a row, all those that hold something among them; descriptions: share of rows
-    with a description before the questions; length: tokens of a row."""
+    """shapes: fewest and most in a scene; patches: visual tokens of a row, all those that hold something among them; kinds: of questions (null: all);
+    descriptions: share of rows with a description before the questions; length: tokens of a row."""
 
     layers: int = Field(gt=0)
     shapes: tuple[int, int] = Field(strict=False)
     patches: int = Field(PATCHES, gt=0, le=PATCHES)
+    kinds: list[str] | None = None
     descriptions: float = Field(ge=0, le=1)
     length: int = Field(gt=0)
     batch: int = Field(gt=0)
@@ -97,8 +98,9 @@ class VisionRecipe(Strict):
             if after.layers % before.layers:
                 raise ValueError(f"stages: found {before.layers} layers before {after.layers}, expected a multiple")
         for stage in self.stages:
-            if stage.length < stage.patches + 320:
-                raise ValueError(f"stages: found length {stage.length}, expected at least {stage.patches + 320} (a picture and a description)")
+            shortest = stage.patches + (320 if stage.descriptions else 60)
+            if stage.length < shortest:
+                raise ValueError(f"stages: found length {stage.length}, expected at least {shortest} (a picture and what is said of it)")
             if stage.patches <= stage.shapes[1]:
                 raise ValueError(f"stages: found {stage.patches} patches, expected more than the {stage.shapes[1]} shapes and the text")
         if self.stages[-1].patches < PATCHES:
@@ -198,11 +200,11 @@ class Rows:
         return Batch(*padded, pixels([picture(scene) for scene in scenes]), torch.stack([chosen(scene, patches) for scene in scenes]))
 
 
-def talk(scene: Scene, rng: random.Random, descriptions: float) -> list[list[Question]]:
+def talk(scene: Scene, rng: random.Random, descriptions: float, kinds: list[str] | None = None) -> list[list[Question]]:
     """More conversations than fit a row: a description in some, then rounds of all kinds of questions, a few of them one after another."""
     listed = [[Question("describe", request(rng), describe(scene, rng))]] if rng.random() < descriptions else []
-    for _ in range(2 if listed else 3):
-        asked = questions(scene, rng)
+    for _ in range(2 if listed else 3 if kinds is None else 6):
+        asked = [question for question in questions(scene, rng) if kinds is None or question.kind in kinds]
         while asked:
             turns = min(len(asked), rng.choice((1, 1, 1, 2, 3)))
             listed.append(asked[:turns])
@@ -344,7 +346,7 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
         source = islice(scenes(recipe.seed + 1 + number, False, recipe.held_out, stage.shapes), course.seen - start, None)
         while course.seen < end:
             rng, drawn = random.Random(f"{recipe.seed} row {course.seen}"), list(islice(source, stage.batch))
-            batch = rows.batch(drawn, [talk(scene, rng, stage.descriptions) for scene in drawn], stage.length, stage.patches)
+            batch = rows.batch(drawn, [talk(scene, rng, stage.descriptions, stage.kinds) for scene in drawn], stage.length, stage.patches)
             course.step(model, optimizer, answer_loss(model, batch), len(drawn), f"stage {number} layers {stage.layers}")
             if course.due():
                 log(json.dumps(evaluate(model, rows, recipe, min(16, recipe.evaluation))))
