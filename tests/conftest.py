@@ -18,10 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.training import main
 from draftsmith.models.drafter import NoDrafter
 from draftsmith.models.features import Packing, TrainingFeatures
 from draftsmith.models.heads import Eagle3Config, Eagle3Head, Eagle3Objective
 from draftsmith.models.targets import TextTarget
+from draftsmith.train import telemetry
 from draftsmith.train.pretrain import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +66,25 @@ def trained_head(target: TextTarget, draft_vocab: int | None = None) -> Eagle3He
         loss.backward()
         optimizer.step()
     return head
+
+
+def train_killed_at(step: int, arguments: list[str]) -> None:
+    """`draftsmith train`, dead at the moment when `step` would enter the log: with engine.checkpoint_minutes=0 the checkpoint of the step before
+    is the last one that is complete. The same arguments resume it."""
+
+    class Killed(Exception):
+        pass
+
+    write = telemetry.Log.write
+
+    def dying(log, line):
+        if line["step"] == step:
+            raise Killed
+        write(log, line)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(telemetry.Log, "write", dying)
+        main(arguments)
 
 
 @pytest.fixture

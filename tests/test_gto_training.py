@@ -9,8 +9,9 @@ import yaml
 from draftsmith.launch.training import main
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.targets import TextTarget
-from draftsmith.train import distributed, telemetry
-from tests.test_train import Killed, log_of, run, weights
+from draftsmith.train import distributed
+from tests.conftest import train_killed_at
+from tests.test_train import log_of, run, weights
 from tests.test_train_errors import refused
 
 GTO = {"groups": 3, "group_size": 10, "tree": "dynamic:3x3x9", "reward_agg": "lse", "reward_mode": "prob", "debias": True, "clip": 0.2,
@@ -51,20 +52,11 @@ def test_zero_stages_in_two_processes_equal_one_process(start):
 
 @pytest.mark.parametrize("engine", [["optimization.name=muon"], ["engine.zero_stage=2"], ["engine.zero_stage=2", "engine.dtype=bf16"]],
                          ids=["muon", "zero2", "bf16"])
-def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path, monkeypatch, engine):
+def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path, engine):
     """The reference that ratios and rewards are taken against is the start, not the drafter at the kill."""
     arguments = [str(start / "recipe.yaml"), *engine, "engine.checkpoint_minutes=0"]
     assert main([*arguments, f"output={tmp_path}/whole"]) == 0
-    write = telemetry.Log.write
-
-    def killed_at_6(log, line):
-        if line["step"] == 6:
-            raise Killed
-        write(log, line)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(telemetry.Log, "write", killed_at_6)
-        main([*arguments, f"output={tmp_path}/cut"])
+    train_killed_at(6, [*arguments, f"output={tmp_path}/cut"])
     assert main([*arguments, f"output={tmp_path}/cut"]) == 0
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values()))
     told = [[(line["loss"], line["gto"]) for line in log_of(tmp_path / name)] for name in ("whole", "cut")]

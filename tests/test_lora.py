@@ -17,13 +17,13 @@ from draftsmith.models.formats import load_drafter
 from draftsmith.models.heads import Eagle3Objective
 from draftsmith.models.heads.adapted import matrix, merged
 from draftsmith.models.targets import TextTarget, describe
-from draftsmith.train import distributed, telemetry
+from draftsmith.train import distributed
 from draftsmith.train.estimate import estimate
 from draftsmith.train.lora import Adapter
 from draftsmith.train.recipe import DrafterRecipe, Lora, read_recipe
-from tests.conftest import ROOT, tiny_head
+from tests.conftest import ROOT, tiny_head, train_killed_at
 from tests.test_heads import cut, features_of, packed, place
-from tests.test_train import Killed, log_of, run, weights
+from tests.test_train import log_of, run, weights
 
 peft = pytest.importorskip("peft")
 MODULES = ["fc", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -140,36 +140,19 @@ def test_zero_stages_in_two_processes_equal_one_process(folder, start):
 
 
 @pytest.mark.parametrize("engine", [[], ["engine.zero_stage=2"]], ids=["zero0", "zero2"])
-def test_a_killed_run_resumes_to_the_same_weights_and_adapter(start, tmp_path, monkeypatch, capsys, engine):
+def test_a_killed_run_resumes_to_the_same_weights_and_adapter(start, tmp_path, capsys, engine):
     arguments = [*start, *engine, "engine.checkpoint_minutes=0"]
     assert main([*arguments, f"output={tmp_path}/whole"]) == 0
-    write = telemetry.Log.write
-
-    def killed_at_5(log, line):
-        if line["step"] == 5:
-            raise Killed
-        write(log, line)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(telemetry.Log, "write", killed_at_5)
-        main([*arguments, f"output={tmp_path}/cut"])
+    train_killed_at(5, [*arguments, f"output={tmp_path}/cut"])
     assert main([*arguments, f"output={tmp_path}/cut"]) == 0 and "resumed at step 4" in capsys.readouterr().out
     for file in ("drafter/model.safetensors", "adapter/adapter_model.safetensors"):
         whole, cut_off = load_file(tmp_path / "whole" / file), load_file(tmp_path / "cut" / file)
         assert all(torch.equal(value, cut_off[name]) for name, value in whole.items())
 
 
-def test_a_checkpoint_of_another_world_size_warms_the_adapter_up(start, tmp_path, monkeypatch, capsys):
-    arguments, write = [*start, f"output={tmp_path}/out", "engine.checkpoint_minutes=0"], telemetry.Log.write
-
-    def killed_at_5(log, line):
-        if line["step"] == 5:
-            raise Killed
-        write(log, line)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(telemetry.Log, "write", killed_at_5)
-        main(arguments)
+def test_a_checkpoint_of_another_world_size_warms_the_adapter_up(start, tmp_path, capsys):
+    arguments = [*start, f"output={tmp_path}/out", "engine.checkpoint_minutes=0"]
+    train_killed_at(5, arguments)
     first = log_of(tmp_path / "out")[0]["loss"]
     state = tmp_path / "out" / "checkpoints" / "step-4" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "world_size": 2}))

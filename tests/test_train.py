@@ -23,7 +23,7 @@ from draftsmith.train import distributed, telemetry
 from draftsmith.train.optimizers import orthogonalise
 from draftsmith.train.pretrain import TargetRecipe, grow, pretrain
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
-from tests.conftest import ROOT, tiny_target
+from tests.conftest import ROOT, tiny_target, train_killed_at
 
 
 def test_inspect_shows_the_mask(folder):
@@ -124,30 +124,17 @@ def test_zero_stages_in_two_processes_equal_one_process(folder):
             torch.testing.assert_close(a.float(), b.float(), atol=2e-3, rtol=1e-2)  # stored in bf16
 
 
-class Killed(Exception):
-    pass
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "drafter" / "model.safetensors")
 
 
 @pytest.mark.parametrize("engine", [["optimization.name=muon"], ["optimization.name=adamw", "engine.zero_stage=2"],
                                     ["optimization.name=adamw", "engine.zero_stage=1", "engine.dtype=bf16"]], ids=["muon", "zero2", "bf16"])
-def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, monkeypatch, engine):
+def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, engine):
     arguments = [str(folder / "recipe.yaml"), *engine, "engine.checkpoint_minutes=0"]
     assert main([*arguments, f"output={tmp_path}/whole"]) == 0
     whole = log_of(tmp_path / "whole")
-    write = telemetry.Log.write
-
-    def killed_at_8(log, line):
-        if line["step"] == 8:
-            raise Killed
-        write(log, line)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(telemetry.Log, "write", killed_at_8)
-        main([*arguments, f"output={tmp_path}/cut"])
+    train_killed_at(8, [*arguments, f"output={tmp_path}/cut"])
     (tmp_path / "cut" / "checkpoints" / ".step-9").mkdir()  # a checkpoint that was never completed
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-7"] and not (tmp_path / "cut" / "drafter").exists()
     assert main([*arguments, "seed=5", f"output={tmp_path}/cut"]) == 2  # the checkpoint of another recipe
@@ -157,18 +144,9 @@ def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, monkeypatch,
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
-def test_checkpoint_of_another_world_size_is_a_warm_start_and_of_another_engine_is_refused(folder, tmp_path, monkeypatch, capsys):
+def test_checkpoint_of_another_world_size_is_a_warm_start_and_of_another_engine_is_refused(folder, tmp_path, capsys):
     arguments = [str(folder / "recipe.yaml"), f"output={tmp_path}/out"]
-    write = telemetry.Log.write
-
-    def killed_at_5(log, line):
-        if line["step"] == 5:
-            raise Killed
-        write(log, line)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(telemetry.Log, "write", killed_at_5)
-        main([*arguments, "engine.checkpoint_minutes=0"])
+    train_killed_at(5, [*arguments, "engine.checkpoint_minutes=0"])
     first = log_of(tmp_path / "out")[0]["loss"]
     assert main([*arguments, "optimization.name=adamw", "engine.zero_stage=1"]) == 2
     assert "engine, optimization differ" in capsys.readouterr().err

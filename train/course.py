@@ -28,10 +28,10 @@ def make_optimizer(model, spec: Optimizer) -> MuonAdamW:
 
 
 class Course:
-    """`total` rows, of which `seen` are done after `steps` steps."""
+    """`seen` of `total` after `steps` steps. unit: what `seen` and `total` count, as the log says it."""
 
-    def __init__(self, spec: Optimizer, total: int, save_minutes: float, log):
-        self.spec, self.total, self.save_minutes, self.log = spec, total, save_minutes, log
+    def __init__(self, spec: Optimizer, total: int, save_minutes: float, log, unit: str = "rows"):
+        self.spec, self.total, self.save_minutes, self.log, self.unit = spec, total, save_minutes, log, unit
         self.seen = self.steps = 0
         self.losses: list[float] = []
         self.started = self.saved = time.time()
@@ -44,8 +44,8 @@ class Course:
     def minutes(self) -> float:
         return (time.time() - self.started) / 60
 
-    def step(self, model, optimizer, loss: torch.Tensor, rows: int, note: str) -> None:
-        """One step by the gradients of `loss`. Raises UserError when it is not finite."""
+    def step(self, model, optimizer, loss: torch.Tensor, count: int, note: str) -> None:
+        """One step by the gradients of `loss`, which took `count` more of the total. Raises UserError when it is not finite."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.spec.clip)
         scale = min(1.0, (self.steps + 1) / self.spec.warmup, (1 - self.seen / self.total) / self.spec.decay)
@@ -53,13 +53,13 @@ class Course:
             group["lr"] = lr * max(scale, 0.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self.seen, self.steps = self.seen + rows, self.steps + 1
+        self.seen, self.steps = self.seen + count, self.steps + 1
         self.losses = [*self.losses[-49:], loss.item()]
         if not math.isfinite(self.losses[-1]):
             raise UserError(f"step {self.steps}: loss is {self.losses[-1]}, expected a finite number; lower optimizer.muon_lr or adam_lr")
         if self.steps % 50 == 0:
             recent = sum(self.losses) / len(self.losses)
-            self.log(f"{note} step {self.steps} rows {self.seen}/{self.total} loss {recent:.3f} lr x{scale:.2f} {self.minutes:.1f} min")
+            self.log(f"{note} step {self.steps} {self.unit} {self.seen}/{self.total} loss {recent:.3f} lr x{scale:.2f} {self.minutes:.1f} min")
 
     def due(self) -> bool:
         """Whether it is time for a snapshot; asked after every step."""

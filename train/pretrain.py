@@ -8,9 +8,7 @@ learning rates fall linearly to zero over the last `decay` share of all tokens.
 
 import copy
 import json
-import math
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import describe, locate
 from draftsmith.train import corpus
-from draftsmith.train.optimizers import MuonAdamW
+from draftsmith.train.course import Course, Optimizer, make_optimizer
 from draftsmith.train.recipe import Strict
 from draftsmith.train.repository import RepositoryRows
 
@@ -64,14 +62,6 @@ class Stage(Strict):
     batch: int = Field(gt=0)
     tokens: int = Field(gt=0)
     repository: float = Field(0.0, ge=0, le=1)
-
-
-class Optimizer(Strict):
-    muon_lr: float = Field(gt=0)
-    adam_lr: float = Field(gt=0)
-    warmup: int = Field(gt=0)
-    decay: float = Field(gt=0, le=1)
-    clip: float = Field(gt=0)
 
 
 class TargetRecipe(Strict):
@@ -238,12 +228,6 @@ def loss_per_byte(model, tokenizer, documents: list[list[int]], device, limit: i
     return nats / tokens, nats / size
 
 
-def make_optimizer(model, spec: Optimizer) -> MuonAdamW:
-    named = list(model.named_parameters())
-    return MuonAdamW([p for n, p in named if p.ndim == 2 and "embed" not in n], [p for n, p in named if p.ndim != 2 or "embed" in n],
-                     spec.muon_lr, spec.adam_lr)
-
-
 def pretrain(recipe: TargetRecipe, log=print) -> Path:
     """Runs all stages; `recipe.output` appears when complete: bf16 safetensors, tokenizer, corpus manifest, held-out figures.
 
@@ -260,35 +244,20 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
     log(f"chat {sum(map(len, documents.chat)):,} tokens, text {sum(map(len, documents.text)):,}, held out {len(documents.held_out)} documents")
     documents.tokenizer.save_pretrained(folder)
     model = first_model(recipe).to(device)
-    total = sum(stage.tokens for stage in recipe.stages)
-    spec, seen, steps, rows = recipe.optimizer, 0, 0, Rows(documents, recipe.seed)
-    started = saved = time.time()
+    course = Course(recipe.optimizer, sum(stage.tokens for stage in recipe.stages), recipe.save_minutes, log, unit="tokens")
+    rows = Rows(documents, recipe.seed)
     for stage in recipe.stages:
         if stage.layers != model.config.num_hidden_layers:
             model = grow(model, stage.layers).to(device)
         if recipe.compile:
             for layer in model.model.layers:
                 layer.compile()  # layers are alike: one compilation serves them all
-        optimizer, end, losses = make_optimizer(model, spec), seen + stage.tokens, []
-        while seen < end:
+        optimizer, end = make_optimizer(model, recipe.optimizer), course.seen + stage.tokens
+        while course.seen < end:
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 loss = language_loss(model, rows.draw(stage).to(device))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
-            scale = min(1.0, (steps + 1) / spec.warmup, (1 - seen / total) / spec.decay)
-            for group, lr in zip(optimizer.param_groups, (spec.muon_lr, spec.adam_lr)):
-                group["lr"] = lr * max(scale, 0.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seen, steps = seen + stage.batch * stage.length, steps + 1
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise UserError(f"step {steps}: loss is {losses[-1]}, expected a finite number; lower optimizer.muon_lr or adam_lr")
-            if steps % 20 == 0:
-                log(f"layers {stage.layers} step {steps} tokens {seen / 1e6:.2f}/{total / 1e6:.2f}M epoch {rows.epoch} "
-                    f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f} lr x{scale:.2f} {(time.time() - started) / 60:.1f} min")
-            if time.time() - saved > recipe.save_minutes * 60:
-                saved = time.time()
+            course.step(model, optimizer, loss, stage.batch * stage.length, f"layers {stage.layers} epoch {rows.epoch}")
+            if course.due():
                 nats, per_byte = loss_per_byte(model, documents.tokenizer, documents.held_out, device, 100)
                 log(f"held-out loss {nats:.3f} per token, {per_byte:.4f} per byte")
                 model.save_pretrained(folder / "checkpoint")
@@ -296,7 +265,7 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
     nats, per_byte = loss_per_byte(model, documents.tokenizer, documents.held_out, device)
     model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(folder)
-    figures = {"held_out_nats_per_token": nats, "held_out_nats_per_byte": per_byte, "tokens": seen, "minutes": (time.time() - started) / 60,
+    figures = {"held_out_nats_per_token": nats, "held_out_nats_per_byte": per_byte, "tokens": course.seen, "minutes": course.minutes,
                "parameters": sum(p.numel() for p in model.parameters())}
     (folder / "training.json").write_text(json.dumps(figures, indent=1))
     log(json.dumps(figures))
