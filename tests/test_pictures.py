@@ -1,13 +1,19 @@
 """Pictures on their way from files to features: what is refused, with which line, and that the target does see them."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from rich.console import Console
 
+from draftsmith.launch.inspect import inspect
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.heads import HEADS, DreamConfig
@@ -17,6 +23,8 @@ from draftsmith.train.features import Cached, Online
 from draftsmith.train.pictures import answers_apart, cut_for, load_pictures, whole
 from draftsmith.train.pretrain import train_tokenizer
 from draftsmith.train.pretrain_vision import CHAT_TEMPLATE, IMAGE
+from draftsmith.train.recipe import DrafterRecipe, read_recipe
+from tests.conftest import ROOT
 from tests.tiny_vision import EYE, TEXT
 
 SPEC, VOCAB = FeatureSpec((0, 2)), 320
@@ -164,3 +172,20 @@ def test_only_heads_that_choose_by_columns_have_a_row_an_answer(place):
     for name, kind in HEADS.items():
         assert cut_for(kind.Config.for_target(config)) is (answers_apart if name == "dream" else whole), name
     assert cut_for(DreamConfig.for_target(config, keep_ratio=1.0)) is whole
+
+
+def test_a_run_of_dream_learns_from_a_row_an_answer_and_measures_a_conversation_once(place, tmp_path):
+    draw(tmp_path / "a.png", 1)
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": THREE[:4]}] * 4))
+    changes = [f"target={place}", f"data.files=[{tmp_path / 'data.json'}]", f"output={tmp_path / 'run'}", "data.max_length=64", "data.max_image_pixels=64",
+               "optimization.batch_tokens=64", "optimization.accumulation=1", "optimization.epochs=1", "engine.zero_stage=0", "engine.dtype=fp32",
+               "engine.config=null", "evaluation.rows=1", "evaluation.times=1", "evaluation.max_new_tokens=4", "evaluation.tree=chain:2", "wandb=null"]
+    recipe = str(ROOT / "recipes" / "dream-llava-1.5-7b.yaml")
+    for ratio, rows in (("0.75", 8), ("1", 4)):
+        console = Console(width=200, file=io.StringIO())
+        inspect(read_recipe(recipe, DrafterRecipe, [*changes, f"head.keep_ratio={ratio}"]), 0, console)
+        assert console.file.getvalue().startswith(f"{rows} rows")
+    done = subprocess.run([sys.executable, "-m", "draftsmith.train", recipe, *changes], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "6 rows, " in done.stdout and "on 1 held-out prompts" in done.stdout, done.stdout
