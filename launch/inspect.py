@@ -9,16 +9,17 @@ from rich.text import Text
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.targets import describe
 from draftsmith.train.data import prepare
-from draftsmith.train.pictures import load_pictures
+from draftsmith.train.pictures import cut_for, load_pictures
 from draftsmith.train.recipe import DrafterRecipe
 
 
 def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
     """Prints counts, the draft vocabulary's coverage by size, and the first rows with the tokens written by the target in green."""
     tokenizer, target, spec = load_tokenizer(recipe.target), describe(recipe.target), recipe.data
+    config = recipe.kind.Config.for_target(target.config, **recipe.head.shape)
     with tempfile.TemporaryDirectory() as folder:
         rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, tokenizer, stop_ids(target, tokenizer), target.vocab_size, Path(folder),
-                       console.print, load_pictures(recipe.target, target, spec.max_image_pixels))
+                       console.print, load_pictures(recipe.target, target, spec.max_image_pixels, cut_for(config)))
         console.print(f"{len(rows)} rows, {len(rows.tokens):,} tokens, {int(rows.mask.sum()):,} written by the target (green)")
         counts = rows.counts.sort(descending=True).values
         for size in sorted({target.vocab_size // 4, target.vocab_size // 2, recipe.head.shape.get("draft_vocab_size") or target.vocab_size}):

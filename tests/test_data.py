@@ -115,8 +115,17 @@ def test_a_schedule_goes_on_from_any_step():
 
 
 def test_held_out_rows_are_not_trained_on():
-    train, kept = held_out(50, 8, seed=3)
-    assert len(kept) == 8 and sorted([*train, *kept]) == list(range(50)) and held_out(50, 8, seed=3)[1].tolist() == kept.tolist()
+    alone = np.arange(50)
+    train, kept = held_out(alone, 8, seed=3)
+    assert len(kept) == 8 and sorted([*train, *kept]) == list(range(50)) and held_out(alone, 8, seed=3)[1].tolist() == kept.tolist()
+
+
+def test_a_held_out_conversation_is_measured_once_and_none_of_its_rows_is_trained_on():
+    conversations = np.repeat(np.arange(50), np.arange(50) % 3 + 1)
+    train, kept = held_out(conversations, 8, seed=3)
+    numbers, first = np.unique(conversations, return_index=True)
+    assert len(kept) == 8 and set(kept) <= set(first) and np.array_equal(conversations[kept], held_out(numbers, 8, seed=3)[1])
+    assert np.array_equal(train, [row for row, number in enumerate(conversations) if number not in conversations[kept]])
 
 
 def test_rates():

@@ -16,11 +16,13 @@ from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import DreamConfig, DreamHead, DreamObjective
 from draftsmith.models.heads.dream import entropy, kept_rows
+from draftsmith.models.targets import ImagePrompt
+from draftsmith.train.pictures import answers_apart
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 from tests.conftest import ROOT, tiny_target
 from tests.test_heads import place
 from tests.test_vision import packed, prompts_of
-from tests.tiny_vision import IMAGE, tiny_vision
+from tests.tiny_vision import IMAGE, document, tiny_vision
 
 PLAIN = DreamObjective(feature_weight=0.2, middle_weight=0.2, kl_weight=1.0, noise=0.0)
 H = 32
@@ -244,6 +246,27 @@ def test_only_the_pieces_of_images_are_dropped_in_prompts_and_training_alike(fam
         mine = kept_rows(torch.ones(n).bool(), prompt.visual[b, :n], prompt.columns[b, :n], 0.5)
         assert torch.equal(kept[:n], mine) and kept[n:].all()
         assert all(prompts[b][i] == IMAGE for i in range(n) if not mine[i])
+
+
+@both
+def test_each_answer_is_trained_on_the_visual_rows_that_its_prompt_drafts_with(family):
+    """Two turns with an image each. In one row, columns would end before the first answer, and of the second image the first pieces would be kept."""
+    target, first = tiny_vision(family), len(document(family, [3, 8], 6)[0])
+    head, (ids, images) = dream_head(target, 0.75), document(family, [3, 8, 11], 6)
+    mask = [int(first - 6 <= i < first - 2 or i >= len(ids) - 6) for i in range(len(ids))]
+    ends = [i + 1 for i in range(len(ids)) if ids[i] == IMAGE][3::4]
+    rows = answers_apart(ids, mask, [0, 1], ends)
+    documents = [(row, {name: value[:len(seen)] for name, value in images.items()}, taught.index(1)) for row, taught, seen in rows]
+    assert [(len(row), start) for row, _, start in documents] == [(first - 2, first - 6), (len(ids), len(ids) - 6)]
+    training = head._documents(pack_images(target, head, documents))
+    for (row, seen, start), (_, kept, _) in zip(documents, training, strict=True):
+        prompt = target.open(head.feature_spec, 1, 8).prefill([ImagePrompt(row[:start], seen)]).features
+        want = kept_rows(torch.ones(start).bool(), prompt.visual[0], prompt.columns[0], 0.75)
+        assert torch.equal(kept[:start], want) and kept[start:].all()
+        assert head.prefill(prompt).skipped == start - want.sum() == row.count(IMAGE) // 4
+    packing = Packing((0, len(ids)), torch.tensor(mask).bool())
+    (_, one, _), = head._documents(target.features(torch.tensor(ids), packing, head.feature_spec, [images]))
+    assert not torch.equal(one[:start], want)
 
 
 # Losses

@@ -29,7 +29,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 @dataclass(frozen=True)
 class Rows:
     """Documents behind one another: tokens [T] uint32 and mask [T] bool (1 = written by the target), mapped from `folder`;
-    borders [N + 1] int64; counts [V] int64, how often each id was written by the target; and where the pictures of each lie."""
+    borders [N + 1] int64; counts [V] int64, how often each id was written by the target; and where the pictures of each lie.
+    Several may be of one conversation."""
 
     folder: Path
 
@@ -48,6 +49,12 @@ class Rows:
     @cached_property
     def counts(self) -> torch.Tensor:
         return torch.from_numpy(np.load(self.folder / "counts.npy"))
+
+    @cached_property
+    def conversations(self) -> np.ndarray:
+        """[N] int64, ascending from 0: the conversation that each row is of."""
+        place = self.folder / "conversations.npy"
+        return np.load(place) if place.is_file() else np.arange(len(self))
 
     @property
     def key(self) -> str:
@@ -146,7 +153,7 @@ def _content(path: Path) -> bytes:
 
 
 def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report, pictures) -> None:
-    names, of_row = [], [0]
+    names, of_row, conversations = [], [0], []
     borders, counts, short, shown = [0], np.zeros(vocab_size, dtype=np.int64), 0, time.time()
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "mask.bin").open("wb") as mask_file:
         for file in files:
@@ -155,15 +162,16 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
             for number, record in read_records(file):
                 seen, place = seen + 1, f"{file} row {number}"
                 try:
-                    tokens, mask, found = _encode(record, file, tokenizer, stops, vocab_size, max_length, pictures)
+                    rows = _encode(record, file, tokenizer, stops, vocab_size, max_length, pictures)
                 except UnstableTemplate as error:
                     raise UserError(f"{place}: {error}") from None
                 except UserError as error:
                     bad, first = bad + 1, first or f"{place}: {error}"
-                else:
-                    if sum(mask[:max_length]) < 2:
-                        short += 1
-                        continue
+                    rows = []
+                taught = [row for row in rows if sum(row[1][:max_length]) >= 2]
+                short += len(rows) - len(taught)
+                conversations += [conversations[-1] + 1 if conversations else 0] * len(taught)
+                for tokens, mask, found in taught:
                     ids, written = np.array(tokens[:max_length], dtype=np.uint32), np.array(mask[:max_length], dtype=bool)
                     tokens_file.write(ids.tobytes())
                     mask_file.write(written.tobytes())
@@ -191,19 +199,20 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
     np.save(folder / "borders.npy", np.array(borders, dtype=np.int64))
     np.save(folder / "counts.npy", counts)
     if pictures is not None:
+        np.save(folder / "conversations.npy", np.array(conversations, dtype=np.int64))
         encoded = [name.encode() for name in names]
         np.save(folder / "names.npy", np.frombuffer(b"".join(encoded), dtype=np.uint8))
         np.save(folder / "name_borders.npy", np.cumsum([0, *map(len, encoded)]))
         np.save(folder / "picture_borders.npy", np.array(of_row, dtype=np.int64))
 
 
-def _encode(record, file: str, tokenizer, stops, vocab_size, max_length, pictures) -> tuple[list[int], list[int], list]:
-    """(token ids, token mask, pictures)."""
+def _encode(record, file: str, tokenizer, stops, vocab_size, max_length, pictures) -> list[tuple[list[int], list[int], list]]:
+    """The rows of a record: (token ids, token mask, pictures) of each."""
     if pictures is not None:
         return pictures.encode(record, Path("." if file.startswith("hub:") else file).parent, stops, vocab_size, max_length)
     if isinstance(record, dict) and (record.get("image") or record.get("images")):
         raise UserError("found a picture, expected text alone: this target does not see")
-    return *encode_record(record, tokenizer, stops, vocab_size), []
+    return [(*encode_record(record, tokenizer, stops, vocab_size), [])]
 
 
 def read_records(file: str) -> Iterator[tuple[int, object]]:

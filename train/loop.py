@@ -25,7 +25,7 @@ from draftsmith.train.features import Cached, Online
 from draftsmith.train.gto import Gto
 from draftsmith.train.lora import Adapter
 from draftsmith.train.optimizers import AdamW, MuonAdamW
-from draftsmith.train.pictures import Pictures, load_pictures
+from draftsmith.train.pictures import Pictures, cut_for, load_pictures
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
 from draftsmith.train.step import TrainingStep
@@ -128,9 +128,9 @@ def train(recipe: DrafterRecipe, report=print, evaluator: Evaluator | None = Non
         described, tokenizer = describe(recipe.target), load_tokenizer(recipe.target)
         if spec.max_length > described.context_length:
             raise UserError(f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}")
-        recipe.kind.Config.for_target(described.config, **recipe.head.shape)
+        config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
         stops = stop_ids(described, tokenizer)
-        pictures = load_pictures(recipe.target, described, spec.max_image_pixels)
+        pictures = load_pictures(recipe.target, described, spec.max_image_pixels, cut_for(config))
         arguments = (tokenizer, stops, described.vocab_size, Path(recipe.output) / "rows")
         if local == 0:
             rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, say, pictures)
@@ -165,7 +165,8 @@ class Run:
         self.recipe, self.rows, self.stops, self.rank, self.world, self.say, self.evaluator = recipe, rows, stops, rank, world, say, evaluator
         self.pictures = pictures
         self.output, spec, self.objective = Path(recipe.output), recipe.optimization, recipe.goal
-        numbers, self.kept = held_out(len(rows), min(recipe.evaluation.rows, len(rows) // 2) if evaluator else 0, recipe.seed)
+        conversations = int(rows.conversations[-1]) + 1
+        numbers, self.kept = held_out(rows.conversations, min(recipe.evaluation.rows, conversations // 2) if evaluator else 0, recipe.seed)
         self.schedule = Schedule(rows.lengths, numbers, spec.batch_tokens, world * spec.accumulation, recipe.seed, spec.epochs)
         tokens = int(rows.lengths[numbers].sum())
         if self.schedule.total < 1:

@@ -3,11 +3,16 @@
 Two forms: LLaVA's JSON (`image`, a file or a list of them, and `conversations` with `<image>` where they stand), and data sets of the Hub
 whose column `image` or `images` holds the pictures themselves. Every picture is decoded once here, so that a bad one is found before
 training and with its row; a row remembers where its pictures lie, and the target reads their pixels when it needs them.
+
+A conversation is one row, or one for each answer where a head chooses among the pieces of pictures anew for every prompt, as decoding does.
 """
 
 import hashlib
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,18 +22,41 @@ from draftsmith.models.pictures import Reader, counted, load_processor, open_pic
 from draftsmith.models.targets import Description, ImagePrompt
 from draftsmith.train.data import encode_answers, encode_record, messages_of
 
+Row = tuple[list[int], list[int], list[Path | bytes]]  # token ids, token mask, pictures in the order of the text
+Cut = Callable[[list[int], list[int], list[Path | bytes], list[int]], list[Row]]  # how a conversation becomes rows
+
+
+def whole(ids: list[int], mask: list[int], pictures: list[Path | bytes], ends: list[int]) -> list[Row]:
+    """A conversation as one row."""
+    return [(ids, mask, pictures)]
+
+
+def answers_apart(ids: list[int], mask: list[int], pictures: list[Path | bytes], ends: list[int]) -> list[Row]:
+    """One row for each answer: all up to its end, and it alone is taught; answers before it are prompt. pictures: in the order of the text;
+    ends: how many tokens stand up to the end of each. Text alone stays one row: there is nothing to choose from in it."""
+    if not pictures:
+        return whole(ids, mask, pictures, ends)
+    answers = np.flatnonzero(np.diff([0, *mask, 0])).reshape(-1, 2).tolist()  # [start, stop) of each run of ones
+    return [(ids[:stop], [0] * start + [1] * (stop - start), [p for p, end in zip(pictures, ends) if end <= stop]) for start, stop in answers]
+
+
+def cut_for(config) -> Cut:
+    """How conversations become rows for a head of this config (`Config.for_target`)."""
+    return answers_apart if getattr(config, "columns", False) else whole
+
 
 class Pictures:
     """Reads pictures and encodes records with them. processor: the target's; image_token: the id that stands for pictures in its rows."""
 
-    def __init__(self, processor, image_token: int, max_pixels: int):
-        self.processor, self.image_token, self.max_pixels = processor, image_token, max_pixels
+    def __init__(self, processor, image_token: int, max_pixels: int, cut: Cut = whole):
+        self.processor, self.image_token, self.max_pixels, self.cut = processor, image_token, max_pixels, cut
         self.reader = Reader(processor)
 
     @property
     def key(self) -> list:
         """What rows depend on beside files and tokenizer."""
-        return [self.image_token, self.max_pixels, self.reader.chat_template, self.processor.to_json_string()]
+        apart = [] if self.cut is whole else [self.cut.__name__]
+        return [self.image_token, self.max_pixels, self.reader.chat_template, self.processor.to_json_string(), *apart]
 
     def load(self, place: Path) -> Image.Image:
         """A picture of `Rows.images`."""
@@ -46,8 +74,8 @@ class Pictures:
             left -= self.tokens_of(self.load(kept[-1]))
         return ImagePrompt(tokens, self.pixels(kept)) if kept else tokens
 
-    def encode(self, record: dict, base: Path, stops: set[int], vocab_size: int, max_length: int) -> tuple[list[int], list[int], list[Path | bytes]]:
-        """(token ids, token mask, pictures in the order of the text). base: the folder that relative file names start from.
+    def encode(self, record: dict, base: Path, stops: set[int], vocab_size: int, max_length: int) -> list[Row]:
+        """The rows of a record. base: the folder that relative file names start from.
 
         Raises UserError saying what was found and expected.
         """
@@ -57,12 +85,13 @@ class Pictures:
             ids, mask = encode_answers(self.reader, placed(messages_of(record), images), stops)
         else:
             ids, mask = encode_record(record, self.processor.tokenizer, stops, vocab_size)
-        expected, found = sum(self.tokens_of(image) for image in images), ids.count(self.image_token)
-        if found != expected:
-            raise UserError(f"found {found} image tokens, expected {expected} for {counted(images)}")
+        counts, found = [self.tokens_of(image) for image in images], ids.count(self.image_token)
+        if found != sum(counts):
+            raise UserError(f"found {found} image tokens, expected {sum(counts)} for {counted(images)}")
         if (kept := ids[:max_length].count(self.image_token)) < found:
             raise UserError(f"found {kept} of {found} image tokens within data.max_length {max_length}, expected all of them")
-        return ids, mask, sources
+        behind = [0, *(place + 1 for place, token in enumerate(ids) if token == self.image_token)]
+        return self.cut(ids, mask, sources, [behind[count] for count in accumulate(counts)])
 
     def tokens_of(self, image: Image.Image) -> int:
         """How many image tokens a picture takes."""
@@ -84,8 +113,8 @@ class Pictures:
         return kept
 
 
-def load_pictures(name: str | Path, described: Description, max_pixels: int) -> Pictures | None:
+def load_pictures(name: str | Path, described: Description, max_pixels: int, cut: Cut = whole) -> Pictures | None:
     """For a target that sees; None for any other. Raises UserError when no processor lies beside the target."""
     if described.image_token is None:
         return None
-    return Pictures(load_processor(name), described.image_token, max_pixels)
+    return Pictures(load_processor(name), described.image_token, max_pixels, cut)

@@ -70,7 +70,9 @@ def rate_scale(step: int, total: int, warmup: float, kind: str) -> float:
     return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[kind]
 
 
-def held_out(count: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(row numbers to train on, row numbers kept for measuring) of `count` rows, both ascending."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
-    return np.sort(order[rows:]), np.sort(order[:rows])
+def held_out(conversations: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """conversations [N], ascending: the one that each row is of -> (row numbers to train on, row numbers kept for measuring: the first of each of
+    `count` conversations, none of whose rows is trained on), both ascending."""
+    firsts = np.flatnonzero(np.diff(conversations, prepend=-1))
+    kept = np.sort(firsts[torch.randperm(len(firsts), generator=torch.Generator().manual_seed(seed)).numpy()[:count]])
+    return np.flatnonzero(~np.isin(conversations, conversations[kept])), kept

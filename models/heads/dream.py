@@ -11,7 +11,7 @@ Where the paper and the authors' code differ (and where both fail), this is:
     the middle state       per token, output of the layer, layers 1 .. 40 %, by default (`middle_*` choose otherwise); supervises block 0
     weights                0.2 feature, 0.2 middle, 1.0 KL, each a mean over the taught tokens; KL(target || draft) summed over the vocabulary
     compression            on, 0.75: of the visual rows those with the most attention in the target's last layer, over all images of a prompt
-                           Training chooses once a document, by its first prompt, decoding for every prompt: they agree where a row has one turn
+                           Chosen for every prompt, in training too: each answer of a conversation with images is a row of its own there
     compressed are         embeddings and queries; keys and values of the cross-attention are all rows'
     tree mask              in the cross-attention too: siblings are not seen
     row 0, padding         a row without a state before it gets 0 from the cross-attention, not a mean of the future; padding is never seen
@@ -131,7 +131,7 @@ class DreamHead(nn.Module):
     def feature_spec(self) -> FeatureSpec:
         c = self.config
         middle = Middle(c.middle_granularity, (c.middle_first, c.middle_last), c.middle_feature)
-        return FeatureSpec(taps=(0, "last"), columns=c.keep_ratio < 1, middle=middle)
+        return FeatureSpec(taps=(0, "last"), columns=c.columns, middle=middle)
 
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """The head's states [..., h] -> the target's output head on them [..., V]."""

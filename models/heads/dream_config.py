@@ -81,6 +81,11 @@ class DreamConfig:
             middle_granularity=middle_granularity, middle_first=first, middle_last=last, middle_feature=middle_feature)
 
     @property
+    def columns(self) -> bool:
+        """Whether visual rows are chosen, by the column means of the prompt."""
+        return self.keep_ratio < 1
+
+    @property
     def draft_vocab_size(self) -> int:
         return self.vocab_size
 
