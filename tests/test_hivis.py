@@ -277,7 +277,7 @@ def test_stage_two_starts_from_the_row_of_stage_one(tmp_path):
 
 def test_recipes_hold_the_authors_values():
     stage = HivisObjective(steps=1, ce_weight=0.1, topk_weight=0.0, topk=10, noise=0.2, mask="none")
-    for name in ("llava-1.5-7b", "qwen2.5-vl-7b", "smolvlm"):
+    for name in ("llava-1.5-7b", "llava-1.6-7b", "qwen2.5-vl-7b", "smolvlm"):
         recipe = recipe_of(name)
         assert recipe.goal == stage and recipe.kind is HivisHead and recipe.head.residuals == 1 and recipe.gto is None
     assert recipe_of("qwen2.5-vl-7b").head.drop_ids == [151652, 151653] and recipe_of("qwen2.5-vl-7b").head.positions == "original"

@@ -149,7 +149,8 @@ def test_tap_0_is_what_the_decoder_takes_in(family):
     same = (first.hidden[0] - words).abs().amax(-1) < 1e-5
     assert same.tolist() == [token != IMAGE for token in ids]
     moved = (first.hidden[0] - other.hidden[0]).abs().amax(-1) > 1e-3
-    assert moved.tolist() == [token == IMAGE for token in ids]
+    still = [token == IMAGE and not m for token, m in zip(ids, moved.tolist())]
+    assert not moved[torch.tensor(ids) != IMAGE].any() and sum(still) == (2 if family == "llava_next" else 0)  # its marks of line ends are learnt
 
 
 @every_family
@@ -250,12 +251,12 @@ def test_rope_positions_of_qwen_fall_behind_the_places():
 def test_another_number_of_visual_tokens_than_images_make_is_refused(family):
     target, (ids, images) = tiny_vision(family), document(family, [3, 5])
     decoding = target.open(FeatureSpec(()), 2, 8)
-    short = ids[:ids.index(IMAGE)] + ids[ids.index(IMAGE) + 1:]
-    with pytest.raises(UserError, match=r"^prompt 1: found 3 visual tokens \(id 50\), expected 4, as many as its images make$"):
+    count, short = ids.count(IMAGE), ids[:ids.index(IMAGE)] + ids[ids.index(IMAGE) + 1:]
+    with pytest.raises(UserError, match=rf"^prompt 1: found {count - 1} visual tokens \(id 50\), expected {count}, as many as its images make$"):
         decoding.prefill([[3, 4], ImagePrompt(short, images)])
-    with pytest.raises(UserError, match=r"^prompt 0: found 4 visual tokens \(id 50\), expected 0"):
+    with pytest.raises(UserError, match=rf"^prompt 0: found {count} visual tokens \(id 50\), expected 0"):
         decoding.prefill([ids, [3, 4]])
-    with pytest.raises(UserError, match=r"^prompt 0: found 0 visual tokens \(id 50\), expected 4"):
+    with pytest.raises(UserError, match=rf"^prompt 0: found 0 visual tokens \(id 50\), expected {count}"):
         decoding.prefill([ImagePrompt([3, 4], images), [3, 4]])
 
 
@@ -283,5 +284,5 @@ def test_other_vision_language_models_are_refused():
     model = hf.PaliGemmaForConditionalGeneration(hf.PaliGemmaConfig(
         text_config=dict(shape, model_type="gemma", vocab_size=61, num_key_value_heads=1, head_dim=8),
         vision_config=dict(shape, model_type="siglip_vision_model", image_size=8, patch_size=4), projection_dim=16))
-    with pytest.raises(UserError, match="target tiny: found vision-language model paligemma, expected one of gemma3, idefics3, llava, qwen2_5_vl, smolvlm"):
+    with pytest.raises(UserError, match="target tiny: found vision-language model paligemma, expected one of gemma3, idefics3, llava, llava_next, qwen2_5_vl, smolvlm"):
         TextTarget(model, "tiny")

@@ -1,7 +1,7 @@
 """Tiny random vision-language models of every supported family, and pictures as their processors would give them. fp32, seeded.
 
 States are of order one, so that rounding stays near 1e-5; norms, biases and the like are moved off their ones and zeros. Every picture makes
-four tokens, the wide one of Qwen eight.
+four tokens, the wide one of Qwen eight, those of LLaVA-1.6 fourteen: themselves, and two tiles of two rows with a mark at the end of each.
 """
 
 import torch
@@ -17,6 +17,9 @@ EYE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attent
 CONFIGS = {
     "llava": lambda: hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**EYE, image_size=8, projection_dim=16),
                                     image_token_index=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy="default"),
+    "llava_next": lambda: hf.LlavaNextConfig(
+        text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**EYE, image_size=8, projection_dim=16), image_token_index=IMAGE,
+        image_grid_pinpoints=[[8, 16]], vision_feature_layer=-2, vision_feature_select_strategy="default"),
     "qwen2_5_vl": lambda: hf.Qwen2_5_VLConfig(
         text_config=dict(TEXT, rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}),
         vision_config=dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=4, spatial_merge_size=2,
@@ -64,6 +67,8 @@ def pictures(family: str, count: int, seed: int = 0, wide: bool = False) -> dict
         mask = torch.ones(1, count, 16, 16, dtype=torch.int64)
         mask[:, 0, :, 12:] = 0  # the first is narrow, and padded
         return {"pixel_values": torch.randn(1, count, 3, 16, 16, generator=draw), "pixel_attention_mask": mask}
+    if family == "llava_next":
+        return {"pixel_values": torch.randn(count, 3, 3, 8, 8, generator=draw), "image_sizes": torch.tensor([[8, 16]] * count)}
     size = 8 if family == "llava" else 16
     return {"pixel_values": torch.randn(count, 3, size, size, generator=draw)}
 
@@ -71,7 +76,7 @@ def pictures(family: str, count: int, seed: int = 0, wide: bool = False) -> dict
 def document(family: str, lengths: list[int], seed: int = 0, wide: bool = False) -> tuple[list[int], dict[str, torch.Tensor]]:
     """(ids, pictures): runs of text of these lengths with a picture between each two."""
     draw = torch.Generator().manual_seed(seed + 100)
-    run = [IMAGE] * (8 if wide and family == "qwen2_5_vl" else 4)
+    run = [IMAGE] * (8 if wide and family == "qwen2_5_vl" else 14 if family == "llava_next" else 4)
     if family in ("qwen2_5_vl", "gemma3"):
         run = [START, *run, END]
     ids = []

@@ -15,6 +15,7 @@ FAMILIES = {  # what each takes of what its processor makes of images
     "gemma3": ("pixel_values",),
     "idefics3": ("pixel_values", "pixel_attention_mask"),
     "llava": ("pixel_values",),
+    "llava_next": ("pixel_values", "image_sizes"),
     "qwen2_5_vl": ("pixel_values", "image_grid_thw"),
     "smolvlm": ("pixel_values", "pixel_attention_mask"),
 }
