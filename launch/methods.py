@@ -108,6 +108,9 @@ class Methods:
         found = [p for p in all_turns(fitting, self.tokenizer, place, answer) if fits(p)] if fitting else []
         if not found:
             raise UserError(f"{place}: found no prompt of at most {room} tokens, expected at least one")
+        library = [name for name, decoder in self.baselines.items() if isinstance(decoder, Generate)]
+        if library and any(prompt.pictures for prompt in found):
+            raise UserError(f"{place}: found pictures, expected text alone for {library[0]}")
         left = sum(len(c.turns) for c in conversations) - len(found)
         if left:
             report(f"{Path(place).stem}: {left} turns of more than {room} tokens are left out")

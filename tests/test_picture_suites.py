@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 from draftsmith.eval.decode import generate
 from draftsmith.eval.prompts import read_prompts
 from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.methods import Methods
 from draftsmith.launch.regenerate import regenerate
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafter import NoDrafter
@@ -58,6 +59,13 @@ def test_answers_to_pictures_are_rows_for_training(place, suite, tmp_path):  # n
         assert tokens[mask].tolist() == trace.tokens
         said.append(trace.tokens)
     assert rows.images(2) == [] and said[0] != said[1]  # a random target says other things of other pictures
+
+
+def test_generate_of_the_library_is_refused_where_there_are_pictures(suite, place):  # noqa: F811
+    methods = Methods.open(["plain", "hf-generate"], str(place), "")
+    with pytest.raises(UserError, match="suite.json: found pictures, expected text alone for hf-generate"):
+        methods.prompts(str(suite), 2, 8, 4, False, lambda line: None)
+    assert len(Methods.open(["suffix"], str(place), "").prompts(str(suite), None, 8, 4, False, lambda line: None)) == 4
 
 
 def test_a_target_of_text_refuses_a_suite_with_pictures(suite, place):  # noqa: F811
