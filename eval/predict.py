@@ -23,10 +23,10 @@ def predicted_chain_tau(target: TextTarget, head, prompts: list[list[int]], trac
         packing = Packing((0, *accumulate(map(len, texts))), mask)
         ids = torch.tensor([token for text in texts for token in text], device=target.device)
         features = target.features(ids, packing, head.feature_spec, [getattr(text, "images", {}) for text in texts])
-        leading = torch.zeros_like(ids)
+        leading = torch.zeros_like(features.tokens)  # of the rows that feed the head
         for k, (rows, output) in enumerate(head.unroll(features, depth)):
-            hit = head.ids[head.logits(output).argmax(-1)] == ids[rows + 2 + k]
+            hit = head.ids[head.logits(output).argmax(-1)] == features.tokens[rows + 2 + k]
             leading[rows] += hit & (leading[rows] == k)
-        walked = chain_walk(packing, leading.tolist())
+        walked = chain_walk(features.packing, leading.tolist())
         tokens, passes = tokens + walked[0], passes + walked[1]
     return tokens / max(passes, 1)

@@ -286,6 +286,16 @@ class DreamHead(nn.Module):
         none = row[0].new_zeros(len(limit), 0, *row[0].shape[1:])
         return Hung(row, spans, limit, hidden, (none, none), torch.zeros(len(limit), 1, 0, dtype=torch.bool, device=limit.device), positions)
 
+    def unroll(self, features: TrainingFeatures, steps: int):
+        """For every step k < steps: (rows [P_k] of `packing.rows` that take part, the head's states [P_k, h] that predict token row + 2 + k), the text's
+        own tokens behind each root, over the head's own states: what drafting computes."""
+        rows = features.packing.rows
+        beam = self.hang(features, rows + 1) if len(rows) else None
+        for k in range(steps if len(rows) else 0):
+            part, tokens = features.packing.takes_part(k), features.tokens[(rows + 1 + k).clamp(max=len(features.tokens) - 1).to(features.tokens.device)]
+            output, beam = self._grow_hung(beam, tokens[:, None], torch.zeros_like(tokens)[:, None])
+            yield rows[part], output[:, 0][part.to(output.device)]
+
     def expand(self, beam: Beam | Grove, tokens: torch.Tensor, parents: torch.Tensor):
         """tokens [B, k], parents [B, k] (rows of the last expand) -> log-probs [B, k, V] fp32, beam. The first call consumes the roots [B, 1]."""
         if isinstance(beam, Grove):
