@@ -3,10 +3,11 @@
     python tests/benchmarks/gto_training.py TABLE --answers FILE --prompts FILE [--seconds 150] [--folder runs/gto] [--output FILE]
 
 TABLE: `rates` three learning rates each for GTO and for continued training; `seeds` the shipped settings with three seeds; `ablations` another
-reward, no debiasing, other group sizes and the paper's omega; `hass` and `owl` the shipped drafters of these names as starts. answers: what the trainings read (the
-recipes' headers say how it is made); prompts: those that are decoded, of other functions. A run takes as many steps as fit `--seconds` processor
-seconds, by the time of a short run of its own (the table gives what it took in the end); what stands in the folder is not trained again. tau: 60-node
-tree, 64 new tokens; 95 % intervals of the gain over continued training of the same start and seed resample prompts. Ends with one JSON line: the table.
+reward, no debiasing, other group sizes and the paper's omega; `hass` and `owl` the shipped drafters of these names as starts. answers: what the
+trainings read (the recipes' headers say how it is made); prompts: those that are decoded, of other functions. A run takes as many steps as fit
+`--seconds` processor seconds, by the time of a short run of its own (the table gives what it took in the end); what stands in the folder is not
+trained again. tau: 60-node tree, 64 new tokens; 95 % intervals of the gain over continued training of the same start and seed resample prompts.
+Ends with one JSON line: the table.
 """
 
 import argparse
