@@ -32,7 +32,7 @@ from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TREES = ("dynamic:10x7x60", "dynamic:4x5x24")
-SHORT = (0.01, 0.04)  # epochs of the two runs whose difference times a step
+SHORT = (0.01, 0.01, 0.05)  # epochs of a run that warms up, and of the two whose difference times a step
 RATES = {"high": (0.005, 0.001), "middle": (0.0015, 0.0003), "low": (0.0005, 0.0001)}  # of Muon and of AdamW
 ABLATIONS = {"lse": ["gto.reward_agg=lse"], "no debiasing": ["gto.debias=false"], "m = 4": ["gto.group_size=4", "gto.groups=8"],
              "m = 16": ["gto.group_size=16", "gto.groups=2"], "omega 0.5": ["gto.omega=0.5"]}  # roots of a row stay 32
@@ -74,9 +74,9 @@ def timed(recipe: str, changes: list[str], answers: str, place: Path, epochs: fl
 def trained(recipe: str, changes: list[str], answers: str, place: Path, seconds: float) -> dict:
     """A drafter in `place/drafter` and what it took; what is there already is taken as it is."""
     if not (place / "took.json").exists():
-        (early, few), (late, many) = (timed(recipe, changes, answers, place, epochs) for epochs in SHORT)
+        _, (early, few), (late, many) = (timed(recipe, changes, answers, place, epochs) for epochs in SHORT)
         step = (late - early) / (many - few)
-        took, steps = timed(recipe, changes, answers, place, seconds / step / (many / SHORT[1]))
+        took, steps = timed(recipe, changes, answers, place, seconds / step / (many / SHORT[-1]))
         (place / "took.json").write_text(json.dumps({"seconds": round(took, 1), "steps": steps, "step_ms": round(1e3 * step)}))
     return json.loads((place / "took.json").read_text())
 
