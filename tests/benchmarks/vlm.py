@@ -41,8 +41,8 @@ def prompts_of(scenes: int, seed: int, reader) -> list:
 
 
 def rows_fed(context) -> int:
-    """Rows of one prompt that a drafter keeps, the pending one included."""
-    return int((context.own if hasattr(context, "own") else context.cache).lengths[0]) + 1
+    """Rows of one prompt that a drafter keeps; those of one layer have the last one still pending."""
+    return int(context.own.lengths[0]) if hasattr(context, "own") else int(context.cache.lengths[0]) + 1
 
 
 @torch.inference_mode()
