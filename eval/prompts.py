@@ -11,7 +11,7 @@ from pathlib import Path
 from draftsmith.eval.suites import Conversation, read_suite
 from draftsmith.models.chat import encode_prompt
 from draftsmith.models.errors import UserError
-from draftsmith.models.pictures import Reader
+from draftsmith.models.pictures import Reader, check_marks, marks
 from draftsmith.models.targets import ImagePrompt
 
 
@@ -37,14 +37,22 @@ def read_prompts(file: str | Path, tokenizer, limit: int | None = None) -> list[
 
 
 def first_turn(conversation: Conversation, tokenizer, file: str | Path) -> Prompt:
-    messages = [*conversation.before, {"role": "user", "content": conversation.turns[0]}]
+    asked = [{"role": "user", "content": turn} for turn in conversation.turns]
+    messages = [*conversation.before, asked[0]]
+    if isinstance(tokenizer, Reader):
+        try:
+            check_marks([*conversation.before, *asked], conversation.pictures)
+        except UserError as error:
+            raise UserError(f"{file} row {conversation.row}: {error}") from None
     return rendered(conversation, messages, tokenizer, file, turn=1)
 
 
 def rendered(conversation: Conversation, messages: list[dict], tokenizer, file: str | Path, turn: int) -> Prompt:
+    pictures = ()
     try:
         if isinstance(tokenizer, Reader):
-            tokens = tokenizer.prompt(messages, conversation.pictures)
+            pictures = conversation.pictures[:marks(messages)]  # others stand in later turns
+            tokens = tokenizer.prompt(messages, pictures)
         elif conversation.pictures:
             raise UserError("found a picture, expected text alone: this target does not see")
         else:
@@ -52,7 +60,7 @@ def rendered(conversation: Conversation, messages: list[dict], tokenizer, file: 
     except UserError as error:
         raise UserError(f"{file} row {conversation.row}: {error}") from None
     name = conversation.name if turn == 1 else f"{conversation.name}/{turn}"
-    return Prompt(name, conversation.category, messages, tokens, conversation.pictures)
+    return Prompt(name, conversation.category, messages, tokens, pictures)
 
 
 def all_turns(conversations: list[Conversation], tokenizer, file: str | Path, answer: Callable[[list[Prompt]], list[str]]) -> list[Prompt]:

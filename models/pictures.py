@@ -16,7 +16,7 @@ from draftsmith.models.targets.vision import FAMILIES
 
 MARK = "<image>"
 INPUTS = {name for names in FAMILIES.values() for name in names}  # what targets take of what processors make of pictures
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 2**26  # of one picture, where a recipe does not say
 
 
 def open_picture(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -65,13 +65,20 @@ def counted(images: Sequence) -> str:
     return f"{len(images)} picture{'' if len(images) == 1 else 's'}"
 
 
+def marks(messages: list[dict]) -> int:
+    """How many pictures stand in messages."""
+    return sum(part["type"] == "image" for message in messages for part in _parts(message["content"]))
+
+
+def check_marks(messages: list[dict], pictures: Sequence) -> None:
+    if (found := marks(messages)) != len(pictures):
+        raise UserError(f"found {found} {MARK} in the conversation and {counted(pictures)}, expected as many of one as of the other")
+
+
 def placed(messages: list[dict], images: list[Image.Image]) -> list[dict]:
     """Messages whose content is a list of parts, every picture where its mark stands. Raises UserError when marks and pictures differ in number."""
-    parts = [_parts(message["content"]) for message in messages]
-    marks = sum(part["type"] == "image" for listed in parts for part in listed)
-    if marks != len(images):
-        raise UserError(f"found {marks} {MARK} in the conversation and {counted(images)}, expected as many of one as of the other")
-    waiting = iter(images)
+    check_marks(messages, images)
+    parts, waiting = [_parts(message["content"]) for message in messages], iter(images)
     return [{"role": message["role"], "content": [part | {"image": next(waiting)} if part["type"] == "image" else part for part in listed]}
             for message, listed in zip(messages, parts)]
 

@@ -44,6 +44,16 @@ def test_a_suite_with_pictures_makes_the_prompts_of_the_rows_of_training(place, 
     assert prompts[0].identity != prompts[1].identity  # the same ids, other pixels
 
 
+def test_pictures_of_later_turns_wait_for_them(place, suite, tmp_path):  # noqa: F811
+    ask = {"from": "human", "value": "<image>\nWhat is this?"}
+    suite.write_text(json.dumps([{"images": ["a.png", "b.png"], "conversations": [ask, TALK[1], ask, TALK[1]]}]))
+    prompts = Methods.open(["suffix"], str(place), "").prompts(str(suite), None, 8, 4, False, lambda line: None)
+    assert [len(p.pictures) for p in prompts] == [1, 2] and [len(p.tokens.images["pixel_values"]) for p in prompts] == [1, 2]
+    suite.write_text(json.dumps([{"images": ["a.png", "b.png"], "conversations": TALK}]))
+    with pytest.raises(UserError, match=r"suite.json row 1: found 1 <image> in the conversation and 2 pictures, expected as many"):
+        read_prompts(suite, load_reader(place, TextTarget.load(str(place))))
+
+
 def test_answers_to_pictures_are_rows_for_training(place, suite, tmp_path):  # noqa: F811
     target, out = TextTarget.load(str(place)), tmp_path / "deep" / "answers.jsonl"
     regenerate(str(place), str(suite), str(out), [0.0], 12, 2, None, 0, lambda line: None)

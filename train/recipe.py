@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.heads import HEADS
+from draftsmith.models.pictures import MAX_PIXELS
 
 
 class Strict(BaseModel):
@@ -95,7 +96,7 @@ class Data(Strict):
     max_length: int = Field(gt=8)
     max_bad_rows: float = Field(ge=0, lt=1)
     features: Literal["online", "cached"]
-    max_image_pixels: int = Field(2**26, gt=0)
+    max_image_pixels: int = Field(MAX_PIXELS, gt=0)
 
 
 def known(name: str) -> str:
