@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from PIL import Image
 from rich.console import Console
 
@@ -21,11 +20,9 @@ from draftsmith.models.targets import ImagePrompt, TextTarget, describe
 from draftsmith.train import data
 from draftsmith.train.features import Cached, Online
 from draftsmith.train.pictures import answers_apart, cut_for, load_pictures, whole
-from draftsmith.train.pretrain import train_tokenizer
-from draftsmith.train.pretrain_vision import CHAT_TEMPLATE, IMAGE
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 from tests.conftest import ROOT
-from tests.tiny_vision import EYE, TEXT
+from tests.tiny_vision import draw, saved_llava
 
 SPEC, VOCAB = FeatureSpec((0, 2)), 320
 TALK = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A square."}]
@@ -34,23 +31,7 @@ TALK = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "v
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A LLaVA with its processor: a picture takes four tokens."""
-    folder = tmp_path_factory.mktemp("llava")
-    tokenizer = train_tokenizer(["What is this? A square."] * 4, 290)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    side = {"height": 8, "width": 8}
-    processor = hf.LlavaProcessor(hf.CLIPImageProcessor(size=side, crop_size=side), tokenizer, patch_size=4, image_token=IMAGE,
-                                  vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
-    processor.save_pretrained(folder)
-    torch.manual_seed(0)
-    hf.LlavaForConditionalGeneration(hf.LlavaConfig(
-        text_config=hf.LlamaConfig(**TEXT | {"vocab_size": VOCAB}), vision_config=hf.CLIPVisionConfig(**EYE, image_size=8, projection_dim=16),
-        image_token_id=processor.image_token_id, vision_feature_layer=-2, vision_feature_select_strategy="default")).save_pretrained(folder)
-    return folder
-
-
-def draw(path, seed):
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    return saved_llava(tmp_path_factory.mktemp("llava"), VOCAB)
 
 
 def rows_of(records, place, folder, max_length=64, max_pixels=64, cut=whole):

@@ -4,11 +4,17 @@ States are of order one, so that rounding stays near 1e-5; norms, biases and the
 four tokens, the wide one of Qwen eight, those of LLaVA-1.6 fourteen: themselves, and two tiles of two rows with a mark at the end of each.
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import transformers as hf
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from draftsmith.models.targets import TextTarget
+from draftsmith.train import pretrain_vision
+from draftsmith.train.pretrain import train_tokenizer
 
 IMAGE, START, END = 50, 51, 52  # token ids: a visual token, and Qwen's markers around them
 TEXT = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
@@ -93,3 +99,25 @@ def plain(model, ids: list[int], images: dict, **options):
         options[kinds] = (tokens == IMAGE).long()
     with torch.no_grad():
         return model(tokens, **images, use_cache=False, **options)
+
+
+def saved_llava(folder: Path, vocab: int) -> Path:
+    """A LLaVA with its processor: a picture of 8 x 8 pixels takes four tokens."""
+    tokenizer = train_tokenizer(["What is this? A square."] * 4, 290)
+    tokenizer.add_special_tokens({"additional_special_tokens": [pretrain_vision.IMAGE]})
+    tokenizer.chat_template = pretrain_vision.CHAT_TEMPLATE
+    side = {"height": 8, "width": 8}
+    processor = hf.LlavaProcessor(hf.CLIPImageProcessor(size=side, crop_size=side), tokenizer, patch_size=4, image_token=pretrain_vision.IMAGE,
+                                  vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                                  chat_template=pretrain_vision.CHAT_TEMPLATE)
+    processor.save_pretrained(folder)
+    torch.manual_seed(0)
+    hf.LlavaForConditionalGeneration(hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**TEXT | {"vocab_size": vocab}), vision_config=hf.CLIPVisionConfig(**EYE, image_size=8, projection_dim=16),
+        image_token_id=processor.image_token_id, vision_feature_layer=-2, vision_feature_select_strategy="default")).save_pretrained(folder)
+    return folder
+
+
+def draw(path: Path, seed: int) -> None:
+    """A picture of 8 x 8 random pixels."""
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)

@@ -125,10 +125,10 @@ def engine(step: torch.nn.Module, optimizer, config: dict):
 
 
 def shard(target) -> None:
-    """Spreads a frozen target over all processes (ZeRO-3 inference): each holds a part, layers are gathered as they run."""
+    """Spreads a frozen target's layers over all processes (ZeRO-3 inference): each holds a part, layers are gathered as they run."""
     deepspeed = load_deepspeed()
     config = engine_config(3, {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(target.dtype, "fp32"), 1, 1.0, {})
-    target.shard(lambda model: deepspeed.initialize(model=model, config=config)[0])
+    target.shard(lambda layers: deepspeed.initialize(model=layers, config=config)[0])
 
 
 def barrier(world: int) -> None:

@@ -56,7 +56,8 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
         if recipe.lora is not None:
             Adapter(head, recipe.lora, recipe.head.start_from, recipe.seed)
     item = 4 if device.type == "cpu" else 2  # a target runs in fp32 on a CPU, in its own half precision elsewhere
-    target_parameters = sum(p.numel() for p in model.parameters())
+    target_parameters, spread = (sum(p.numel() for p in part.parameters()) for part in (model, model.get_decoder().layers))
+    held = target_parameters - spread + spread // world if engine.target == "sharded" else target_parameters
     whole, trained = sum(p.numel() for p in head.parameters()), sum(p.numel() for p in head.parameters() if p.requires_grad)
     part = lambda stage: world if engine.zero_stage >= stage else 1  # noqa: E731
     width, rows = BYTES[engine.dtype], spec.batch_tokens
@@ -65,7 +66,7 @@ def estimate(recipe: DrafterRecipe, described: Description, world: int, device: 
     c, probes = head.config, head.feature_spec.probe is not None
     hidden, written = config.hidden_size, corpus[1] / corpus[0] if corpus else 1.0
     memory = {
-        "target": target_parameters * item // (world if engine.target == "sharded" else 1),
+        "target": held * item,
         "target's states": rows * ((len(head.feature_spec.taps) + 8) * hidden + 3 * (config.intermediate_size or hidden)) * item,
         "head": whole * width // part(3), "gradients": trained * width // part(2), "optimizer": optimizer // part(1),
         "activations": int(rows * written * (recipe.goal.steps * c.saved_per_row * width + 4 * c.draft_vocab_size)),

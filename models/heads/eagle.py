@@ -103,7 +103,6 @@ class EagleHead(nn.Module):
 
     def __init__(self, config: EagleConfig, shared: Shared, ids: torch.Tensor | None = None):
         super().__init__()
-        # A tensor of its own: a target's that is spread over processes is emptied in place
         self.config, self.shared = config, Shared(shared.embedding.detach(), shared.project)
         device = shared.embedding.device
         self.register_buffer("ids", torch.arange(config.vocab_size, device=device) if ids is None else ids.to(device), persistent=False)

@@ -34,11 +34,11 @@ class TextTarget:
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         if not hasattr(self.body, "layers") or self.head is None:
             raise UserError(f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an output head")
-        self.vocab_size = self.head.weight.size(0)  # a partitioned weight no longer tells
+        self.vocab_size = self.head.weight.size(0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         # The name changed within transformers 5.
         self.cache_argument = "cache" if "cache" in inspect.signature(self.body.forward).parameters else "past_key_values"
-        self._shared: torch.Tensor | None = None
+        self.sharded = None
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
         self._check_projection()
@@ -87,7 +87,7 @@ class TextTarget:
         The stored weight, which is what serving engines share with a drafter, even where the model scales it on the way in
         (Gemma: by sqrt(h)). Most heads normalise embeddings, so that the scale makes no difference to them; `shared` tells it to others.
         """
-        return self._shared if self._shared is not None else self.model.get_input_embeddings().weight
+        return self.model.get_input_embeddings().weight
 
     @property
     def shared(self) -> Shared:
@@ -138,9 +138,10 @@ class TextTarget:
         return TextSession(self, spec, batch, capacity)
 
     def shard(self, spread) -> None:
-        """Lets `spread(model)` partition the weights of this target over processes; the embedding that heads share stays whole."""
-        self._shared = self.embedding.clone()
-        self.sharded = spread(self.model)  # kept alive: its hooks gather the weights
+        """Lets `spread(layers)` partition the weights of this target's layers over processes. All else stays whole: how often the output head
+        runs (once for so many rows) and the vision tower (once for each document with images) differs between processes, and partitioned
+        weights would wait for one another."""
+        self.sharded = spread(self.body.layers)  # kept alive: its hooks gather the weights
 
     def whole(self, spec: FeatureSpec, reading: Reading, cache=None):
         """Runs documents from their beginnings -> (final [B, S, h], tapped [B, S, taps * h]). No mask where all attention is causal: that hides
@@ -193,8 +194,8 @@ class TextTarget:
             raise UserError(f"target {self.name}: {self.config.model_type} takes no probe: found other states for embeddings than for their ids")
 
     def _check_whole(self):
-        """Rows behind a packed row come in forwards whose number differs between processes: sharded weights would wait for one another."""
-        if self._shared is not None:
+        """Rows behind a packed row come in forwards whose number differs between processes (see `shard`)."""
+        if self.sharded is not None:
             raise UserError(f"target {self.name}: found weights partitioned over processes, expected a whole target to train on probes or trees")
 
     @cached_property
