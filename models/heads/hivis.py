@@ -55,15 +55,11 @@ class HivisConfig(EagleConfig):
 
     @classmethod
     def for_target(cls, config, intermediate_size: int | None = None, residuals: int = 1, positions: str = "compact", drop_ids=()) -> "HivisConfig":
-        """A head for a target's text config, with one dimension of positions whatever the target's rope has. Raises
-        UserError for a target without rope, and for ids that are none of its tokens."""
+        """A head for a target's text config. Raises UserError for a target without rope, and for ids that are none of its tokens."""
         if wrong := [i for i in drop_ids if not 0 <= i < config.vocab_size]:
             raise UserError(f"head.drop_ids: found {wrong[0]}, expected ids below the target's {config.vocab_size}")
-        base = vars(EagleConfig.for_target(config, intermediate_size, True))
-        turning = {name: value for name, value in base["rope_parameters"].items() if name != "mrope_section"}
-        if turning.get("rope_type") == "mrope":
-            turning["rope_type"] = "default"
-        return cls(**base | {"rope_parameters": turning}, residuals=residuals, positions=positions, drop_ids=tuple(drop_ids))
+        base = EagleConfig.for_target(config, intermediate_size, True)
+        return cls(**vars(base), residuals=residuals, positions=positions, drop_ids=tuple(drop_ids))
 
 
 class HivisHead(EagleHead):

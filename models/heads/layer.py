@@ -13,12 +13,12 @@ from draftsmith.models.heads.unroll import turn
 
 def rope_of(config, name: str) -> dict:
     """The rope of a target's text config; where kinds of layer have ropes of their own (Gemma 3) that of full attention, since heads attend to
-    all rows. Raises UserError, which names the head, for targets without one."""
+    all rows; of one dimension where images count in three (M-RoPE). Raises UserError, which names the head, for targets without one."""
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     if "rope_theta" not in rope:
         raise UserError(f"{name}: rope_parameters: found {rope or 'none'}, expected one rope or one of full_attention")
-    return dict(rope)
+    return {key: value for key, value in rope.items() if key != "mrope_section" and value != "mrope"}
 
 
 def frequencies(config, device) -> tuple[torch.Tensor, float]:
