@@ -1,5 +1,6 @@
 """HiViS: EAGLE with a bias for each step over text rows; training equals drafting, nothing visual enters, decoding is lossless."""
 
+import json
 from dataclasses import replace
 from itertools import accumulate
 
@@ -31,7 +32,8 @@ both_places = pytest.mark.parametrize("positions", ["compact", "original"])
 
 def hivis_head(target, family="llava", residuals=3, positions="compact", std=0.3) -> HivisHead:
     torch.manual_seed(1)
-    head = HivisHead(HivisConfig.for_target(target.config, residuals=residuals, positions=positions, drop_ids=DROPPED[family]), target.shared)
+    head = HivisHead(HivisConfig.for_target(target.config, qkv_bias=family == "qwen2_5_vl", residuals=residuals, positions=positions,
+                                            drop_ids=DROPPED[family]), target.shared)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=std) if parameter.ndim == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
     torch.nn.init.normal_(head.residual, std=3.0)  # wildly different rows
@@ -105,9 +107,10 @@ def unrolled(head, features, row, depth, places):
 
 
 @both_places
-def test_stacked_training_equals_a_cached_unroll_with_every_steps_own_residual(positions):
-    target, head = exact(positions=positions)
-    features, _ = packed(target, "llava", head)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_stacked_training_equals_a_cached_unroll_with_every_steps_own_residual(family, positions):
+    target, head = exact(family, positions=positions)
+    features, _ = packed(target, family, head)
     places = torch.cat([torch.arange(b - a) for a, b in zip(features.packing.borders, features.packing.borders[1:])])
     places = places if positions == "compact" else features.positions
     for k, (rows, output) in enumerate(head.unroll(features, 3)):
@@ -258,6 +261,45 @@ def test_a_directory_has_the_authors_keys_and_reloads_bit_equal(tmp_path):
         load_drafter(tmp_path / "own", target.shared)
 
 
+BIASES = [f"layers.0.self_attn.{name}_proj.bias" for name in "qkv"]
+
+
+def test_a_directory_with_biases_needs_no_word_and_one_with_a_word_needs_them(tmp_path):
+    """The authors' Qwen heads."""
+    target = tiny_vision("qwen2_5_vl")
+    head = hivis_head(target, "qwen2_5_vl")
+    folder = save_drafter(head, tmp_path / "own", {}, torch.float32)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    assert {*BIASES} <= {*tensors} and config.pop("qkv_bias") is True
+    (folder / "config.json").write_text(json.dumps(config))
+    again = load_drafter(folder, target.shared)
+    assert again.config.qkv_bias and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), head.state_dict().values(), strict=True))
+    for word, change, message in ((False, {}, "bias: unknown key"), (True, {BIASES[1]: None}, "k_proj.bias: missing"),
+                                  (True, {BIASES[2]: torch.zeros(3)}, r"v_proj.bias: found \(3,\), expected \(16,\)")):
+        (folder / "config.json").write_text(json.dumps(config | {"qkv_bias": word}))
+        save_file({name: value for name, value in (tensors | change).items() if value is not None}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            load_drafter(folder, target.shared)
+
+
+def test_gradients_of_the_biases_are_those_of_finite_differences():
+    """A step's own gradient: later steps take the head's features as they are. A bias of all keys changes nothing but what the rope makes of it."""
+    target, head = exact("qwen2_5_vl")
+    features, _ = packed(target, "qwen2_5_vl", head)
+    goal = replace(GOAL, steps=1)
+    head.loss(features, goal)[0].backward()
+    parameters = dict(head.named_parameters())
+    for name in BIASES:
+        bias, direction = parameters[name], torch.randn(parameters[name].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        values = []
+        for size in (1e-6, -1e-6):
+            with torch.no_grad():
+                bias += size * direction
+                values.append(head.loss(features, goal)[0])
+                bias -= size * direction
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx((bias.grad * direction).sum().item(), rel=1e-5) and bias.grad.abs().sum() > 1e-3, name
+
+
 def recipe_of(name, *more) -> DrafterRecipe:
     return read_recipe(ROOT / "recipes" / f"hivis-{name}.yaml", DrafterRecipe, more)
 
@@ -277,8 +319,9 @@ def test_stage_two_starts_from_the_row_of_stage_one(tmp_path):
 
 def test_recipes_hold_the_authors_values():
     stage = HivisObjective(steps=1, ce_weight=0.1, topk_weight=0.0, topk=10, noise=0.2, mask="none")
-    for name in ("llava-1.5-7b", "llava-1.6-7b", "qwen2.5-vl-7b", "smolvlm"):
+    for name in ("llava-1.5-7b", "llava-1.6-7b", "qwen2.5-vl-7b", "smolvlm", "gemma3"):
         recipe = recipe_of(name)
+        assert recipe.head.qkv_bias == (name == "qwen2.5-vl-7b")
         assert recipe.goal == stage and recipe.kind is HivisHead and recipe.head.residuals == 1 and recipe.gto is None
     assert recipe_of("qwen2.5-vl-7b").head.drop_ids == [151652, 151653] and recipe_of("qwen2.5-vl-7b").head.positions == "original"
     second = recipe_of("llava-1.5-7b", "head.residuals=3", "objective.steps=3", "objective.topk_weight=1.0", "objective.mask=path")

@@ -46,7 +46,7 @@ def recipe(seeing, head: str):
     values["engine"] |= {"dtype": "fp32", "config": None, "zero_stage": 0}
     values["evaluation"] |= {"rows": 0}
     if head == "hivis":  # stage 2
-        values["head"] |= {"residuals": 2}
+        values["head"] |= {"residuals": 2, "qkv_bias": True}
         values["objective"] |= {"steps": 2, "topk_weight": 1.0}
     place = seeing / f"{head}.yaml"
     place.write_text(yaml.safe_dump(values))

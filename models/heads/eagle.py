@@ -85,6 +85,11 @@ class EagleConfig:
         return self.vocab_size
 
     @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return False
+
+    @property
     def taps(self) -> tuple[str]:
         return ("last",)
 
@@ -107,7 +112,7 @@ class EagleHead(nn.Module):
         device = shared.embedding.device
         self.register_buffer("ids", torch.arange(config.vocab_size, device=device) if ids is None else ids.to(device), persistent=False)
         self.fc = nn.Linear(self.inputs * config.hidden_size, config.hidden_size, bias=config.bias)
-        self.layers = nn.ModuleList([Layer(config, config.hidden_size)])
+        self.layers = nn.ModuleList([Layer(config, config.hidden_size, config.qkv_bias)])
         self._rope = frequencies(config, device)  # no buffer: fp32 frequencies must survive casts of the module
         for module in self.modules():
             if isinstance(module, nn.Linear):

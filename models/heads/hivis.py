@@ -27,11 +27,13 @@ ALIVE = 5  # a round goes on while the target's choice is among so many of the h
 
 @dataclass(frozen=True)
 class HivisShape:
-    """What a recipe may choose of a head. intermediate_size: None = the target's; residuals: steps with a vector of their own; positions:
-    "compact" counts the rows that are kept, "original" leaves gaps where images were; drop_ids: token ids hidden beside the visual tokens
-    (markers around images) in what the target did not write."""
+    """What a recipe may choose of a head. intermediate_size: None = the target's; qkv_bias: whether queries, keys and values have a bias, as the
+    target's have in the authors' heads; residuals: steps with a vector of their own; positions: "compact" counts the rows that are kept,
+    "original" leaves gaps where images were; drop_ids: token ids hidden beside the visual tokens (markers around images) in what the target
+    did not write."""
 
     intermediate_size: Annotated[int, Gt(0)] | None
+    qkv_bias: bool
     residuals: Annotated[int, Gt(0)]
     positions: Literal["compact", "original"]
     drop_ids: list[int]
@@ -49,17 +51,19 @@ class HivisObjective(EagleObjective):
 class HivisConfig(EagleConfig):
     """`fc` always has a bias."""
 
+    qkv_bias: bool = False
     residuals: int = 1
     positions: Literal["compact", "original"] = "compact"
     drop_ids: tuple[int, ...] = ()
 
     @classmethod
-    def for_target(cls, config, intermediate_size: int | None = None, residuals: int = 1, positions: str = "compact", drop_ids=()) -> "HivisConfig":
+    def for_target(cls, config, intermediate_size: int | None = None, qkv_bias: bool = False, residuals: int = 1, positions: str = "compact",
+                   drop_ids=()) -> "HivisConfig":
         """A head for a target's text config. Raises UserError for a target without rope, and for ids that are none of its tokens."""
         if wrong := [i for i in drop_ids if not 0 <= i < config.vocab_size]:
             raise UserError(f"head.drop_ids: found {wrong[0]}, expected ids below the target's {config.vocab_size}")
         base = EagleConfig.for_target(config, intermediate_size, True)
-        return cls(**vars(base), residuals=residuals, positions=positions, drop_ids=tuple(drop_ids))
+        return cls(**vars(base), qkv_bias=qkv_bias, residuals=residuals, positions=positions, drop_ids=tuple(drop_ids))
 
 
 class HivisHead(EagleHead):

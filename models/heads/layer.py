@@ -44,14 +44,14 @@ def angles(rope: tuple[torch.Tensor, float], positions: torch.Tensor, dtype: tor
 
 
 class Attention(nn.Module):
-    """width: of its input, which may differ from the hidden size."""
+    """width: of its input, which may differ from the hidden size; bias: of its query, key and value projections."""
 
-    def __init__(self, config, width: int):
+    def __init__(self, config, width: int, bias: bool = False):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.scale = self.head_dim**-0.5
 
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         return key, self.v_proj(u).unflatten(-1, (self.kv_heads, self.head_dim))
 
     def weight(self):
-        """Query, key and value projections as one matrix [(H + 2 H_kv) D, width]."""
+        """Query, key and value projections as one matrix [(H + 2 H_kv) D, width], for attention without biases."""
         return torch.cat([matrix(self.q_proj), matrix(self.k_proj), matrix(self.v_proj)])
 
     def repeat(self, x, dim: int):
@@ -85,11 +85,11 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A decoder layer without the norms before its attention; width: of the attention's input."""
+    """A decoder layer without the norms before its attention; width and bias: of the attention."""
 
-    def __init__(self, config, width: int):
+    def __init__(self, config, width: int, bias: bool = False):
         super().__init__()
-        self.self_attn = Attention(config, width)
+        self.self_attn = Attention(config, width, bias)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
