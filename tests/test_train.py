@@ -308,6 +308,9 @@ def test_dry_run_estimates_a_large_target_on_the_meta_device(folder, tmp_path, c
     found = estimate(recipe, describe(recipe.target), 8, torch.device("cpu"), (1_000_000, 600_000), timed=False)
     assert found.target_parameters == 8_030_261_248 and found.head_parameters == 424_689_664
     assert found.memory["gradients"] == 424_689_664 * 2 // 8 and found.memory["optimizer"] == 424_689_664 * 12 // 8
+    layers, spread = 32 * 218_112_000, recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"target": "sharded"})})
+    held = estimate(spread, describe(recipe.target), 8, torch.device("cpu"), None, timed=False).memory["target"]
+    assert found.memory["target"] == 8_030_261_248 * 4 and held == (8_030_261_248 - layers + layers // 8) * 4
     assert main([str(folder / "recipe.yaml"), "--dry-run", f"output={tmp_path}/never"]) == 0
     shown = capsys.readouterr().out
     assert "memory of a process" in shown and "us per token" in shown and "hours" in shown and not (tmp_path / "never").exists()
