@@ -24,7 +24,7 @@ from tests.test_heads import place
 from tests.test_vision import packed, prompts_of
 from tests.tiny_vision import IMAGE, document, tiny_vision
 
-PLAIN = DreamObjective(feature_weight=0.2, middle_weight=0.2, kl_weight=1.0, noise=0.0)
+PLAIN = DreamObjective(steps=1, feature_weight=0.2, middle_weight=0.2, kl_weight=1.0, noise=0.0)
 H = 32
 both = pytest.mark.parametrize("family", ["llava", "gemma3"])
 ratios = pytest.mark.parametrize("ratio", [1.0, 0.5])
@@ -49,6 +49,12 @@ def cut(features, start, count) -> Features:
                     columns=None if features.columns is None else features.columns[None, mine])
 
 
+def states_of(head, embedded, states, kept):
+    """The head's states [n, h] at all kept rows of one document."""
+    rows = head._rows(embedded, states, kept)
+    return head.norm(head.through(head.layers[2], rows.x2, head.angles(rows.positions))[0])
+
+
 def rows_of(head, n=9, seed=0, kept=None):
     draw = torch.Generator().manual_seed(seed)
     embedded, states = torch.randn(2, n, H, generator=draw)
@@ -63,23 +69,23 @@ def test_a_row_sees_embeddings_up_to_its_own_and_states_before_it(target, droppe
     """Row 0 sees no state at all: with a uniform mixture there, the last state would change every row."""
     head, kept = dream_head(target), torch.tensor([i not in dropped for i in range(9)])
     embedded, states, _ = rows_of(head)
-    base, places = head._rows(embedded, states, kept)[0], kept.nonzero().flatten().tolist()
+    base, places = states_of(head, embedded, states, kept), kept.nonzero().flatten().tolist()
     for j in range(9):
         moved = states.clone()
         moved[j] += 1
-        changed = (head._rows(embedded, moved, kept)[0] - base).abs().amax(-1) > 1e-6
+        changed = (states_of(head, embedded, moved, kept) - base).abs().amax(-1) > 1e-6
         assert changed.tolist() == [i > j for i in places]
         moved = embedded.clone()
         moved[j] += 1
-        changed = (head._rows(moved, states, kept)[0] - base).abs().amax(-1) > 1e-6
+        changed = (states_of(head, moved, states, kept) - base).abs().amax(-1) > 1e-6
         assert changed.tolist() == [j not in dropped and i >= j for i in places]
 
 
 def test_a_new_head_does_not_look_at_the_states_and_learns_to_by_its_gates(target):
     head = DreamHead(DreamConfig.for_target(target.config), target.shared)
     embedded, states, kept = rows_of(head)
-    output = head._rows(embedded, states, kept)[0]
-    assert torch.equal(output, head._rows(embedded, torch.randn(9, H), kept)[0])
+    output = states_of(head, embedded, states, kept)
+    assert torch.equal(output, states_of(head, embedded, torch.randn(9, H), kept))
     cross = dict(head.layers[1].named_parameters())
     gradient = dict(zip(cross, torch.autograd.grad((output * torch.randn(9, H)).sum(), list(cross.values()))))
     assert {name for name, g in gradient.items() if g.abs().sum() > 0} == {"attn_gate", "mlp_gate"}
@@ -129,7 +135,7 @@ def test_the_blocks_are_the_written_out_formulas(target):
     """No norm before block 0 nor of the states, no positions in the cross-attention, gates through tanh; the middle is taught to block 0."""
     head = dream_head(target)
     embedded, states, kept = rows_of(head)
-    for got, want in zip(head._rows(embedded, states, kept)[:2], by_formula(head, embedded, states)):
+    for got, want in zip((states_of(head, embedded, states, kept), head._rows(embedded, states, kept).x1), by_formula(head, embedded, states)):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -140,16 +146,36 @@ def test_the_blocks_are_the_written_out_formulas(target):
 @ratios
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_training_rows_equal_sequential_drafting(family, ratio, positions):
+    """Step k, row t: the k-th token behind the root, over the head's own states."""
     target = tiny_vision(family)
     head, compared = dream_head(target, ratio, positions=positions), 0
     training = packed(family, target, head.feature_spec)[0]
-    for row, got in zip(training.packing.rows.tolist(), head.logits(head.states(training)[0])):
+    steps = [dict(zip(rows.tolist(), head.logits(outputs).log_softmax(-1))) for rows, outputs in head.unroll(training, 4)]
+    for row in training.packing.rows.tolist():
         b, t = place(training, row)
-        start = training.packing.borders[b]
-        want, _ = head.expand(head.roots(head.prefill(cut(training, start, t + 1))), training.tokens[row + 1].view(1, 1), zeros(1, 1))
-        torch.testing.assert_close(got.log_softmax(-1), want[0, 0], atol=1e-5, rtol=1e-5)
-        compared += 1
-    assert compared == 3 * 5  # answers of six tokens
+        beam = head.roots(head.prefill(cut(training, training.packing.borders[b], t + 1)))
+        for k, step in enumerate(steps):
+            if row in step:
+                want, beam = head.expand(beam, training.tokens[row + 1 + k].view(1, 1), zeros(1, 1))
+                torch.testing.assert_close(step[row], want[0, 0], atol=1e-5, rtol=1e-5)
+                compared += 1
+    assert compared == 3 * (5 + 4 + 3 + 2)  # answers of six tokens
+
+
+@both
+def test_the_gradients_of_training_rows_are_those_of_whole_documents(family):
+    target = tiny_vision(family)
+    head = dream_head(target)
+    training = packed(family, target, head.feature_spec)[0]
+    plain, numbers = [], training.packing.rows + 1
+    for rows in head._documents(training):
+        whole = rows.x1.new_zeros(len(rows.kept), H)
+        plain.append(whole.index_copy(0, rows.kept.nonzero().flatten(), head.norm(head.through(head.layers[2], rows.x2, head.angles(rows.positions))[0])))
+    (_, output), = head.unroll(training, 1)
+    torch.testing.assert_close(output, torch.cat(plain)[numbers], atol=1e-5, rtol=1e-5)
+    slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(*(torch.autograd.grad((x * slope).sum(), list(head.parameters())) for x in (output, torch.cat(plain)[numbers]))):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 @both
@@ -241,7 +267,7 @@ def test_only_the_pieces_of_images_are_dropped_in_prompts_and_training_alike(fam
     context = head.prefill(prompt)
     pieces = [list(p).count(IMAGE) for p in prompts]
     assert context.skipped.tolist() == [n - n // 2 for n in pieces] and context.cross.lengths.tolist() == [len(p) - 1 for p in prompts]
-    for b, (_, kept, _) in enumerate(head._documents(training)):
+    for b, kept in enumerate(rows.kept for rows in head._documents(training)):
         n = len(prompts[b])
         mine = kept_rows(torch.ones(n).bool(), prompt.visual[b, :n], prompt.columns[b, :n], 0.5)
         assert torch.equal(kept[:n], mine) and kept[n:].all()
@@ -259,13 +285,13 @@ def test_each_answer_is_trained_on_the_visual_rows_that_its_prompt_drafts_with(f
     documents = [(row, {name: value[:len(seen)] for name, value in images.items()}, taught.index(1)) for row, taught, seen in rows]
     assert [(len(row), start) for row, _, start in documents] == [(first - 2, first - 6), (len(ids), len(ids) - 6)]
     training = head._documents(pack_images(target, head, documents))
-    for (row, seen, start), (_, kept, _) in zip(documents, training, strict=True):
+    for (row, seen, start), kept in zip(documents, (rows.kept for rows in training), strict=True):
         prompt = target.open(head.feature_spec, 1, 8).prefill([ImagePrompt(row[:start], seen)]).features
         want = kept_rows(torch.ones(start).bool(), prompt.visual[0], prompt.columns[0], 0.75)
         assert torch.equal(kept[:start], want) and kept[start:].all()
         assert head.prefill(prompt).skipped == start - want.sum() == row.count(IMAGE) // 4
     packing = Packing((0, len(ids)), torch.tensor(mask).bool())
-    (_, one, _), = head._documents(target.features(torch.tensor(ids), packing, head.feature_spec, [images]))
+    one = head._documents(target.features(torch.tensor(ids), packing, head.feature_spec, [images]))[0].kept
     assert not torch.equal(one[:start], want)
 
 
@@ -273,24 +299,31 @@ def test_each_answer_is_trained_on_the_visual_rows_that_its_prompt_drafts_with(f
 
 
 @both
-def test_loss_and_gradients_equal_the_plain_formulas(family):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_loss_and_gradients_equal_the_plain_formulas(family, steps):
+    """Features and the middle are taught at step 0 alone."""
     target = tiny_vision(family)
-    head = dream_head(target)
+    head, objective = dream_head(target), replace(PLAIN, steps=steps)
     features = packed(family, target, head.feature_spec)[0]
-    (loss, sums), rows, final = head.loss(features, PLAIN), features.packing.rows, features.teacher.final
-    states, first = head.states(features)
-    p, q = target.project(final).log_softmax(-1), target.project(states).log_softmax(-1)
-    feature = F.smooth_l1_loss(states, final, reduction="none").mean(-1)
+    (loss, sums), rows, final = head.loss(features, objective), features.packing.rows, features.teacher.final
+    found, first = head.unroll(features, steps), torch.cat([d.x1.new_zeros(len(d.kept), H).index_copy(0, d.kept.nonzero().flatten(), d.x1)
+                                                            for d in head._documents(features)])[rows + 1]
+    p = target.project(final).log_softmax(-1)
+    feature = F.smooth_l1_loss(found[0][1], final, reduction="none").mean(-1)
     middle = F.smooth_l1_loss(first, features.middle[rows + 1], reduction="none").mean(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    want = (0.2 * feature + 0.2 * middle + kl).mean()
+    want, kls = 0.2 * feature.mean() + 0.2 * middle.mean(), []
+    for k, (taught, outputs) in enumerate(found):
+        law, q = p[torch.searchsorted(rows, taught) + k], target.project(outputs).log_softmax(-1)
+        kls.append((law.exp() * (law - q)).sum(-1))
+        want = want + kls[-1].mean()
+        assert sums["right"][k] == (law.argmax(-1) == q.argmax(-1)).sum() and sums["rows"][k] == len(taught)
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
-    for name, value in (("feature", feature), ("middle", middle), ("kl", kl), ("loss", 0.2 * feature + 0.2 * middle + kl)):
-        torch.testing.assert_close(sums[name][0], value.sum(), atol=1e-4, rtol=1e-4)
-    assert sums["right"][0] == (p.argmax(-1) == q.argmax(-1)).sum() and sums["rows"][0] == len(rows)
+    for name, values in (("feature", [feature]), ("middle", [middle]), ("kl", kls)):
+        torch.testing.assert_close(sums[name], torch.stack([v.sum() for v in values]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sums["loss"][0], (0.2 * feature + 0.2 * middle + kls[0]).sum(), atol=1e-4, rtol=1e-4)
     for a, b in zip(torch.autograd.grad(loss, list(head.parameters())), torch.autograd.grad(want, list(head.parameters()))):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    half = head.loss(features, PLAIN, [2.0 * len(rows)])[0]
+    half = head.loss(features, objective, [2.0 * n for n in features.packing.counts(steps)])[0]
     torch.testing.assert_close(half * 2, loss)
     torch.testing.assert_close(entropy(features.teacher, 2**20), -(p.exp() * p).sum(-1), atol=1e-5, rtol=1e-5)
 
@@ -389,7 +422,7 @@ def test_a_directory_gives_the_same_head_and_damage_is_named(tmp_path):
     folder = save_drafter(head, tmp_path / "drafter", {"target": "tiny"})
     again = load_drafter(folder, target.shared, target.layers)
     features = packed("llava", target, head.feature_spec)[0]
-    assert again.config == head.config and torch.equal(again.states(features)[0], head.states(features)[0])
+    assert again.config == head.config and torch.equal(again.unroll(features, 1)[0][1], head.unroll(features, 1)[0][1])
     with pytest.raises(UserError, match="middle_last: found 2, expected at most the target's 1 layers"):
         load_drafter(folder, target.shared, 1)
     with pytest.raises(UserError, match="expected 0 <= first < last <= the target's 8 layers"):
@@ -401,7 +434,7 @@ def test_recipes_hold_the_papers_values(name):
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml", DrafterRecipe)
     assert recipe.kind is DreamHead and recipe.goal == replace(PLAIN, noise=0.2) and recipe.head.keep_ratio == 0.75
     assert recipe.evaluation.tree == "dynamic:6x4x32" and (recipe.goal.steps, recipe.goal.weights) == (1, [1.0])
-    for override, message in (("objective.steps=1", "objective.steps: unknown key"), ("head.keep_ratio=0", "head.keep_ratio: found 0"),
+    for override, message in (("objective.steps=0", "objective.steps: found 0"), ("head.keep_ratio=0", "head.keep_ratio: found 0"),
                               ("head.positions=none", "head.positions: found 'none'")):
         with pytest.raises(UserError, match=message):
             read_recipe(ROOT / "recipes" / f"{name}.yaml", DrafterRecipe, [override])

@@ -138,7 +138,7 @@ def test_kernels_equal_dense_attention_alone_and_merged_with_other_scores(kernel
         out.append(torch.einsum("hk,khd->hd", scores.softmax(1), torch.cat([value[first:row + 1], more[p][None]])))
         lse.append(scores.logsumexp(1))
     want = torch.autograd.grad((torch.stack(out) * weight).sum(), (query, key, value))
-    strips = attention.strips_of(packing, 3)
+    strips = attention.strips_of(packing, packing.rows, 3)
     with torch.no_grad():
         alone, total = kernel.forward(query, key, value, strips, scale)
         merged = torch.logaddexp(total, other)

@@ -31,9 +31,8 @@ class Strip(NamedTuple):
         return self.at + self.last - self.first
 
 
-def strips_of(packing: Packing, block: int) -> list[Strip]:
-    """Unbroken runs of rows that are trained on, cut into blocks of at most `block`."""
-    rows = packing.rows
+def strips_of(packing: Packing, rows: torch.Tensor, block: int) -> list[Strip]:
+    """Unbroken runs of the rows that are trained on (`rows` [P] of the packed row, ascending, on the CPU), cut into blocks of at most `block`."""
     starts = rows - packing.positions[rows]
     breaks = ((rows.diff() != 1) | (starts.diff() != 0)).nonzero().flatten() + 1
     borders, strips = [0, *breaks.tolist(), len(rows)], []

@@ -16,7 +16,7 @@ Where the paper and the authors' code differ (and where both fail), this is:
     tree mask              in the cross-attention too: siblings are not seen
     row 0, padding         a row without a state before it gets 0 from the cross-attention, not a mean of the future; padding is never seen
     positions              places in the whole sequence ("original"), so that a head works at every ratio; "compact" numbers the kept rows
-    second pass            over the head's own states (one script, not the paper): left out
+    second pass            over the head's own states (one of the authors' scripts, KL only; not the paper): `steps` above 1, as drafting has them
     depth                  of a tree policy counts drafted levels, as for all heads
 """
 
@@ -28,9 +28,11 @@ from torch import nn
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Middle, Shared, Teacher, TrainingFeatures
+from draftsmith.models.heads.attention import kernel_for, merged_attention, strips_of
 from draftsmith.models.heads.cross import CrossLayer, attend
 from draftsmith.models.heads.distill import CHUNK, tally
 from draftsmith.models.heads.dream_config import DreamConfig, DreamObjective, DreamShape
+from draftsmith.models.heads.dream_rows import Rows, appended, kept_rows
 from draftsmith.models.heads.eagle import noisy
 from draftsmith.models.heads.frozen import Weights, taught_by
 from draftsmith.models.heads.hung import Hung, spans_of
@@ -57,16 +59,6 @@ class LastLayer(Layer):
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         return self.input_layernorm(x)
-
-
-def kept_rows(real: torch.Tensor, visual: torch.Tensor | None, columns: torch.Tensor | None, ratio: float) -> torch.Tensor:
-    """Which rows of one document feed the head [S] bool: real [S] bool without padding; of its n visual ones the max(1, int(n ratio)) with the
-    most attention (ties: the first), over all images together; all of its text. At ratio 1, or without images, `real` itself."""
-    if ratio == 1 or visual is None or not bool((visual & real).any()):
-        return real
-    places = (visual & real).nonzero().flatten()
-    best = columns[places].sort(descending=True, stable=True).indices[:max(1, int(len(places) * ratio))]
-    return (real & ~visual).index_fill(0, places[best], True)
 
 
 @dataclass
@@ -113,7 +105,6 @@ class DreamHead(nn.Module):
 
     def __init__(self, config: DreamConfig, shared: Shared, ids: torch.Tensor | None = None):
         super().__init__()
-        # A tensor of its own: a target's that is spread over processes is emptied in place
         self.config, self.shared = config, Shared(shared.embedding.detach(), shared.project, shared.scale)
         device = shared.embedding.device
         self.register_buffer("ids", torch.arange(config.vocab_size, device=device) if ids is None else ids.to(device), persistent=False)
@@ -148,76 +139,105 @@ class DreamHead(nn.Module):
         """Tapped states [..., 2h] -> embeddings and last states [..., h]."""
         return hidden.to(self.norm.weight.dtype).split(self.config.hidden_size, -1)
 
-    def _rows(self, embedded: torch.Tensor, states: torch.Tensor, kept: torch.Tensor):
-        """One document: embedded, states [N, h], kept [N] bool -> (the head's states [n, h] of the kept rows, block 0's outputs [n, h], their
-        positions [n], keys and values [., H_kv, D] of the three blocks: of the kept rows, of all states, of the kept rows)."""
+    def _rows(self, embedded: torch.Tensor, states: torch.Tensor, kept: torch.Tensor) -> Rows:
+        """One document: embedded, states [N, h], kept [N] bool."""
         first, cross, last = self.layers
-        places, count = kept.nonzero().flatten(), int(kept.sum())
-        numbers = torch.arange(count, device=kept.device)
+        places, numbers = kept.nonzero().flatten(), torch.arange(int(kept.sum()), device=kept.device)
         positions = places if self.config.positions == "original" else numbers
-        turned, causal = self.angles(positions), numbers <= numbers[:, None]
-        x1, pair0 = self._self_block(first, embedded[places], turned, causal)
+        turned = self.angles(positions)
+        x1, pair0 = self.through(first, embedded[places], turned)
         pair1 = cross.cross_attn.key_value(states)
         before = torch.arange(len(kept), device=kept.device) < places[:, None]
-        x2 = cross.finish(x1, self._attend(cross.query(x1), pair1, before, cross.cross_attn.scale))
-        x3, pair2 = self._self_block(last, x2, turned, causal)
-        return self.norm(x3), x1, positions, (pair0, pair1, pair2)
-
-    def _self_block(self, layer, x, turned, seen):
-        u = layer.enter(x)
-        pair = layer.self_attn.key_value(u, *turned)
-        return layer.finish(x, self._attend(layer.self_attn.query(u, *turned), pair, seen, layer.self_attn.scale)), pair
+        keys, values = (x.transpose(0, 1)[None] for x in pair1)
+        x2 = cross.finish(x1, attend(cross.query(x1)[None], keys, values, before[None], cross.cross_attn.scale)[0])
+        return Rows(kept, positions, x1, x2, (pair0, pair1, last.self_attn.key_value(last.enter(x2), *turned)))
 
     @staticmethod
-    def _attend(query, pair, seen, scale):
-        keys, values = (x.transpose(0, 1)[None] for x in pair)
-        return attend(query[None], keys, values, seen[None], scale)[0]
+    def through(layer: Layer, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor]):
+        """All kept rows x [n, h] of one document through block 0 or 2 -> (output [n, h], keys and values [n, H_kv, D])."""
+        u = layer.enter(x)
+        pair, attention = layer.self_attn.key_value(u, *turned), layer.self_attn
+        query, keys, values = (y.transpose(0, 1)[None] for y in (attention.query(u, *turned), *pair))
+        attended = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=attention.scale, enable_gqa=query.size(1) != keys.size(1))
+        return layer.finish(x, attended[0].transpose(0, 1)), pair
 
     # Training
 
-    def _documents(self, features: TrainingFeatures):
-        """Per document of the packed row: (start, kept [N] bool, `_rows` of it)."""
-        embedded, states = self._split(features.hidden)
+    def _documents(self, features: TrainingFeatures) -> list[Rows]:
+        """`_rows` of every document of the packed row."""
+        (embedded, states), found = self._split(features.hidden), []
         for start, stop in zip(features.packing.borders, features.packing.borders[1:]):
             mine = slice(start, stop)
             visual, columns = (None if x is None else x[mine] for x in (features.visual, features.columns))
             kept = kept_rows(torch.ones(stop - start, dtype=torch.bool, device=states.device), visual, columns, self.config.keep_ratio)
-            yield start, kept, self._rows(embedded[mine], states[mine], kept)
+            found.append(self._rows(embedded[mine], states[mine], kept))
+        return found
 
-    def states(self, features: TrainingFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's states and block 0's outputs [P, h] at `packing.rows + 1`, over the target's states."""
-        found = list(self._documents(features))
-        at = torch.cat([start + kept.nonzero().flatten() for start, kept, _ in found])
-        wanted = torch.searchsorted(at, features.packing.rows.to(at.device) + 1)  # tokens that the target wrote are kept
-        return torch.cat([rows[0] for *_, rows in found])[wanted], torch.cat([rows[1] for *_, rows in found])[wanted]
+    def unroll(self, features: TrainingFeatures, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For every step k < steps: (rows [P_k] of `packing.rows` that take part, the head's states [P_k, h] that predict token row + 2 + k)."""
+        packing, outputs = features.packing, self._unroll(features, steps)[0]
+        parts = [packing.takes_part(k) for k in range(steps)]
+        return [(packing.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)]
+
+    def _unroll(self, features: TrainingFeatures, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's states [K, P, h] of the rounds with roots at `packing.rows + 1` and block 0's outputs [P, h] at the roots.
+
+        Step k is the k-th token behind the root. Block 0 reads embeddings alone: its outputs are those of the rows there. In the others a step
+        sees what is there without it, the target's states before the root and block 2's rows up to it, and beside that what drafting adds: the
+        states of the steps before it, detached, and block 2's rows of steps 1 .. k. Where a row takes no part in a step its output means nothing.
+        """
+        rows = Rows.joined(self._documents(features))
+        _, cross, last = self.layers
+        kept, device, kernel = rows.kept.cpu(), features.hidden.device, kernel_for(features.hidden.device)
+        number = kept.cumsum(0)[features.packing.rows + 1] - 1  # of the roots among the kept rows; tokens that the target wrote are kept
+        strips = (strips_of(features.packing, features.packing.rows, kernel.block), strips_of(features.packing.select(kept), number, kernel.block))
+        number = number.to(device)
+        states, inner = ([last.self_attn.repeat(x, 1) for x in pair] for pair in rows.pairs[1:])
+        none = rows.pairs[0][0].new_zeros(0, len(number), *rows.pairs[0][0].shape[1:])
+        drafted, own, outputs = (none, none), (none, none), []
+        for k in range(steps):
+            at, turned = (number + k).clamp(max=len(rows.x1) - 1), self.angles(rows.positions[number] + k)
+            x = rows.x2[at]
+            if k > 0:
+                drafted = appended(drafted, cross.cross_attn.key_value(outputs[-1].detach()))
+                x = cross.finish(rows.x1[at], merged_attention(cross.query(rows.x1[at]), *states, *drafted, strips[0], kernel, cross.cross_attn.scale))
+            u = last.enter(x)
+            if k > 0:
+                own = appended(own, last.self_attn.key_value(u, *turned))
+            attended = merged_attention(last.self_attn.query(u, *turned).contiguous(), *inner, *own, strips[1], kernel, last.self_attn.scale)
+            outputs.append(self.norm(last.finish(x, attended)))
+        return torch.stack(outputs), rows.x1[number]
 
     def loss(self, features: TrainingFeatures, objective: DreamObjective, counts: list[float] | None = None):
-        """Mean over the P taught rows i (`packing.rows + 1`), s' and x1 the head's, s and m the target's last and chosen middle state:
+        """Mean over each step's taught rows i (`packing.rows + 1 + k`), s' and x1 the head's, s and m the target's last and chosen middle state:
 
-        loss = 1 / counts[0] sum_i ( feature_weight SmoothL1(s', s) + middle_weight SmoothL1(x1, m) + kl_weight KL(p(s) || p(s')) ),
+        loss = sum_k 1 / counts[k] sum_i ( kl_weight KL(p(s) || p(s')) + [k = 0] (feature_weight SmoothL1(s', s) + middle_weight SmoothL1(x1, m)) ),
 
         SmoothL1 (beta 1) a mean over the h numbers, KL summed over the vocabulary, p the target's frozen output head. counts: what to divide by
         where several packed rows make one batch. Features without a middle state (those that time a step) have no such term.
-        Returns (loss, sums as `tally` has them, and "feature", "middle", "kl" [1]: each loss alone).
+        Returns (loss, sums as `tally` has them, "feature" and "middle" [1], "kl" [K]: each loss alone).
         """
-        packing, teacher, device = features.packing, features.teacher, features.tokens.device
+        packing, teacher, device, steps = features.packing, features.teacher, features.tokens.device, objective.steps
         rows = packing.rows.to(device)
-        parts = torch.ones(1, len(rows), dtype=torch.bool, device=device)
+        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
         if len(rows) == 0:
-            none = torch.zeros(1, device=device)
-            sums = tally(packing, parts, parts, torch.zeros(1, 0, device=device)) | {"feature": none, "middle": none, "kl": none}
+            none = torch.zeros(steps, device=device)
+            sums = tally(packing, parts, parts, torch.zeros(steps, 0, device=device)) | {"feature": none[:1], "middle": none[:1], "kl": none}
             return sum(p.sum() * 0.0 for p in self.parameters()), sums
-        states, first = self.states(self._noisy(features, objective.noise))
+        states, first = self._unroll(self._noisy(features, objective.noise), steps)
         wide = torch.promote_types(states.dtype, torch.float32)
-        feature = F.smooth_l1_loss(states.to(wide), teacher.final.to(wide), reduction="none").mean(-1)
+        feature = F.smooth_l1_loss(states[0].to(wide), teacher.final.to(wide), reduction="none").mean(-1)
         middle = torch.zeros_like(feature)
         if features.middle is not None:
             middle = F.smooth_l1_loss(first.to(wide), features.middle[rows + 1].to(wide), reduction="none").mean(-1)
-        crossed, rank = taught_by(states[None], teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1))
-        kl = crossed[0] - entropy(teacher, self.config.vocab_size)
-        losses = objective.feature_weight * feature + objective.middle_weight * middle + objective.kl_weight * kl
-        sums = {name: value.detach().sum()[None] for name, value in (("feature", feature), ("middle", middle), ("kl", kl))}
-        return losses.sum() / max((counts or packing.counts(1))[0], 1), tally(packing, parts, rank == 0, losses.detach()[None]) | sums
+        crossed, rank = taught_by(states, teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1))
+        taught = (torch.arange(len(rows), device=device) + torch.arange(steps, device=device)[:, None]).clamp(max=len(rows) - 1)
+        kl = (crossed - entropy(teacher, self.config.vocab_size)[taught]) * parts
+        losses = objective.kl_weight * kl
+        losses[0] += objective.feature_weight * feature + objective.middle_weight * middle
+        sums = {name: value.detach().sum(-1).reshape(-1) for name, value in (("feature", feature), ("middle", middle), ("kl", kl))}
+        divisors = torch.tensor([max(n, 1) for n in counts or packing.counts(steps)], device=device)
+        return (losses.sum(1) / divisors).sum(), tally(packing, parts, rank == 0, losses.detach()) | sums
 
     def _noisy(self, features: TrainingFeatures, width: float) -> TrainingFeatures:
         """Noise on the states that are attended to, not on the embeddings."""
@@ -241,7 +261,7 @@ class DreamHead(nn.Module):
             real = torch.ones(count, dtype=torch.bool, device=device)
             visual, columns = (None if x is None else x[b, :count] for x in (features.visual, features.columns))
             kept = kept_rows(real, visual, columns, c.keep_ratio)
-            *_, pairs = self._rows(embedded[b, :count], states[b, :count], kept)
+            pairs = self._rows(embedded[b, :count], states[b, :count], kept).pairs
             n = own.lengths[b] = int(kept.sum())
             skipped[b] = count - n if c.positions == "original" else 0
             for layer, pair, stop in ((own.layers[0], pairs[0], n), (cross.layers[0], pairs[1], count - 1), (own.layers[1], pairs[2], n)):
@@ -261,40 +281,23 @@ class DreamHead(nn.Module):
     def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Grove:
         """A beam of P roots at the packed indices `at` [P] (each at least 1 inside its document, no piece of an image), with the states of its
         document's rows before."""
-        device, kept, pairs, positions = features.hidden.device, [], ([], [], []), []
-        for _, mine, (_, _, places, found) in self._documents(features):
-            kept.append(mine)
-            positions.append(places)
-            for block, pair in zip(pairs, found):
-                block.append(pair)
-        rows = [tuple(torch.cat(part) for part in zip(*block)) for block in pairs]
-        mine, at = torch.cat(kept).cpu(), at.cpu()
+        device, rows = features.hidden.device, Rows.joined(self._documents(features))
+        mine, at = rows.kept.cpu(), at.cpu()
         number = mine.cumsum(0)[at] - 1  # of the root among the kept rows
         if not bool(mine[at].all()):
             raise UserError("found a root that is a piece of an image, expected text")
-        chosen = features.packing.select(mine)
-        turns = torch.cat(positions)[number.to(device)]
+        turns = rows.positions[number.to(device)]
         _, states = self._split(features.hidden)
         hidden = states[at.to(device) - 1][:, None]
-        inner = [span._replace(stop=span.stop + 1) for span in spans_of(chosen, number)]  # a root sees the kept rows right up to it
-        own = [self._hung(row, inner, number.to(device), hidden, turns) for row in (rows[0], rows[2])]
-        cross = Hung.at(features.packing, at, rows[1], states)  # the state right before a root is the key that the root itself brings
+        inner = [span._replace(stop=span.stop + 1) for span in spans_of(features.packing.select(mine), number)]  # a root sees the kept rows right up to it
+        own = [self._hung(row, inner, number.to(device), hidden, turns) for row in (rows.pairs[0], rows.pairs[2])]
+        cross = Hung.at(features.packing, at, rows.pairs[1], states)  # the state right before a root is the key that the root itself brings
         return Grove((own[0], cross, own[1]), hidden)
 
     @staticmethod
     def _hung(row, spans, limit, hidden, positions) -> Hung:
         none = row[0].new_zeros(len(limit), 0, *row[0].shape[1:])
         return Hung(row, spans, limit, hidden, (none, none), torch.zeros(len(limit), 1, 0, dtype=torch.bool, device=limit.device), positions)
-
-    def unroll(self, features: TrainingFeatures, steps: int):
-        """For every step k < steps: (rows [P_k] of `packing.rows` that take part, the head's states [P_k, h] that predict token row + 2 + k), the text's
-        own tokens behind each root, over the head's own states: what drafting computes."""
-        rows = features.packing.rows
-        beam = self.hang(features, rows + 1) if len(rows) else None
-        for k in range(steps if len(rows) else 0):
-            part, tokens = features.packing.takes_part(k), features.tokens[(rows + 1 + k).clamp(max=len(features.tokens) - 1).to(features.tokens.device)]
-            output, beam = self._grow_hung(beam, tokens[:, None], torch.zeros_like(tokens)[:, None])
-            yield rows[part], output[:, 0][part.to(output.device)]
 
     def expand(self, beam: Beam | Grove, tokens: torch.Tensor, parents: torch.Tensor):
         """tokens [B, k], parents [B, k] (rows of the last expand) -> log-probs [B, k, V] fp32, beam. The first call consumes the roots [B, 1]."""

@@ -25,21 +25,19 @@ class DreamShape:
 
 @dataclass(frozen=True)
 class DreamObjective:
-    """Weights of the three losses (paper: 0.2, 0.2, 1.0), and the width of the uniform noise on the target's states in a document of 512
-    tokens (0.2). One step is trained: deeper levels of a tree use the head's own states, which it never saw in training."""
+    """steps: drafted steps that are trained, each of weight 1 (paper: 1; deeper levels of a tree then use the head's own states, which it never saw in
+    training); the weights of the three losses (paper: 0.2, 0.2, 1.0), the first two at step 0 alone; noise: width of the uniform noise on the
+    target's states in a document of 512 tokens (0.2)."""
 
+    steps: Annotated[int, Gt(0)]
     feature_weight: Annotated[float, Ge(0)]
     middle_weight: Annotated[float, Ge(0)]
     kl_weight: Annotated[float, Ge(0)]
     noise: Annotated[float, Ge(0)]
 
     @property
-    def steps(self) -> int:
-        return 1
-
-    @property
     def weights(self) -> list[float]:
-        return [1.0]
+        return [1.0] * self.steps
 
 
 @dataclass(frozen=True)

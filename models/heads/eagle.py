@@ -173,7 +173,7 @@ class EagleHead(nn.Module):
         attention, packing, device = self.layer.self_attn, features.packing, features.tokens.device
         rows, positions, last = packing.rows.to(device), self.places(features).to(device), len(features.tokens) - 1
         kernel = kernel_for(device)
-        strips = strips_of(packing, kernel.block)
+        strips = strips_of(packing, packing.rows, kernel.block)
         _, whole = self.enter(features.tokens.roll(-1), self.first(features.hidden))  # a document's last row is read by none
         key0, value0 = (attention.repeat(x, 1) for x in attention.key_value(whole, *self.angles(positions)))
         x, keys, values, outputs = whole[rows], [], [], []

@@ -195,7 +195,7 @@ class Eagle3Head(nn.Module):
         key0, value0 = whole.unflatten(-1, (-1, attention.head_dim)).chunk(2, 1)
         key0, value0 = attention.repeat(turn(key0, *self.angles(positions)), 1), attention.repeat(value0, 1)
         kernel = kernel_for(device)
-        plan = Plan(rows, (rows + 1 + ahead).clamp(max=last), *self.angles(positions[rows] + ahead), strips_of(packing, kernel.block), kernel,
+        plan = Plan(rows, (rows + 1 + ahead).clamp(max=last), *self.angles(positions[rows] + ahead), strips_of(packing, packing.rows, kernel.block), kernel,
                     attention.scale, (attention.heads, attention.kv_heads), self.config.rms_norm_eps)
         mlp = layer.mlp
         weights = (for_hidden, layer.hidden_norm.weight, matrix(attention.o_proj), layer.post_attention_layernorm.weight,
