@@ -1,0 +1,74 @@
+"""Trains the drafters of the bundled target that sees for about equal processor time, and DREAM without each of its parts for equal steps.
+
+    python tests/benchmarks/vlm_training.py --answers FILE [--share 1.0] [--folder runs/vlm] [NAME ...]
+
+Without names: eagle2, eagle3, hivis-stage1 (the first stage alone, for the time of both), hivis (after hivis-half, its first stage) and dream. Parts:
+no-cross (the gate of the cross-attention stays shut, so that no state of the target is seen), no-middle (no intermediate supervision), all-visual
+(no compression), one-step (not over its own states). share: of the recipes' epochs; what stands in the folder is not trained again. What
+each took in the end is in the last line, JSON; tests/benchmarks/vlm.py measures what stands in FOLDER/NAME/drafter. answers: the header of
+recipes/dream-shapes.yaml says how they are made.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from draftsmith.models import formats
+from draftsmith.models.formats import dream
+from draftsmith.models.heads import HEADS, DreamHead
+from draftsmith.train.recipe import DrafterRecipe, read_recipe
+from tests.benchmarks.gto_training import RECIPES, timed
+
+STAGE2 = ["head.residuals=3", "objective.steps=3", "objective.topk_weight=1.0", "objective.mask=path", "optimization.lr=0.003", "optimization.muon_lr=0.005"]
+
+
+class ShutDream(DreamHead):
+    """DREAM whose cross-attention never opens; what it saves is a DREAM drafter."""
+
+    name = "dream-shut"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.layers[1].attn_gate.requires_grad_(False)
+
+
+HEADS[ShutDream.name] = ShutDream
+formats.LAYOUTS += (replace(dream.LAYOUT, head=ShutDream),)
+
+
+def jobs(folder: Path) -> dict[str, tuple[str, list[str], float]]:
+    """Name -> (recipe, changes, times its epochs), in the order in which they can be trained."""
+    return {
+        "eagle2": ("eagle-shapes", [], 1.0), "eagle3": ("eagle3-shapes", [], 1.0), "hivis-stage1": ("hivis-shapes", [], 2.23),
+        "hivis-half": ("hivis-shapes", [], 1.0), "hivis": ("hivis-shapes", [*STAGE2, f"head.start_from={folder}/hivis-half/drafter"], 0.73),
+        "dream": ("dream-shapes", [], 1.0), "no-cross": ("dream-shapes", [f"head.name={ShutDream.name}"], 1.0),
+        "no-middle": ("dream-shapes", ["objective.middle_weight=0.0"], 1.0), "all-visual": ("dream-shapes", ["head.keep_ratio=1.0"], 1.0),
+        "one-step": ("dream-shapes", ["objective.steps=1"], 1.0),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", default=["eagle2", "eagle3", "hivis-stage1", "hivis-half", "hivis", "dream"])
+    parser.add_argument("--answers", required=True)
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--folder", default="runs/vlm")
+    arguments = parser.parse_args()
+    folder, table = Path(arguments.folder), {}
+    for name in arguments.names:
+        (recipe, changes, factor), took = jobs(folder)[name], folder / name / "took.json"
+        if not took.exists():
+            epochs = read_recipe(RECIPES / f"{recipe}.yaml", DrafterRecipe).optimization.epochs
+            seconds, steps = timed(recipe, changes, arguments.answers, folder / name, epochs * factor * arguments.share)
+            took.write_text(json.dumps({"seconds": round(seconds, 1), "steps": steps}))
+        table[name] = json.loads(took.read_text())
+        print(f"{name}: {table[name]}", flush=True)
+    print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
