@@ -6,7 +6,8 @@ Without names: eagle2, eagle3, hivis and dream as they are bundled (recipes/{eag
 description and a question; up to 256 new tokens. tau: 60-node tree, temperatures 0 and 1, 95 % intervals by prompt. Speedup: the tree of --tree for
 all (default `auto`: for each drafter the one that eval/choose.py expects most of, on other held-out scenes), temperature 0, batch 1, all methods in
 turn on each prompt, seconds of the decoding thread, the drafter's prefill included, the target's not. Prefill: rows that feed the drafter, and
-milliseconds (medians). Every greedy text is compared with plain decoding's. --quick: 6 scenes, one tree for all. Ends with one JSON line.
+milliseconds (medians). Every greedy text is compared with plain decoding's. Beside that hivis over eagle3 in speed and dream over eagle2 in tau, where
+both are there: the quotient and its interval, prompts paired. --quick: 6 scenes, one tree for all. Ends with one JSON line.
 """
 
 import argparse
@@ -19,8 +20,17 @@ from pathlib import Path
 import torch
 
 from draftsmith.eval.choose import expected_tau, measure_costs, ranking, record
-from draftsmith.eval.interval import ratio_interval
-from draftsmith.eval.measure import Looped, decode_batches, interleaved, rate, summary, tau, tokens_and_passes
+from draftsmith.eval.interval import quotient_interval, ratio_interval
+from draftsmith.eval.measure import (
+    Looped,
+    decode_batches,
+    interleaved,
+    rate,
+    summary,
+    tau,
+    tokens_and_passes,
+    tokens_and_seconds,
+)
 from draftsmith.eval.prompts import read_prompts
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import ASSISTANT, Methods
@@ -65,6 +75,14 @@ def choose(methods: Methods, head, prompts, temperature: float):
     return ranking(expected, measure_costs(methods.target, head, prompts, sampling, methods.stops, 1))[0][0]
 
 
+def compare(what: str, first: str, second: str, counts: dict) -> None:
+    """One line: first over second; counts: (above, below) of each, one entry a prompt."""
+    if first in counts and second in counts:
+        (above, below), (above2, below2) = counts[first], counts[second]
+        low, high = quotient_interval(counts[first], counts[second])
+        print(f"{what}: {first} over {second} {sum(above) / sum(below) / (sum(above2) / sum(below2)):.3f} ({low:.3f} to {high:.3f})", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("drafters", nargs="*", default=SHIPPED, help="NAME=DIRECTORY")
@@ -76,14 +94,15 @@ def main():
     count, tree, temperatures = (6, QUICK_TREE, (0.0,)) if arguments.quick else (arguments.scenes, arguments.tree, (0.0, 1.0))
     methods = Methods.open(arguments.drafters, None, ASSISTANT)
     target, stops = methods.target, methods.stops
-    prompts, table = prompts_of(count, 0, methods.tokenizer), {}
+    prompts, table, passes = prompts_of(count, 0, methods.tokenizer), {}, {temperature: {} for temperature in temperatures}
     plain = decode_batches(target, NoDrafter(), prompts, Sampling(), NEW, stops, 12, margins=True)
     for name, head in methods.heads.items():
         about = json.loads((fetch(methods.folders[name]) / "draftsmith.json").read_text())
         row = table[name] = {"trained_s": round(about["seconds"], 1), "steps": about["step"], "prefill": prefill(target, head, prompts)}
         for temperature in temperatures:
             found = decode_batches(target, HeadDrafter(head, parse_tree(LARGE)), prompts, Sampling(temperature), NEW, stops, 12)
-            row[f"tau T={temperature:g}"] = [tau(found), *ratio_interval(*tokens_and_passes(found))]
+            passes[temperature][name] = tokens_and_passes(found)
+            row[f"tau T={temperature:g}"] = [tau(found), *ratio_interval(*passes[temperature][name])]
             if temperature == 0:
                 row["identical"] = f"{sum(a.tokens == b.tokens for a, b in zip(found, plain))}/{len(prompts)}"
         print(f"{name}: {json.dumps(row)}", flush=True)
@@ -97,6 +116,8 @@ def main():
             table[name][f"speed T={temperature:g}"] = cell = {"tree": str(trees[name]), **{key: found[key] for key in (
                 "tau", "busy_speedup", "busy_speedup_interval", "speedup", "ms_per_pass")}, "lossless": found.get("lossless")}
             print(f"{name} T={temperature:g}: {json.dumps(cell)}", flush=True)
+        compare(f"tau T={temperature:g}", "dream", "eagle2", passes[temperature])
+        compare(f"speed T={temperature:g}", "hivis", "eagle3", {name: tokens_and_seconds(run, busy=True) for name, run in runs.items()})
         print(f"plain T={temperature:g}: {rate(runs['plain']):.0f} tokens/s", flush=True)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(table, indent=1))
