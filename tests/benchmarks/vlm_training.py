@@ -4,9 +4,9 @@
 
 Without names: eagle2, eagle3, hivis-stage1 (the first stage alone, for the time of both), hivis (after hivis-half, its first stage) and dream. Parts:
 no-cross (the gate of the cross-attention stays shut, so that no state of the target is seen), no-middle (no intermediate supervision), all-visual
-(no compression), one-step (not over its own states). share: of the recipes' epochs; what stands in the folder is not trained again. What
-each took in the end is in the last line, JSON; tests/benchmarks/vlm.py measures what stands in FOLDER/NAME/drafter. answers: the header of
-recipes/dream-shapes.yaml says how they are made.
+(no compression), one-step (not over its own states). gto and continued go on from hivis, for about as long as each other. share: of the epochs
+that the recipes name; what stands in the folder is not trained again. What each took in the end is in the last line, JSON.
+tests/benchmarks/vlm.py measures FOLDER/NAME/drafter. answers: the header of recipes/dream-shapes.yaml says how they are made.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from draftsmith.models import formats
 from draftsmith.models.formats import dream
 from draftsmith.models.heads import HEADS, DreamHead
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
-from tests.benchmarks.gto_training import RECIPES, timed
+from tests.benchmarks.gto_training import RECIPES, start, timed
 
 STAGE2 = ["head.residuals=3", "objective.steps=3", "objective.topk_weight=1.0", "objective.mask=path", "optimization.lr=0.003", "optimization.muon_lr=0.005"]
 
@@ -47,7 +47,14 @@ def jobs(folder: Path) -> dict[str, tuple[str, list[str], float]]:
         "dream": ("dream-shapes", [], 1.0), "no-cross": ("dream-shapes", [f"head.name={ShutDream.name}"], 1.0),
         "no-middle": ("dream-shapes", ["objective.middle_weight=0.0"], 1.0), "all-visual": ("dream-shapes", ["head.keep_ratio=1.0"], 1.0),
         "one-step": ("dream-shapes", ["objective.steps=1"], 1.0),
+        "continued": ("hivis-shapes", further(folder, "continued"), 0.36), "gto": ("hivis-shapes", further(folder, "gto"), 0.15),
     }
+
+
+def further(folder: Path, arm: str) -> list[str]:
+    """From the second stage of HiViS on, at the rates of eagle3-code-{arm}.yaml."""
+    changes = [change for change in start("hivis-shapes", arm) if not change.startswith(("head.start_from", "optimization.batch_tokens"))]
+    return [*STAGE2[:4], *changes, f"head.start_from={folder}/hivis/drafter"]
 
 
 def main():
