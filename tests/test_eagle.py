@@ -182,6 +182,7 @@ def test_a_head_that_knows_the_features_has_the_targets_entropy_and_nothing_to_l
         for k in range(3):
             torch.testing.assert_close(losses[k, :count - k], entropy[k:], atol=1e-5, rtol=1e-5)
             assert right[k, :count - k].all() and not right[k, count - k:].any() and not losses[k, count - k:].any()
+    assert taught_by(states, features.teacher, target.project, 2**20, Weights(1.0, 0.0, 10, kl=True))[0].abs().max() < 1e-5  # KL of equal laws
     # Only the full cross-entropy is proper: the part over the top k, not renormalised, still pulls the head towards those tokens.
     for weights, still in ((Weights(1.0, 0.0, 10), True), (Weights(0.0, 1.0, 10), False)):
         gradient = torch.autograd.grad(taught_by(states, features.teacher, target.project, 61, weights)[0].sum(), states)[0]

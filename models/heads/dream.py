@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import Features, FeatureSpec, Middle, Shared, Teacher, TrainingFeatures
+from draftsmith.models.features import Features, FeatureSpec, Middle, Shared, TrainingFeatures
 from draftsmith.models.heads.attention import kernel_for, merged_attention, strips_of
 from draftsmith.models.heads.cross import CrossLayer, attend
-from draftsmith.models.heads.distill import CHUNK, tally
+from draftsmith.models.heads.distill import tally
 from draftsmith.models.heads.dream_config import DreamConfig, DreamObjective, DreamShape
 from draftsmith.models.heads.dream_rows import Rows, appended, kept_rows
 from draftsmith.models.heads.eagle import noisy
@@ -230,9 +230,8 @@ class DreamHead(nn.Module):
         middle = torch.zeros_like(feature)
         if features.middle is not None:
             middle = F.smooth_l1_loss(first.to(wide), features.middle[rows + 1].to(wide), reduction="none").mean(-1)
-        crossed, rank = taught_by(states, teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1))
-        taught = (torch.arange(len(rows), device=device) + torch.arange(steps, device=device)[:, None]).clamp(max=len(rows) - 1)
-        kl = (crossed - entropy(teacher, self.config.vocab_size)[taught]) * parts
+        kl, rank = taught_by(states, teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1, kl=True))
+        kl = kl * parts
         losses = objective.kl_weight * kl
         losses[0] += objective.feature_weight * feature + objective.middle_weight * middle
         sums = {name: value.detach().sum(-1).reshape(-1) for name, value in (("feature", feature), ("middle", middle), ("kl", kl))}
@@ -375,14 +374,3 @@ class DreamHead(nn.Module):
         positions = beam.blocks[0].positions[:, None].expand(-1, tokens.size(1))
         output = self._through(tokens, beam.hidden[rows, parents], positions, [over(block) for block in beam.blocks])
         return output, Grove(tuple(grown), output)
-
-
-@torch.no_grad()
-def entropy(teacher: Teacher, vocab: int) -> torch.Tensor:
-    """Of the target's law at each taught token [P] fp32 (nats); the [P, V] logits are never held whole."""
-    found = []
-    for part in teacher.final.split(max(64, CHUNK // vocab)):
-        logits = teacher.project(part, None)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        found.append(-(logits.exp() * logits).nan_to_num(0.0).sum(-1))
-    return torch.cat(found)

@@ -5,6 +5,7 @@ For output states x, z = project(x), teacher probabilities q, its k most probabl
     loss = a (lse(z) - <q, z>) + b sum_{v in T} q_v (lse(z) - z_v) = s lse(z) - <c, z>,   c = a q + b q_T,  s = a + b sum_T q_v,
     d loss / d z = s softmax(z) - c,
 
+less a times the entropy of q, a constant, where the first term is to be KL(q || softmax(z)),
 and `project` is pulled back as it is (it may have a soft cap, and its weights may be spread over processes). All of it happens in the forward
 pass, some tokens at a time, each teacher row once for all steps, so that no [rows, V] tensor is kept.
 """
@@ -19,11 +20,13 @@ from draftsmith.models.heads.distill import CHUNK
 
 
 class Weights(NamedTuple):
-    """ce: of the cross-entropy (a); top: of its part over the `k` most probable tokens (b), not renormalised."""
+    """ce: of the cross-entropy (a); top: of its part over the `k` most probable tokens (b), not renormalised; kl: whether the target's entropy
+    is taken off the first."""
 
     ce: float
     top: float
     k: int
+    kl: bool = False
 
 
 class _Taught(torch.autograd.Function):
@@ -35,7 +38,9 @@ class _Taught(torch.autograd.Function):
         grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, count, size):
             logits = teacher.project(teacher.final[start:start + size], None).to(losses.dtype)
-            choice, taught, total = logits.argmax(-1, keepdim=True), *_weighted(logits.softmax(-1), weights)
+            choice, probs = logits.argmax(-1, keepdim=True), logits.softmax(-1)
+            constant = weights.ce * torch.xlogy(probs, probs).sum(-1) if weights.kl else torch.zeros_like(logits[:, 0])
+            taught, total = _weighted(probs, weights)
             for k in range(steps):
                 first, stop = max(start - k, 0), start + len(logits) - k  # row i of step k is taught of token i + k
                 if stop <= first:
@@ -47,7 +52,7 @@ class _Taught(torch.autograd.Function):
                 z = out.detach().to(losses.dtype)
                 top, student = z.amax(-1), z.softmax(-1)
                 rank[k, first:stop] = (z > z.gather(-1, choice[mine])).sum(-1)
-                losses[k, first:stop] = total[mine] * (top - student.amax(-1).log()) - torch.linalg.vecdot(taught[mine], z)
+                losses[k, first:stop] = total[mine] * (top - student.amax(-1).log()) - torch.linalg.vecdot(taught[mine], z) + constant[mine]
                 if grads is not None:
                     slope = student.mul_(total[mine, None]).sub_(taught[mine]).to(out.dtype)
                     grads[k, first:stop] = torch.autograd.grad(out, x, slope)[0]
