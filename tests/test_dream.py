@@ -52,7 +52,7 @@ def cut(features, start, count) -> Features:
 def states_of(head, embedded, states, kept):
     """The head's states [n, h] at all kept rows of one document."""
     rows = head._rows(embedded, states, kept)
-    return head.norm(head.through(head.layers[2], rows.x2, head.angles(rows.positions))[0])
+    return head.norm(head._self_block(head.layers[2], rows.x2, head.angles(rows.positions))[0])
 
 
 def rows_of(head, n=9, seed=0, kept=None):
@@ -170,7 +170,7 @@ def test_the_gradients_of_training_rows_are_those_of_whole_documents(family):
     plain, numbers = [], training.packing.rows + 1
     for rows in head._documents(training):
         whole = rows.x1.new_zeros(len(rows.kept), H)
-        plain.append(whole.index_copy(0, rows.kept.nonzero().flatten(), head.norm(head.through(head.layers[2], rows.x2, head.angles(rows.positions))[0])))
+        plain.append(whole.index_copy(0, rows.kept.nonzero().flatten(), head.norm(head._self_block(head.layers[2], rows.x2, head.angles(rows.positions))[0])))
     (_, output), = head.unroll(training, 1)
     torch.testing.assert_close(output, torch.cat(plain)[numbers], atol=1e-5, rtol=1e-5)
     slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))

@@ -145,7 +145,7 @@ class DreamHead(nn.Module):
         places, numbers = kept.nonzero().flatten(), torch.arange(int(kept.sum()), device=kept.device)
         positions = places if self.config.positions == "original" else numbers
         turned = self.angles(positions)
-        x1, pair0 = self.through(first, embedded[places], turned)
+        x1, pair0 = self._self_block(first, embedded[places], turned)
         pair1 = cross.cross_attn.key_value(states)
         before = torch.arange(len(kept), device=kept.device) < places[:, None]
         keys, values = (x.transpose(0, 1)[None] for x in pair1)
@@ -153,7 +153,7 @@ class DreamHead(nn.Module):
         return Rows(kept, positions, x1, x2, (pair0, pair1, last.self_attn.key_value(last.enter(x2), *turned)))
 
     @staticmethod
-    def through(layer: Layer, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor]):
+    def _self_block(layer: Layer, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor]):
         """All kept rows x [n, h] of one document through block 0 or 2 -> (output [n, h], keys and values [n, H_kv, D])."""
         u = layer.enter(x)
         pair, attention = layer.self_attn.key_value(u, *turned), layer.self_attn
