@@ -3,7 +3,8 @@
     python tests/benchmarks/vlm.py [--quick] [--scenes 24] [--tree TREE] [NAME=DRAFTER ...] [--output FILE]
 
 Without names: eagle2, eagle3, hivis and dream as they are bundled (recipes/{eagle,eagle3,hivis,dream}-shapes.yaml). Each scene gives two prompts, a
-description and a question; up to 256 new tokens. tau: 60-node tree, temperatures 0 and 1, 95 % intervals by prompt. Speedup: the tree of --tree for
+description and a question; up to 256 new tokens. tau: a tree of 60 nodes and 7 levels, which the drafters of this target nearly fill, and one of 100 and
+14 (not with --quick), temperatures 0 and 1, 95 % intervals by prompt. Speedup: the tree of --tree for
 all (default `auto`: for each drafter the one that eval/choose.py expects most of, on other held-out scenes), temperature 0, batch 1, all methods in
 turn on each prompt, seconds of the decoding thread, the drafter's prefill included, the target's not. Prefill: rows that feed the drafter, and
 milliseconds (medians). Every greedy text is compared with plain decoding's. Beside that hivis over eagle3 in speed and dream over eagle2 in tau, where
@@ -40,7 +41,7 @@ from draftsmith.models.formats import fetch
 from draftsmith.models.grow import parse_tree
 
 SHIPPED = [f"{name}=bundled:drafters/{folder}-shapes" for name, folder in (("eagle2", "eagle"), ("eagle3", "eagle3"), ("hivis", "hivis"), ("dream", "dream"))]
-LARGE, QUICK_TREE, NEW = "dynamic:10x7x60", "dynamic:4x4x12", 256
+LARGE, DEEP, QUICK_TREE, NEW = "dynamic:10x7x60", "dynamic:10x14x100", "dynamic:4x4x12", 256
 REPEATS = 5
 
 
@@ -94,15 +95,16 @@ def main():
     count, tree, temperatures = (6, QUICK_TREE, (0.0,)) if arguments.quick else (arguments.scenes, arguments.tree, (0.0, 1.0))
     methods = Methods.open(arguments.drafters, None, ASSISTANT)
     target, stops = methods.target, methods.stops
-    prompts, table, passes = prompts_of(count, 0, methods.tokenizer), {}, {temperature: {} for temperature in temperatures}
+    prompts, table, passes = prompts_of(count, 0, methods.tokenizer), {}, {}
     plain = decode_batches(target, NoDrafter(), prompts, Sampling(), NEW, stops, 12, margins=True)
     for name, head in methods.heads.items():
         about = json.loads((fetch(methods.folders[name]) / "draftsmith.json").read_text())
         row = table[name] = {"trained_s": round(about["seconds"], 1), "steps": about["step"], "prefill": prefill(target, head, prompts)}
         for temperature in temperatures:
-            found = decode_batches(target, HeadDrafter(head, parse_tree(LARGE)), prompts, Sampling(temperature), NEW, stops, 12)
-            passes[temperature][name] = tokens_and_passes(found)
-            row[f"tau T={temperature:g}"] = [tau(found), *ratio_interval(*passes[temperature][name])]
+            for policy, key in ((LARGE, f"tau T={temperature:g}"), (DEEP, f"deep tau T={temperature:g}"))[:1 if arguments.quick else 2]:
+                found = decode_batches(target, HeadDrafter(head, parse_tree(policy)), prompts, Sampling(temperature), NEW, stops, 12)
+                passes.setdefault(key, {})[name] = tokens_and_passes(found)
+                row[key] = [tau(found), *ratio_interval(*passes[key][name])]
             if temperature == 0:
                 row["identical"] = f"{sum(a.tokens == b.tokens for a, b in zip(found, plain))}/{len(prompts)}"
         print(f"{name}: {json.dumps(row)}", flush=True)
@@ -116,7 +118,8 @@ def main():
             table[name][f"speed T={temperature:g}"] = cell = {"tree": str(trees[name]), **{key: found[key] for key in (
                 "tau", "busy_speedup", "busy_speedup_interval", "speedup", "ms_per_pass")}, "lossless": found.get("lossless")}
             print(f"{name} T={temperature:g}: {json.dumps(cell)}", flush=True)
-        compare(f"tau T={temperature:g}", "dream", "eagle2", passes[temperature])
+        for key in (key for key in passes if key.endswith(f"T={temperature:g}")):
+            compare(key, "dream", "eagle2", passes[key])
         compare(f"speed T={temperature:g}", "hivis", "eagle3", {name: tokens_and_seconds(run, busy=True) for name, run in runs.items()})
         print(f"plain T={temperature:g}: {rate(runs['plain']):.0f} tokens/s", flush=True)
     if arguments.output:
