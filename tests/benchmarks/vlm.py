@@ -3,12 +3,13 @@
     python tests/benchmarks/vlm.py [--quick] [--scenes 24] [--tree TREE] [NAME=DRAFTER ...] [--output FILE]
 
 Without names: eagle2, eagle3, hivis and dream as they are bundled (recipes/{eagle,eagle3,hivis,dream}-shapes.yaml). Each scene gives two prompts, a
-description and a question; up to 256 new tokens. tau: a tree of 60 nodes and 7 levels, which the drafters of this target nearly fill, and one of 100 and
-14 (not with --quick), temperatures 0 and 1, 95 % intervals by prompt. Speedup: the tree of --tree for
-all (default `auto`: for each drafter the one that eval/choose.py expects most of, on other held-out scenes), temperature 0, batch 1, all methods in
-turn on each prompt, seconds of the decoding thread, the drafter's prefill included, the target's not. Prefill: rows that feed the drafter, and
-milliseconds (medians). Every greedy text is compared with plain decoding's. Beside that hivis over eagle3 in speed and dream over eagle2 in tau, where
-both are there: the quotient and its interval, prompts paired. --quick: 6 scenes, one tree for all. Ends with one JSON line.
+description and a question; up to 256 new tokens; temperatures 0 and 1. tau: a tree of 60 nodes and 7 levels, which the drafters of this target nearly
+fill, and one of 100 and 14 (not with --quick), 95 % intervals by prompt. Overlap: sum_v min(p, q) of the target's law p and the drafter's q at each
+drafted step, over the target's own texts of that temperature. Speedup: the tree of --tree for all (default `auto`: for each drafter the one that
+eval/choose.py expects most of, on other held-out scenes), batch 1, all methods in turn on each prompt, seconds of the decoding thread, the drafter's
+prefill included, the target's not. Prefill: rows that feed the drafter, and milliseconds (medians). Every greedy text is compared with plain
+decoding's. Where both are there: hivis over eagle3 in speed and dream over eagle2 in tau, the quotient and its interval, prompts paired.
+--quick: 6 scenes, one tree for all, temperature 0. Ends with one JSON line.
 """
 
 import argparse
@@ -37,12 +38,13 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import ASSISTANT, Methods
 from draftsmith.launch.scenes import write_scenes
 from draftsmith.models.drafter import HeadDrafter, NoDrafter
+from draftsmith.models.features import Packing
 from draftsmith.models.formats import fetch
 from draftsmith.models.grow import parse_tree
 
 SHIPPED = [f"{name}=bundled:drafters/{folder}-shapes" for name, folder in (("eagle2", "eagle"), ("eagle3", "eagle3"), ("hivis", "hivis"), ("dream", "dream"))]
 LARGE, DEEP, QUICK_TREE, NEW = "dynamic:10x7x60", "dynamic:10x14x100", "dynamic:4x4x12", 256
-REPEATS = 5
+REPEATS, STEPS = 5, 7
 
 
 def prompts_of(scenes: int, seed: int, reader) -> list:
@@ -68,6 +70,22 @@ def prefill(target, head, prompts) -> dict[str, float]:
             times.append(1e3 * (time.thread_time() - start))
         rows.append(rows_fed(context))
     return {"tokens": statistics.median(rows), "ms": statistics.median(times), "prompt_tokens": statistics.median(map(len, prompts))}
+
+
+@torch.inference_mode()
+def overlaps(target, head, prompts, traces) -> list[float]:
+    """Mean of sum_v min(p, q) at each drafted step, teacher-forced over texts that the target wrote."""
+    totals, counts = torch.zeros(STEPS), torch.zeros(STEPS)
+    for prompt, trace in zip(prompts, traces):
+        ids = [*prompt, *trace.tokens]
+        features = target.features(torch.tensor(ids), Packing((0, len(ids)), torch.arange(len(ids)) >= len(prompt)), head.feature_spec, [prompt.images])
+        laws = features.teacher.project(features.teacher.final, None).float().softmax(-1)
+        for k, (rows, outputs) in enumerate(head.unroll(features, STEPS)):
+            p = laws[torch.searchsorted(features.packing.rows, rows) + k]
+            q = torch.zeros_like(p).index_copy(1, head.ids, head.logits(outputs).float().softmax(-1))
+            totals[k] += torch.minimum(p, q).sum()
+            counts[k] += len(rows)
+    return [round(x, 3) for x in (totals / counts).tolist()]
 
 
 def choose(methods: Methods, head, prompts, temperature: float):
@@ -96,7 +114,8 @@ def main():
     methods = Methods.open(arguments.drafters, None, ASSISTANT)
     target, stops = methods.target, methods.stops
     prompts, table, passes = prompts_of(count, 0, methods.tokenizer), {}, {}
-    plain = decode_batches(target, NoDrafter(), prompts, Sampling(), NEW, stops, 12, margins=True)
+    texts = {t: decode_batches(target, NoDrafter(), prompts, Sampling(t), NEW, stops, 12, margins=t == 0) for t in temperatures}
+    plain = texts[0.0]
     for name, head in methods.heads.items():
         about = json.loads((fetch(methods.folders[name]) / "draftsmith.json").read_text())
         row = table[name] = {"trained_s": round(about["seconds"], 1), "steps": about["step"], "prefill": prefill(target, head, prompts)}
@@ -105,6 +124,7 @@ def main():
                 found = decode_batches(target, HeadDrafter(head, parse_tree(policy)), prompts, Sampling(temperature), NEW, stops, 12)
                 passes.setdefault(key, {})[name] = tokens_and_passes(found)
                 row[key] = [tau(found), *ratio_interval(*passes[key][name])]
+            row[f"overlap T={temperature:g}"] = overlaps(target, head, prompts, texts[temperature])
             if temperature == 0:
                 row["identical"] = f"{sum(a.tokens == b.tokens for a, b in zip(found, plain))}/{len(prompts)}"
         print(f"{name}: {json.dumps(row)}", flush=True)
