@@ -76,6 +76,7 @@ def test_no_taught_rows_cost_nothing():
     loss, sums = head.loss(features, PLAIN)
     loss.backward()
     assert loss.item() == 0 and all(p.grad is not None for p in head.parameters()) and sums["rows"].tolist() == [0]
+    assert [tuple(outputs.shape) for _, outputs in head.unroll(features, 2)] == [(0, H), (0, H)]
 
 
 def test_a_head_overfits_a_batch_and_then_drafts_further():

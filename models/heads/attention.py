@@ -35,7 +35,7 @@ def strips_of(packing: Packing, rows: torch.Tensor, block: int) -> list[Strip]:
     """Unbroken runs of the rows that are trained on (`rows` [P] of the packed row, ascending, on the CPU), cut into blocks of at most `block`."""
     starts = rows - packing.positions[rows]
     breaks = ((rows.diff() != 1) | (starts.diff() != 0)).nonzero().flatten() + 1
-    borders, strips = [0, *breaks.tolist(), len(rows)], []
+    borders, strips = sorted({0, *breaks.tolist(), len(rows)}), []  # one border where there are no rows
     for first, last in zip(borders, borders[1:]):
         start, at = int(starts[first]), int(rows[first])
         strips += [Strip(i, min(i + block, last), start, at + i - first) for i in range(first, last, block)]
