@@ -4,8 +4,8 @@
 
 Without names: eagle2, eagle3, hivis-stage1 (the first stage alone, for the time of both), hivis (after hivis-half, its first stage) and dream. Parts:
 no-cross (the gate of the cross-attention stays shut, so that no state of the target is seen), no-middle (no intermediate supervision), all-visual
-(no compression), one-step (not over its own states). gto and continued go on from hivis, for about as long as each other. share: of the epochs
-that the recipes name; what stands in the folder is not trained again. What each took in the end is in the last line, JSON.
+(no compression), one-step (not over its own states). hivis-gto, dream-gto and hivis-continued, dream-continued go on from what is trained, with
+and without GTO. share: of the epochs that the recipes name; what stands in the folder is not trained again. The last line, JSON, says what each took.
 tests/benchmarks/vlm.py measures FOLDER/NAME/drafter. answers: the header of recipes/dream-shapes.yaml says how they are made.
 """
 
@@ -47,14 +47,17 @@ def jobs(folder: Path) -> dict[str, tuple[str, list[str], float]]:
         "dream": ("dream-shapes", [], 1.0), "no-cross": ("dream-shapes", [f"head.name={ShutDream.name}"], 1.0),
         "no-middle": ("dream-shapes", ["objective.middle_weight=0.0"], 1.0), "all-visual": ("dream-shapes", ["head.keep_ratio=1.0"], 1.0),
         "one-step": ("dream-shapes", ["objective.steps=1"], 1.0),
-        "continued": ("hivis-shapes", further(folder, "continued"), 0.36), "gto": ("hivis-shapes", further(folder, "gto"), 0.15),
+        "hivis-continued": ("hivis-shapes", [*STAGE2[:4], *further(folder, "hivis", "continued")], 0.36),
+        "hivis-gto": ("hivis-shapes", [*STAGE2[:4], *further(folder, "hivis", "gto")], 0.15),
+        "dream-continued": ("dream-shapes", further(folder, "dream", "continued"), 0.25),
+        "dream-gto": ("dream-shapes", further(folder, "dream", "gto"), 0.15),
     }
 
 
-def further(folder: Path, arm: str) -> list[str]:
-    """From the second stage of HiViS on, at the rates of eagle3-code-{arm}.yaml."""
-    changes = [change for change in start("hivis-shapes", arm) if not change.startswith(("head.start_from", "optimization.batch_tokens"))]
-    return [*STAGE2[:4], *changes, f"head.start_from={folder}/hivis/drafter"]
+def further(folder: Path, name: str, arm: str) -> list[str]:
+    """From a drafter on, at the rates of eagle3-code-{arm}.yaml."""
+    changes = [change for change in start(f"{name}-shapes", arm) if not change.startswith(("head.start_from", "optimization.batch_tokens"))]
+    return [*changes, f"head.start_from={folder}/{name}/drafter"]
 
 
 def main():
