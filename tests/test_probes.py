@@ -194,7 +194,7 @@ def test_a_target_that_treats_embeddings_otherwise_takes_no_probe(monkeypatch):
 
 def test_partitioned_targets_take_neither_probes_nor_trees():
     target, (_, tokens, packing) = target_of("llama"), packed_row(6)
-    target.shard(lambda model: None)
+    target.shard(lambda layers: layers)
     for spec in (FeatureSpec((), probe_of()), FeatureSpec((), trees=True)):
         with pytest.raises(UserError, match="expected a whole target"):
             target.features(tokens, packing, spec)
