@@ -118,6 +118,11 @@ class Packing:
         """[P] bool: which of `rows` take part in a step."""
         return self.reach[self.rows] > step
 
+    def rounds(self, outputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """outputs [K, P, ...] of `rows` at K steps -> for each step (rows [P_k], outputs [P_k, ...]) of those that take part in it."""
+        parts = [self.takes_part(k) for k in range(len(outputs))]
+        return [(self.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)]
+
     def counts(self, steps: int) -> list[int]:
         """How many rows take part in each of the first `steps` steps."""
         return [int((self.reach > k).sum()) for k in range(steps)]

@@ -175,9 +175,7 @@ class DreamHead(nn.Module):
 
     def unroll(self, features: TrainingFeatures, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For every step k < steps: (rows [P_k] of `packing.rows` that take part, the head's states [P_k, h] that predict token row + 2 + k)."""
-        packing, outputs = features.packing, self._unroll(features, steps)[0]
-        parts = [packing.takes_part(k) for k in range(steps)]
-        return [(packing.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)]
+        return features.packing.rounds(self._unroll(features, steps)[0])
 
     def _unroll(self, features: TrainingFeatures, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's states [K, P, h] of the rounds with roots at `packing.rows + 1` and block 0's outputs [P, h] at the roots.

@@ -175,9 +175,7 @@ class Eagle3Head(nn.Module):
 
         For k = 0 .. steps - 1: (the rows [P_k] that take part (`Packing`), layer output [P_k, h]).
         """
-        packing, outputs = features.packing, self._unroll(features, steps)
-        parts = [packing.takes_part(k) for k in range(steps)]
-        return [(packing.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)]
+        return features.packing.rounds(self._unroll(features, steps))
 
     def _unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
         """Layer outputs [K, P, h] of all `packing.rows` at all steps; where a row takes no part they mean nothing.

@@ -169,9 +169,7 @@ class OwlHead(nn.Module):
 
     def unroll(self, features: TrainingFeatures, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per step k: the rows [P_k] that take part in it, and their states [P_k, d]."""
-        packing, states = features.packing, self._unroll(features, self._starts(features), steps)
-        parts = [packing.takes_part(k) for k in range(steps)]
-        return [(packing.rows[part].to(states.device), states[k, part.to(states.device)]) for k, part in enumerate(parts)]
+        return features.packing.rounds(self._unroll(features, self._starts(features), steps))
 
     def _starts(self, features: TrainingFeatures, dropout: float = 0.0) -> torch.Tensor:
         """[T, d0]: what drafting starts from behind every token. Behind `packing.rows` that is `[SPEC]`'s state, except in the documents that
