@@ -7,7 +7,7 @@ demo: setup
 	@.venv/bin/draftsmith demo
 
 test: setup
-	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python -m pytest -q
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
 # The shipped drafter in the real engine (vLLM for the CPU) and in the speculators library, in an environment of their own; about 6 minutes.
 test-vllm:
@@ -16,4 +16,4 @@ test-vllm:
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m tests.engine.vllm_compare
 
 lint: setup
-	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check . && .venv/bin/ruff check .

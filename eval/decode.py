@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from draftsmith.eval.sampling import Noise, Sampling, process, seen_tokens
-from draftsmith.eval.verify import MATCH, Verifier
-from draftsmith.models.drafter import Drafter
+from draftsmith.eval.verification.verifier import MATCH, Verifier
+from draftsmith.models.drafters import Drafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.noise import Draw
 from draftsmith.models.targets import Prefill, TextSession, TextTarget
@@ -16,10 +16,12 @@ from draftsmith.models.tree import DraftTree
 
 
 class Clock:
-    """Seconds by phase, devices synchronised at every border. `total` covers the loop and the drafter's own prefill, not the target's;
-    `overhead` is choosing tokens, accepting, committing and bookkeeping. What the three phases leave of the total is the loop's own.
+    """Seconds by phase, devices synchronised at every border. `total` covers the loop and the drafter's own prefill,
+    not the target's; `overhead` is choosing tokens, accepting, committing and bookkeeping. What the three phases leave
+    of the total is the loop's own.
 
-    On a CPU `busy` has the seconds that the decoding thread itself ran: on a quiet machine the same, on a loaded one without the waiting.
+    On a CPU `busy` has the seconds that the decoding thread itself ran: on a quiet machine the same, on a loaded one
+    without the waiting.
     """
 
     def __init__(self, device: torch.device):
@@ -33,7 +35,9 @@ class Clock:
         start, ran = time.perf_counter(), time.thread_time()
         yield
         self.sync()
-        ran = time.thread_time() - ran  # inside the wall's reading: a loaded machine likes to switch threads at this call
+        ran = (
+            time.thread_time() - ran
+        )  # inside the wall's reading: a loaded machine likes to switch threads at this call
         self.seconds[name] += time.perf_counter() - start
         if self.busy is not None:
             self.busy[name] += ran
@@ -44,8 +48,8 @@ class Trace:
     """One request. tokens: everything emitted, the token from the prefill first, cut at EOS and at the limit.
 
     accepted: drafted tokens accepted in each verify pass, before any cut; drafted: drafted levels of its tree.
-    emitted: tokens that count for each pass (after the cut). margins: how far each emitted token was from being another one
-    (top-2 gap of the scores); filled only on request, since it costs time. The token from the prefill has none.
+    emitted: tokens that count for each pass (after the cut). margins: how far each emitted token was from being another
+    one (top-2 gap of the scores); filled only on request, since it costs time. The token from the prefill has none.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -56,23 +60,57 @@ class Trace:
 
 
 @torch.inference_mode()
-def generate(target: TextTarget, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
-             eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None, margins: bool = False,
-             verifier: Verifier = MATCH) -> list[Trace]:
+def generate(
+    target: TextTarget,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos: set[int] = frozenset(),
+    requests: list[int] | None = None,
+    clock: Clock | None = None,
+    margins: bool = False,
+    verifier: Verifier = MATCH,
+) -> list[Trace]:
     """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise.
 
     At temperature 0 every verifier is greedy matching. Margins are those of sample-and-match.
-    Raises UserError for an empty prompt, one that leaves no room in the target's context, and trees that the verifier refuses.
+    Raises UserError for an empty prompt, one that leaves no room in the target's context, and trees that the verifier
+    refuses.
     """
     check_prompts(target, prompts, max_new_tokens, drafter.size)
-    session = target.open(drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size)
-    return decode(session, session.prefill(prompts), drafter, prompts, sampling, max_new_tokens, eos, requests, clock, margins, verifier)
+    session = target.open(
+        drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size
+    )
+    return decode(
+        session,
+        session.prefill(prompts),
+        drafter,
+        prompts,
+        sampling,
+        max_new_tokens,
+        eos,
+        requests,
+        clock,
+        margins,
+        verifier,
+    )
 
 
 @torch.inference_mode()
-def decode(session: TextSession, prefill: Prefill, drafter: Drafter, prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
-           eos: set[int] = frozenset(), requests: list[int] | None = None, clock: Clock | None = None, margins: bool = False,
-           verifier: Verifier = MATCH) -> list[Trace]:
+def decode(
+    session: TextSession,
+    prefill: Prefill,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos: set[int] = frozenset(),
+    requests: list[int] | None = None,
+    clock: Clock | None = None,
+    margins: bool = False,
+    verifier: Verifier = MATCH,
+) -> list[Trace]:
     """`generate` behind a session's own prefill of the prompts, which the caller has checked."""
     target = session.target
     clock, active = clock or Clock(target.device), list(requests or range(len(prompts)))
@@ -88,7 +126,11 @@ def decode(session: TextSession, prefill: Prefill, drafter: Drafter, prompts: li
         with clock.phase("draft"):
             drafter.begin(prefill.features, root)
         while True:
-            going = [i for i, r in enumerate(active) if traces[r].tokens[-1] not in eos and len(traces[r].tokens) < max_new_tokens]
+            going = [
+                i
+                for i, r in enumerate(active)
+                if traces[r].tokens[-1] not in eos and len(traces[r].tokens) < max_new_tokens
+            ]
             if len(going) < len(active):
                 if not going:
                     break
@@ -102,7 +144,10 @@ def decode(session: TextSession, prefill: Prefill, drafter: Drafter, prompts: li
             with clock.phase("verify"):
                 verified = session.verify(tree)
             with clock.phase("overhead"):
-                logits, noise = processed(verified.logits, tree, sampling, active, histories), Noise(sampling, active, roots)
+                logits, noise = (
+                    processed(verified.logits, tree, sampling, active, histories),
+                    Noise(sampling, active, roots),
+                )
                 accepted = verifier(tree, logits, noise).trimmed()
                 session.commit(accepted.path, accepted.counts)
                 record(traces, histories, active, tree, accepted, max_new_tokens, eos)
@@ -144,7 +189,7 @@ def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
 
 def cut(tokens: list[int], room: int, eos: set[int]) -> list[int]:
     """At most `room` tokens, none behind the first of `eos`."""
-    return tokens[:next((i + 1 for i, token in enumerate(tokens[:room]) if token in eos), room)]
+    return tokens[: next((i + 1 for i, token in enumerate(tokens[:room]) if token in eos), room)]
 
 
 def note_margins(traces, active, logits, accepted):
@@ -152,7 +197,7 @@ def note_margins(traces, active, logits, accepted):
     rows = torch.arange(len(active), device=logits.device)[:, None]
     top = logits[rows, accepted.path].topk(2).values
     for request, gaps in zip(active, (top[..., 0] - top[..., 1]).tolist()):
-        traces[request].margins += gaps[:traces[request].emitted[-1]]
+        traces[request].margins += gaps[: traces[request].emitted[-1]]
 
 
 def check_prompts(target: TextTarget, prompts: list[list[int]], max_new_tokens: int, tree_size: int) -> None:
@@ -161,5 +206,7 @@ def check_prompts(target: TextTarget, prompts: list[list[int]], max_new_tokens: 
             raise UserError(f"prompt {row}: found no tokens, expected at least one")
         room = target.context_length - max_new_tokens - tree_size
         if len(prompt) > room:
-            raise UserError(f"prompt {row}: found {len(prompt)} tokens, expected at most {room} "
-                            f"(context {target.context_length}, {max_new_tokens} new tokens, tree of {tree_size})")
+            raise UserError(
+                f"prompt {row}: found {len(prompt)} tokens, expected at most {room} "
+                f"(context {target.context_length}, {max_new_tokens} new tokens, tree of {tree_size})"
+            )

@@ -1,7 +1,8 @@
-"""Target distributions: temperature, top-k, top-p and repetition penalty, applied per tree node with that node's own history.
+"""Target distributions: temperature, top-k, top-p and repetition penalty, applied per tree node with that node's own
+history.
 
-Plain and speculative decoding call the same functions. Randomness is keyed by (seed, request, absolute position), so that
-sample-and-match reproduces plain sampling token for token.
+Plain and speculative decoding call the same functions. Randomness is keyed by (seed, request, absolute position), so
+that sample-and-match reproduces plain sampling token for token.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from draftsmith.models.tree import DraftTree
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 = greedy; top_k 0 and top_p 1 = off; repetition_penalty 1 = off (over prompt and generated tokens)."""
+    """temperature 0 = greedy; top_k 0 and top_p 1 = off; repetition_penalty 1 = off (over prompt and generated
+    tokens).
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -25,7 +28,9 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise UserError(f"sampling: found {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
+            raise UserError(
+                f"sampling: found {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0"
+            )
 
 
 def keyed_gumbel(seed: int, request: int, position: int, vocab_size: int) -> torch.Tensor:
@@ -42,7 +47,9 @@ def seen_tokens(history: list[list[int]], vocab_size: int, device) -> torch.Tens
 
 
 def penalise(logits: torch.Tensor, penalty: float, seen: torch.Tensor, tree: DraftTree) -> torch.Tensor:
-    """Repetition penalty (Keskar et al., 2019) for logits [B, N, V]: a node has seen [B, V], its ancestors and itself."""
+    """Repetition penalty (Keskar et al., 2019) for logits [B, N, V]: a node has seen [B, V], its ancestors and
+    itself.
+    """
     rows, nodes, ancestors = tree.ancestors.nonzero(as_tuple=True)
     mine = seen[:, None].repeat(1, tree.size, 1)
     mine[rows, nodes, tree.tokens[rows, ancestors]] = True
@@ -71,10 +78,11 @@ def process(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None,
 
 
 def perturb(logits: torch.Tensor, sampling: Sampling, requests: list[int], positions: torch.Tensor) -> torch.Tensor:
-    """Processed logits [B, N, V], plus at temperature > 0 the Gumbel noise of (seed, request, position [B, N]); nodes of one depth share theirs.
+    """Processed logits [B, N, V], plus at temperature > 0 the Gumbel noise of (seed, request, position [B, N]); nodes
+    of one depth share theirs.
 
-    The argmax of the result is a sample of softmax(logits) (Gumbel-max). Unlike an inverse CDF, whose intervals in a long tail are as
-    narrow as rounding errors, it changes only where two perturbed logits nearly tie.
+    The argmax of the result is a sample of softmax(logits) (Gumbel-max). Unlike an inverse CDF, whose intervals in a
+    long tail are as narrow as rounding errors, it changes only where two perturbed logits nearly tie.
     """
     if sampling.temperature == 0:
         return logits
@@ -82,13 +90,21 @@ def perturb(logits: torch.Tensor, sampling: Sampling, requests: list[int], posit
     keys = sorted({(request, p) for request, row in zip(requests, rows) for p in row})
     number = {key: i for i, key in enumerate(keys)}
     noise = torch.stack([keyed_gumbel(sampling.seed, *key, logits.size(-1)) for key in keys]).to(logits.device)
-    return logits + noise[torch.tensor([[number[request, p] for p in row] for request, row in zip(requests, rows)], device=logits.device)]
+    return (
+        logits
+        + noise[
+            torch.tensor(
+                [[number[request, p] for p in row] for request, row in zip(requests, rows)], device=logits.device
+            )
+        ]
+    )
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What a verifier may draw in one cycle; positions: where each root stands. Keyed by the position behind the root, the first that the
-    cycle emits: no two cycles share it, and a root alone gets exactly the noise of plain decoding."""
+    """What a verifier may draw in one cycle; positions: where each root stands. Keyed by the position behind the root,
+    the first that the cycle emits: no two cycles share it, and a root alone gets exactly the noise of plain decoding.
+    """
 
     sampling: Sampling
     requests: list[int]
@@ -96,13 +112,18 @@ class Noise:
 
     def uniform(self, count: int, device) -> torch.Tensor:
         """[B, count] fp64 in [0, 1)."""
-        rows = [torch.rand(count, generator=keyed(self.sampling.seed, request, position + 1, "accept"), dtype=torch.float64)
-                for request, position in zip(self.requests, self.positions)]
+        rows = [
+            torch.rand(count, generator=keyed(self.sampling.seed, request, position + 1, "accept"), dtype=torch.float64)
+            for request, position in zip(self.requests, self.positions)
+        ]
         return torch.stack(rows).to(device)
 
     def gumbel(self, vocab_size: int, device) -> torch.Tensor:
         """[B, V] fp32."""
-        rows = [keyed_gumbel(self.sampling.seed, request, position + 1, vocab_size) for request, position in zip(self.requests, self.positions)]
+        rows = [
+            keyed_gumbel(self.sampling.seed, request, position + 1, vocab_size)
+            for request, position in zip(self.requests, self.positions)
+        ]
         return torch.stack(rows).to(device)
 
     def perturb(self, logits: torch.Tensor, tree: DraftTree) -> torch.Tensor:

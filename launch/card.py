@@ -1,5 +1,7 @@
-"""The model card: what was measured, from result.json, and how the drafter was trained, from draftsmith.json. Nothing is made up: what was not
-measured says so. The same directory and result give the same card, byte for byte, so that pushing again changes nothing."""
+"""The model card: what was measured, from result.json, and how the drafter was trained, from draftsmith.json. Nothing
+is made up: what was not measured says so. The same directory and result give the same card, byte for byte, so that
+pushing again changes nothing.
+"""
 
 from pathlib import Path
 
@@ -16,73 +18,150 @@ from draftsmith.models.targets import locate
 SERVED_DEPTH = 5
 
 
-def model_card(repository: str, stored: Stored, layout: Layout, cells: list[dict], conditions: dict, licence: str | None) -> str:
-    """README.md of a repository (USER/NAME). cells: the drafter's rows of result.json, none where it was not measured."""
+def model_card(
+    repository: str, stored: Stored, layout: Layout, cells: list[dict], conditions: dict, licence: str | None
+) -> str:
+    """README.md of a repository (USER/NAME). cells: the drafter's rows of result.json, none where it was not
+    measured.
+    """
     name, target, head = repository.split("/")[1], stored.target, layout.head.name
     hub = bool(HUB_ID.fullmatch(target))
-    place = target if hub else f"""$(python -c "from draftsmith.models.targets import locate; print(locate('{target}'))")"""
-    served = () if layout.described and stored.serving is None else layout.engines  # they do not load what names no verifier
-    exports = [f"draftsmith export {repository} {name}-{engine} --to {engine}" for other in LAYOUTS if other.head is layout.head
-               for engine in other.engines if engine not in served and other.described]
+    place = (
+        target if hub else f"""$(python -c "from draftsmith.models.targets import locate; print(locate('{target}'))")"""
+    )
+    served = (
+        () if layout.described and stored.serving is None else layout.engines
+    )  # they do not load what names no verifier
+    exports = [
+        f"draftsmith export {repository} {name}-{engine} --to {engine}"
+        for other in LAYOUTS
+        if other.head is layout.head
+        for engine in other.engines
+        if engine not in served and other.described
+    ]
     data = ModelCardData(
-        base_model=target if hub else None, license=licence, library_name="draftsmith", pipeline_tag="text-generation", model_name=name,
-        tags=["speculative-decoding", "draft-model", head, *layout.engines, "draftsmith"], eval_results=[result(cell) for cell in cells] or None)
-    shown = f"[{target}](https://huggingface.co/{target})" if hub else f"`{target}`, a reference model that comes with draftsmith"
+        base_model=target if hub else None,
+        license=licence,
+        library_name="draftsmith",
+        pipeline_tag="text-generation",
+        model_name=name,
+        tags=["speculative-decoding", "draft-model", head, *layout.engines, "draftsmith"],
+        eval_results=[result(cell) for cell in cells] or None,
+    )
+    shown = (
+        f"[{target}](https://huggingface.co/{target})"
+        if hub
+        else f"`{target}`, a reference model that comes with draftsmith"
+    )
     lines = [
-        f"# {name}", f"A drafter for speculative decoding ({head}) of {shown}, trained by draftsmith. Decoding with "
+        f"# {name}",
+        f"A drafter for speculative decoding ({head}) of {shown}, trained by draftsmith. Decoding with "
         "it changes the speed, not the text.",
-        "## Acceptance length", *acceptance(repository, cells, conditions),
-        "## Use", *(f"With {engine}:\n\n```bash\n{command(layout, engine, stored.config, repository, place, SERVED_DEPTH)}\n```" for engine in served),
+        "## Acceptance length",
+        *acceptance(repository, cells, conditions),
+        "## Use",
+        *(
+            f"With {engine}:\n\n```bash\n{command(layout, engine, stored.config, repository, place, SERVED_DEPTH)}\n```"
+            for engine in served
+        ),
         "\n".join(["With draftsmith:\n\n```bash", f"draftsmith eval {repository}", *exports, "```"]),
-        f'```python\nfrom draftsmith.models.formats import from_pretrained\nfrom draftsmith.models.targets import TextTarget\n\n'
+        f"```python\nfrom draftsmith.models.formats import from_pretrained\nfrom draftsmith.models.targets import "
+        f"TextTarget\n\n"
         f'target = TextTarget.load("{target}")\nhead = from_pretrained("{repository}", target)\n```',
-        "## Training", *training(stored.about)]
+        "## Training",
+        *training(stored.about),
+    ]
     return f"---\n{data.to_yaml().rstrip()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
 
 def acceptance(repository: str, cells: list[dict], conditions: dict) -> list[str]:
-    """The table of tau per suite, temperature and tree, with the acceptance of every depth, and what it was measured under."""
+    """The table of tau per suite, temperature and tree, with the acceptance of every depth, and what it was measured
+    under.
+    """
     if not cells:
         return [f"Not measured. `draftsmith eval {repository}` measures it."]
     depth = max(len(cell["acceptance_by_depth"]) for cell in cells)
     timed = any("speedup" in cell for cell in cells)
-    head = ["suite", "T", "batch", "tree", "tau", *map(str, range(1, depth + 1)), *(["speedup"] if timed else []), "prompts", "texts as plain decoding"]
+    head = [
+        "suite",
+        "T",
+        "batch",
+        "tree",
+        "tau",
+        *map(str, range(1, depth + 1)),
+        *(["speedup"] if timed else []),
+        "prompts",
+        "texts as plain decoding",
+    ]
     rows = [head, ["---"] * len(head)]
     for cell in cells:
         rates = [f"{rate:.2f}" for rate in cell["acceptance_by_depth"]]
         interval = " ({:.2f} to {:.2f})".format(*cell["tau_interval"]) if cell.get("tau_interval") else ""
-        rows.append([cell["suite"], f"{cell['temperature']:g}", str(cell["batch"]), cell["tree"], f"{cell['tau']:.2f}{interval}",
-                     *rates, *[""] * (depth - len(rates)), *([f"{cell['speedup']:.2f}x" if "speedup" in cell else ""] if timed else []),
-                     str(cell["prompts"]), f"{cell['identical']}/{cell['prompts']}" if "identical" in cell else ""])
-    machine = ", ".join(f"{key} {conditions[key]}" for key in ("max_new_tokens", "seed", "dtype", "device", "processor", "cores", "torch")
-                        if conditions.get(key) is not None)
-    return ["tau = tokens emitted / verify passes of the target, bonus token included (plain decoding is 1), all prompts pooled, 95 % interval in "
-            "brackets. The numbered columns are the acceptance of each drafted depth, given that the depth before was accepted.",
-            "\n".join("| " + " | ".join(row) + " |" for row in rows), f"Measured with `draftsmith eval`: {machine}."]
+        rows.append(
+            [
+                cell["suite"],
+                f"{cell['temperature']:g}",
+                str(cell["batch"]),
+                cell["tree"],
+                f"{cell['tau']:.2f}{interval}",
+                *rates,
+                *[""] * (depth - len(rates)),
+                *([f"{cell['speedup']:.2f}x" if "speedup" in cell else ""] if timed else []),
+                str(cell["prompts"]),
+                f"{cell['identical']}/{cell['prompts']}" if "identical" in cell else "",
+            ]
+        )
+    machine = ", ".join(
+        f"{key} {conditions[key]}"
+        for key in ("max_new_tokens", "seed", "dtype", "device", "processor", "cores", "torch")
+        if conditions.get(key) is not None
+    )
+    return [
+        "tau = tokens emitted / verify passes of the target, bonus token included (plain decoding is 1), all prompts "
+        "pooled, 95 % interval in "
+        "brackets. The numbered columns are the acceptance of each drafted depth, given that the depth before was "
+        "accepted.",
+        "\n".join("| " + " | ".join(row) + " |" for row in rows),
+        f"Measured with `draftsmith eval`: {machine}.",
+    ]
 
 
 def training(about: dict) -> list[str]:
     """Recipe, data and figures of the run, as far as draftsmith.json tells."""
     figures = {key: value for key, value in about.items() if key not in ("head", "target", "recipe", "imported")}
-    lines = [f"- {key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"- {key.replace('_', ' ')}: {value}" for key, value in figures.items()]
+    lines = [
+        f"- {key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"- {key.replace('_', ' ')}: {value}"
+        for key, value in figures.items()
+    ]
     found = ["\n".join(lines)] if lines else []
     if "imported" in about:
         found.append(f"Not trained by draftsmith: imported from {about['imported'].get('from')}.")
     if "recipe" in about:
-        found.append("Recipe (`draftsmith train`; data files are named, not published):\n\n```yaml\n"
-                     + yaml.safe_dump(about["recipe"], sort_keys=False).rstrip() + "\n```")
+        found.append(
+            "Recipe (`draftsmith train`; data files are named, not published):\n\n```yaml\n"
+            + yaml.safe_dump(about["recipe"], sort_keys=False).rstrip()
+            + "\n```"
+        )
     return found or ["Not recorded."]
 
 
 def result(cell: dict) -> EvalResult:
     """One row as the Hub's model-index shows it."""
-    return EvalResult(task_type="text-generation", task_name="Speculative decoding", dataset_type=cell["suite"], dataset_name=cell["suite"],
-                      dataset_config=f"temperature {cell['temperature']:g}, batch {cell['batch']}, {cell['tree']}", metric_type="acceptance_length",
-                      metric_name="tau (tokens per verify pass)", metric_value=round(float(cell["tau"]), 4))
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Speculative decoding",
+        dataset_type=cell["suite"],
+        dataset_name=cell["suite"],
+        dataset_config=f"temperature {cell['temperature']:g}, batch {cell['batch']}, {cell['tree']}",
+        metric_type="acceptance_length",
+        metric_name="tau (tokens per verify pass)",
+        metric_value=round(float(cell["tau"]), 4),
+    )
 
 
 def measured(folder: Path, results: Path | None) -> tuple[list[dict], dict]:
-    """(the drafter's cells, conditions) of a result.json: the given one, or the one in the drafter's parent folder; ([], {}) without any.
+    """(the drafter's cells, conditions) of a result.json: the given one, or the one in the drafter's parent folder;
+    ([], {}) without any.
 
     Raises UserError when it holds no figures of this drafter, or when the one that was found is older than the weights.
     """
@@ -98,7 +177,9 @@ def measured(folder: Path, results: Path | None) -> tuple[list[dict], dict]:
     conditions, drafters = document.get("conditions", {}), document.get("conditions", {}).get("drafters", {})
     if "cells" not in document:
         raise UserError(f"{file}: cells: missing; expected a result.json of draftsmith eval")
-    here = [name for name, place in drafters.items() if Path(locate(place)).resolve() == folder.resolve()] or list(drafters)
+    here = [name for name, place in drafters.items() if Path(locate(place)).resolve() == folder.resolve()] or list(
+        drafters
+    )
     if len(here) != 1:
         raise UserError(f"{file}: found the drafters {', '.join(here) or 'none'}, expected {folder}")
     cells = [cell for cell in document["cells"] if cell.get("drafter") == here[0]]

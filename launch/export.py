@@ -1,4 +1,6 @@
-"""`draftsmith export` and `draftsmith import`: drafter directories as the engines load them, and public ones as drafters of this project."""
+"""`draftsmith export` and `draftsmith import`: drafter directories as the engines load them, and public ones as
+drafters of this project.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,13 @@ from draftsmith.models.targets import locate
 ENGINES = ("vllm", "sglang", "speculators", "arctic")
 
 
-def export_drafter(place: str | Path, out: str | Path, to: str, target: str | None = None, depth: int = 5, report=print) -> Path:
-    """Writes OUT (a new place) for an engine, checked key by key by reading it back. Only layouts that describe the target need its files
-    (its embedding). depth: drafted tokens in the config and in the command that is shown; an OWL drafter drafts the n_predict that it was trained for."""
+def export_drafter(
+    place: str | Path, out: str | Path, to: str, target: str | None = None, depth: int = 5, report=print
+) -> Path:
+    """Writes OUT (a new place) for an engine, checked key by key by reading it back. Only layouts that describe the
+    target need its files (its embedding). depth: drafted tokens in the config and in the command that is shown; an OWL
+    drafter drafts the n_predict that it was trained for.
+    """
     if to not in ENGINES:
         raise UserError(f"--to: found {to}, expected {', '.join(ENGINES)}")
     out = new_place(out)
@@ -34,24 +40,39 @@ def export_drafter(place: str | Path, out: str | Path, to: str, target: str | No
         serving = Serving(locate(target), architecture, depth)
     store(head, out, layout, {"head": head.name, "target": target, **stored.about}, stored.dtype, serving)
     config, tensors = layout.write(head, stored.dtype, serving)
-    report(f"{len(tensors)} tensors in {out}, read back and equal\n{command(layout, to, config, out, locate(target), depth)}")
+    report(
+        f"{len(tensors)} tensors in {out}, read back and "
+        f"equal\n{command(layout, to, config, out, locate(target), depth)}"
+    )
     return out
 
 
 def import_drafter(source: str, out: str | Path, target: str, pickle: bool = False, report=print) -> Path:
-    """Writes OUT (a new place), a drafter of this project, from a public directory or Hub id. Its context is widened to the target's."""
+    """Writes OUT (a new place), a drafter of this project, from a public directory or Hub id. Its context is widened to
+    the target's.
+    """
     out = new_place(out)
     stored = read_files(fetch(source, (*SAFE_FILES, "*.bin") if pickle else SAFE_FILES), pickle)
     config, _, embedding = read_target(target)
-    head = layout_of(stored).read(stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder)
+    head = layout_of(stored).read(
+        stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder
+    )
     trained, wanted = getattr(head.config, "max_position_embeddings", None), config.max_position_embeddings
     if trained is not None and trained < wanted:
         rope = {"original_max_position_embeddings": trained, **head.config.rope_parameters}
         rope = rope if rope.get("rope_type") == "yarn" else head.config.rope_parameters
         head.config = replace(head.config, max_position_embeddings=wanted, rope_parameters=rope)
         report(f"max_position_embeddings: {trained} -> {wanted}, the target's (engines fail behind the drafter's own)")
-    save_drafter(head, out, {"target": target, "imported": {"from": source, "architectures": stored.config.get("architectures")}}, stored.dtype)
-    report(f"{head.name} with taps {list(head.feature_spec.taps)} and {len(head.ids)} of {len(embedding)} tokens in {out}, read back and equal")
+    save_drafter(
+        head,
+        out,
+        {"target": target, "imported": {"from": source, "architectures": stored.config.get("architectures")}},
+        stored.dtype,
+    )
+    report(
+        f"{head.name} with taps {list(head.feature_spec.taps)} and {len(head.ids)} of {len(embedding)} tokens in "
+        f"{out}, read back and equal"
+    )
     return out
 
 
@@ -62,5 +83,7 @@ def new_place(out: str | Path) -> Path:
 
 
 def command(layout, engine: str, config: dict, drafter: str | Path, target: str, depth: int) -> str:
-    """The shell command that serves a drafter with this config.json; drafter and target as the engine is to find them."""
+    """The shell command that serves a drafter with this config.json; drafter and target as the engine is to find
+    them.
+    """
     return Template(layout.engines[engine]).substitute(config, drafter=drafter, target=target, depth=depth)

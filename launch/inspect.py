@@ -14,21 +14,44 @@ from draftsmith.train.recipe import DrafterRecipe
 
 
 def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
-    """Prints counts, the draft vocabulary's coverage by size, and the first rows with the tokens written by the target in green."""
+    """Prints counts, the draft vocabulary's coverage by size, and the first rows with the tokens written by the target
+    in green.
+    """
     tokenizer, target, spec = load_tokenizer(recipe.target), describe(recipe.target), recipe.data
     config = recipe.kind.Config.for_target(target.config, **recipe.head.shape)
     with tempfile.TemporaryDirectory() as folder:
-        rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, tokenizer, stop_ids(target, tokenizer), target.vocab_size, Path(folder),
-                       console.print, load_pictures(recipe.target, target, spec.max_image_pixels, cut_for(config)))
-        console.print(f"{len(rows)} rows, {len(rows.tokens):,} tokens, {int(rows.mask.sum()):,} written by the target (green)")
+        rows = prepare(
+            spec.files,
+            spec.max_length,
+            spec.max_bad_rows,
+            tokenizer,
+            stop_ids(target, tokenizer),
+            target.vocab_size,
+            Path(folder),
+            console.print,
+            load_pictures(recipe.target, target, spec.max_image_pixels, cut_for(config)),
+        )
+        console.print(
+            f"{len(rows)} rows, {len(rows.tokens):,} tokens, {int(rows.mask.sum()):,} written by the target (green)"
+        )
         counts = rows.counts.sort(descending=True).values
-        for size in sorted({target.vocab_size // 4, target.vocab_size // 2, recipe.head.shape.get("draft_vocab_size") or target.vocab_size}):
-            console.print(f"a draft vocabulary of {size} covers {float(counts[:size].sum() / counts.sum()):.2%} of them")
+        for size in sorted(
+            {
+                target.vocab_size // 4,
+                target.vocab_size // 2,
+                recipe.head.shape.get("draft_vocab_size") or target.vocab_size,
+            }
+        ):
+            console.print(
+                f"a draft vocabulary of {size} covers {float(counts[:size].sum() / counts.sum()):.2%} of them"
+            )
         for number in range(min(samples, len(rows))):
             tokens, mask = rows.row(number)
             console.rule()
             for start, stop, mark in spans(mask.tolist()):
-                console.print(Text(tokenizer.decode(tokens[start:stop].tolist()), style="green" if mark else "dim"), end="")
+                console.print(
+                    Text(tokenizer.decode(tokens[start:stop].tolist()), style="green" if mark else "dim"), end=""
+                )
             console.print()
 
 

@@ -1,8 +1,10 @@
-"""`draftsmith longbench`: suites of long prompts, from logs of conversations, from long documents, or from Python source on this machine.
+"""`draftsmith longbench`: suites of long prompts, from logs of conversations, from long documents, or from Python
+source on this machine.
 
-LongSpecBench (OWL, Lee et al., 2025) is 200 conversations of 4K to 64K tokens drawn from WildChat; its list was not published, so that it is
-drawn anew here. A row is one of `draftsmith eval`'s `messages` rows: {name, category, messages, tokens, hash, turn, synthetic}; the category
-is its bin of lengths, by which the results of an evaluation come out split.
+LongSpecBench (OWL, Lee et al., 2025) is 200 conversations of 4K to 64K tokens drawn from WildChat; its list was not
+published, so that it is drawn anew here. A row is one of `draftsmith eval`'s `messages` rows: {name, category,
+messages, tokens, hash, turn, synthetic}; the category is its bin of lengths, by which the results of an evaluation come
+out split.
 """
 
 import hashlib
@@ -13,23 +15,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from draftsmith.eval.suites import read_rows
+from draftsmith.eval.measurement.suites import read_rows
 from draftsmith.launch.prompts import HELD_OUT
 from draftsmith.models.chat import encode_prompt
 from draftsmith.models.errors import UserError
-from draftsmith.train import corpus
-from draftsmith.train.repository import open_file, question
+from draftsmith.train.reference import corpus
+from draftsmith.train.reference.repository import open_file, question
 
 EDGES = (4096, 8192, 16384, 32768, 65536)
 QUESTION = "Summarize the text above."  # of documents that bring none of their own
 HASHED = 1000  # tokens that tell whether two prompts are the same
-STRANGE = 0.05  # share of characters that no text has (unprintable, or a broken encoding's mark) from which on it is none
+STRANGE = (
+    0.05  # share of characters that no text has (unprintable, or a broken encoding's mark) from which on it is none
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A prompt that ends with a user's turn. answer: what was answered to it, where that is known; document: what it shares with others that
-    differ in their questions alone; tokens: rendered ids."""
+    """A prompt that ends with a user's turn. answer: what was answered to it, where that is known; document: what it
+    shares with others that differ in their questions alone; tokens: rendered ids.
+    """
 
     name: str
     messages: list[dict]
@@ -45,53 +50,94 @@ class Candidate:
     def row(self, category: str) -> dict:
         digest = hashlib.sha256(json.dumps(self.tokens[:HASHED]).encode()).hexdigest()[:16]
         shared = {} if self.document is None else {"document": self.document}
-        return {"name": self.name, "category": category, "tokens": len(self.tokens), "hash": digest, "turn": self.turn, "synthetic": self.synthetic,
-                **shared, "messages": self.messages}
+        return {
+            "name": self.name,
+            "category": category,
+            "tokens": len(self.tokens),
+            "hash": digest,
+            "turn": self.turn,
+            "synthetic": self.synthetic,
+            **shared,
+            "messages": self.messages,
+        }
 
 
 def conversations(file: str, left_out: Counter) -> Iterator[Candidate]:
-    """Rows with `conversation` (WildChat) or `messages`, each cut at its last user turn; flagged ones and such without text are left out."""
+    """Rows with `conversation` (WildChat) or `messages`, each cut at its last user turn; flagged ones and such without
+    text are left out.
+    """
     for number, row in read_rows(Path(file)):
         turns = (row.get("conversation") or row.get("messages")) if isinstance(row, dict) else None
-        if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
+        if not isinstance(turns, list) or not all(
+            isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns
+        ):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{file} row {number}: found {found}, expected `conversation` or `messages`, a list of role and content")
+            raise UserError(
+                f"{file} row {number}: found {found}, expected `conversation` or `messages`, a list of role and content"
+            )
         if any(item.get("toxic") or item.get("redacted") for item in (row, *turns)):
             left_out["flagged as toxic or redacted"] += 1
             continue
         messages = [{"role": t["role"], "content": t["content"]} for t in turns]
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
-        if last is None or not all(isinstance(m["content"], str) and m["content"].strip() for m in messages[:last + 1]):
+        if last is None or not all(
+            isinstance(m["content"], str) and m["content"].strip() for m in messages[: last + 1]
+        ):
             left_out["without text"] += 1
             continue
         answer = messages[last + 1]["content"] if last + 1 < len(messages) else None
-        yield Candidate(str(row.get("conversation_hash") or row.get("name") or f"{Path(file).name}:{number}"), messages[:last + 1], answer)
+        yield Candidate(
+            str(row.get("conversation_hash") or row.get("name") or f"{Path(file).name}:{number}"),
+            messages[: last + 1],
+            answer,
+        )
 
 
 def documents(file: str, left_out: Counter) -> Iterator[Candidate]:
     """Rows with `text` and, where the corpus has one, its `question`."""
     for number, row in read_rows(Path(file)):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f"{file} row {number}: found {sorted(row) if isinstance(row, dict) else type(row).__name__}, expected `text`")
+            raise UserError(
+                f"{file} row {number}: found {sorted(row) if isinstance(row, dict) else type(row).__name__}, "
+                f"expected `text`"
+            )
         if not row["text"].strip():
             left_out["without text"] += 1
             continue
         content = row["text"].rstrip() + "\n\n" + (row.get("question") or QUESTION)
-        yield Candidate(str(row.get("name") or row.get("id") or f"{Path(file).name}:{number}"), [{"role": "user", "content": content}], row.get("answer"))
+        yield Candidate(
+            str(row.get("name") or row.get("id") or f"{Path(file).name}:{number}"),
+            [{"role": "user", "content": content}],
+            row.get("answer"),
+        )
 
 
-def repositories(packages: list[str], held_out: bool, length: int, tokenizer, seed: int, questions: int = 1, max_question: int = 128,
-                 answer: tuple[int, int] = (24, 224)) -> Iterator[Candidate]:
-    """Questions for a function behind files of its package, module after module in a seeded order, each of at least `length` tokens where the
-    package has them: the function's own file stands last, before it the files that come before it by path (behind the first file the last
-    one). Up to `questions` documented functions of a module are cut out of its file and asked for one at a time; those whose body stands
-    anywhere in the files are left out.
+def repositories(
+    packages: list[str],
+    held_out: bool,
+    length: int,
+    tokenizer,
+    seed: int,
+    questions: int = 1,
+    max_question: int = 128,
+    answer: tuple[int, int] = (24, 224),
+) -> Iterator[Candidate]:
+    """Questions for a function behind files of its package, module after module in a seeded order, each of at least
+    `length` tokens where the package has them: the function's own file stands last, before it the files that come
+    before it by path (behind the first file the last one). Up to `questions` documented functions of a module are cut
+    out of its file and asked for one at a time; those whose body stands anywhere in the files are left out.
 
-    held_out: the module asked about is one that no training of the bundled models saw; the files before it may be others.
+    held_out: the module asked about is one that no training of the bundled models saw; the files before it may be
+    others.
     """
     files = corpus.find_sources(packages)
     homes = {package: [f for f in files if f.package == package] for package in packages}
-    modules = [(home, at) for home in homes.values() for at, f in enumerate(home) if corpus.is_held_out(f.module, HELD_OUT) == held_out]
+    modules = [
+        (home, at)
+        for home in homes.values()
+        for at, f in enumerate(home)
+        if corpus.is_held_out(f.module, HELD_OUT) == held_out
+    ]
     rng = random.Random(seed)
     rng.shuffle(modules)
     size = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
@@ -115,7 +161,9 @@ def repositories(packages: list[str], held_out: bool, length: int, tokenizer, se
 
 
 def rendered(candidates: Iterator[Candidate], tokenizer, least: int, left_out: Counter) -> list[Candidate]:
-    """With their tokens; what cannot reach `least` tokens is not rendered, duplicates and what is no text are left out."""
+    """With their tokens; what cannot reach `least` tokens is not rendered, duplicates and what is no text are left
+    out.
+    """
     kept, seen = [], set()
     for candidate in candidates:
         text = "".join(m["content"] for m in candidate.messages)
@@ -126,7 +174,11 @@ def rendered(candidates: Iterator[Candidate], tokenizer, least: int, left_out: C
             left_out["too short"] += 1
             continue
         candidate = replace(candidate, tokens=tuple(encode_prompt(tokenizer, candidate.messages)))
-        start = candidate.tokens[:HASHED] if candidate.document is None else (candidate.document, candidate.messages[-1]["content"])
+        start = (
+            candidate.tokens[:HASHED]
+            if candidate.document is None
+            else (candidate.document, candidate.messages[-1]["content"])
+        )
         if start in seen:
             left_out["twice"] += 1
             continue
@@ -136,12 +188,20 @@ def rendered(candidates: Iterator[Candidate], tokenizer, least: int, left_out: C
 
 
 def filled(candidates: list[Candidate], edges: tuple[int, ...], tokenizer, seed: int) -> list[Candidate]:
-    """Each with other, unrelated candidates before it, until it reaches a length drawn evenly over the bins; marked synthetic where any were needed.
-    An answered one goes before as turns of its own, one without an answer as text in front of the next user's turn."""
+    """Each with other, unrelated candidates before it, until it reaches a length drawn evenly over the bins; marked
+    synthetic where any were needed. An answered one goes before as turns of its own, one without an answer as text in
+    front of the next user's turn.
+    """
     rng, made = random.Random(seed), []
     for candidate in candidates:
         bin_ = rng.randrange(len(edges) - 1)
-        wanted, before, text, total, others = rng.randrange(edges[bin_], edges[bin_ + 1]), [], "", len(candidate.tokens), list(candidates)
+        wanted, before, text, total, others = (
+            rng.randrange(edges[bin_], edges[bin_ + 1]),
+            [],
+            "",
+            len(candidate.tokens),
+            list(candidates),
+        )
         rng.shuffle(others)
         for other in others:
             if total >= wanted:
@@ -156,10 +216,16 @@ def filled(candidates: list[Candidate], edges: tuple[int, ...], tokenizer, seed:
                 before, text = [*before, first, *more, {"role": "assistant", "content": other.answer}], ""
             total += len(other.tokens)
         system = [m for m in candidate.messages[:1] if m["role"] == "system"]
-        first, *more = candidate.messages[len(system):]
+        first, *more = candidate.messages[len(system) :]
         messages = [*system, *before, {"role": first["role"], "content": text + first["content"]}, *more]
-        made.append(replace(candidate, messages=messages, synthetic=len(messages) > len(candidate.messages) or bool(text),
-                            tokens=tuple(encode_prompt(tokenizer, messages))))
+        made.append(
+            replace(
+                candidate,
+                messages=messages,
+                synthetic=len(messages) > len(candidate.messages) or bool(text),
+                tokens=tuple(encode_prompt(tokenizer, messages)),
+            )
+        )
     return made
 
 
@@ -186,7 +252,9 @@ def balanced(rows: dict[str, list], count: int, rng: random.Random) -> list:
 SAMPLERS: dict[str, Callable] = {"natural": natural, "balanced": balanced}
 
 
-def in_bins(candidates: list[Candidate], edges: tuple[int, ...], count: int, sampler: str, seed: int, left_out: Counter) -> list[dict]:
+def in_bins(
+    candidates: list[Candidate], edges: tuple[int, ...], count: int, sampler: str, seed: int, left_out: Counter
+) -> list[dict]:
     """Suite rows of the sampled candidates, the shortest first."""
     bins = {f"{label(low)}-{label(high)}": [] for low, high in zip(edges, edges[1:])}
     for candidate in candidates:
@@ -200,8 +268,10 @@ def in_bins(candidates: list[Candidate], edges: tuple[int, ...], count: int, sam
 
 
 def cut(candidates: list[Candidate], lengths: tuple[int, ...], count: int, tokenizer, left_out: Counter) -> list[dict]:
-    """The prompts of the first `count` documents that reach the greatest length, each cut from the left to every length: the same questions
-    behind ever more context. The prompts of a document are cut at the same character, which is where the longest of them has the length."""
+    """The prompts of the first `count` documents that reach the greatest length, each cut from the left to every
+    length: the same questions behind ever more context. The prompts of a document are cut at the same character, which
+    is where the longest of them has the length.
+    """
     documents: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         if len(candidate.messages) > 1:
@@ -217,12 +287,17 @@ def cut(candidates: list[Candidate], lengths: tuple[int, ...], count: int, token
         starts = [start for start, _ in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
         for length in lengths:
             place = len(longest.tokens) - length
-            while len(encode_prompt(tokenizer, [{"role": "user", "content": text[starts[max(0, place)]:]}])) > length:
+            while len(encode_prompt(tokenizer, [{"role": "user", "content": text[starts[max(0, place)] :]}])) > length:
                 place += 1  # a text that is cut may need more tokens than it had as a part
             for candidate in found:
-                messages = [{"role": "user", "content": candidate.messages[0]["content"][starts[max(0, place)]:]}]
-                shorter = replace(candidate, name=f"{candidate.name}@{label(length)}", messages=messages, document=name,
-                                  tokens=tuple(encode_prompt(tokenizer, messages)))
+                messages = [{"role": "user", "content": candidate.messages[0]["content"][starts[max(0, place)] :]}]
+                shorter = replace(
+                    candidate,
+                    name=f"{candidate.name}@{label(length)}",
+                    messages=messages,
+                    document=name,
+                    tokens=tuple(encode_prompt(tokenizer, messages)),
+                )
                 rows.append(shorter.row(label(length)))
     return rows
 
@@ -235,12 +310,25 @@ def write_suite(rows: list[dict], output: str, left_out: Counter, report=print) 
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = Counter(row["category"] for row in rows)
-    report(f"{len(rows)} prompts: {', '.join(f'{category} {counts[category]}' for category in counts)}" + (f"; left out: {told}" if told else ""))
+    report(
+        f"{len(rows)} prompts: {', '.join(f'{category} {counts[category]}' for category in counts)}"
+        + (f"; left out: {told}" if told else "")
+    )
     return Path(output)
 
 
-def longbench(sources: list[Iterator[Candidate]], output: str, tokenizer, edges: tuple[int, ...], count: int, sampler: str, fill: bool, seed: int,
-              left_out: Counter, report=print) -> Path:
+def longbench(
+    sources: list[Iterator[Candidate]],
+    output: str,
+    tokenizer,
+    edges: tuple[int, ...],
+    count: int,
+    sampler: str,
+    fill: bool,
+    seed: int,
+    left_out: Counter,
+    report=print,
+) -> Path:
     """A suite of `count` prompts sampled over the bins between `edges` (tokens)."""
     if sampler not in SAMPLERS:
         raise UserError(f"sampler: found {sampler}, expected {' or '.join(SAMPLERS)}")

@@ -1,4 +1,6 @@
-"""`draftsmith eval`: measures methods over suites, temperatures and batch sizes, shows the tables and writes result.json and the report."""
+"""`draftsmith eval`: measures methods over suites, temperatures and batch sizes, shows the tables and writes
+result.json and the report.
+"""
 
 import hashlib
 import importlib.util
@@ -7,8 +9,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftsmith.eval.evaluate import ACCEPTANCE_BATCH, Plan, Suite
-from draftsmith.eval.journal import Journal
+from draftsmith.eval.measurement.journal import Journal
+from draftsmith.eval.measurement.suite import ACCEPTANCE_BATCH, Plan, Suite
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import ASSISTANT, Methods, bundled, check_writable, write_json
 from draftsmith.launch.report import report as write_report_of
@@ -24,8 +26,9 @@ CODE = "bundled:prompts/code.jsonl"
 
 @dataclass(frozen=True)
 class Request:
-    """What `draftsmith eval` was asked. methods: drafter directories and baselines; tree: `auto` or the tree to time; timed: the temperatures at
-    which speed is measured (acceptance length is measured at all `temperatures`)."""
+    """What `draftsmith eval` was asked. methods: drafter directories and baselines; tree: `auto` or the tree to time;
+    timed: the temperatures at which speed is measured (acceptance length is measured at all `temperatures`).
+    """
 
     methods: list[str]
     output: Path
@@ -48,43 +51,91 @@ class Request:
             if not math.isfinite(temperature):
                 raise UserError(f"temperature: found {temperature}, expected a finite number")
             Sampling(temperature)
-        for name, values in (("temperatures", self.temperatures), ("timed temperatures", timed), ("batch sizes", self.batches)):
+        for name, values in (
+            ("temperatures", self.temperatures),
+            ("timed temperatures", timed),
+            ("batch sizes", self.batches),
+        ):
             if len(set(values)) < len(values) or not values:
-                raise UserError(f"{name}: found {', '.join(map(str, values)) or 'none'}, expected at least one and each once")
-        return Plan(parse_tree(LARGE_TREE), CHAIN_DEPTH, None if self.tree == "auto" else parse_tree(self.tree), CHOICE_PROMPTS,
-                    self.temperatures, tuple((t, b) for t in timed for b in self.batches), self.max_new_tokens, self.seed)
+                raise UserError(
+                    f"{name}: found {', '.join(map(str, values)) or 'none'}, expected at least one and each once"
+                )
+        return Plan(
+            parse_tree(LARGE_TREE),
+            CHAIN_DEPTH,
+            None if self.tree == "auto" else parse_tree(self.tree),
+            CHOICE_PROMPTS,
+            self.temperatures,
+            tuple((t, b) for t in timed for b in self.batches),
+            self.max_new_tokens,
+            self.seed,
+        )
 
 
 def measure(request: Request, report=print) -> dict:
-    """Writes OUTPUT/result.json (the first drafter's documented keys, the other drafters' under their names, all cells, conditions), the raw
-    traces beside it in runs.jsonl, and OUTPUT/report. A killed measurement goes on when the same one is asked again."""
+    """Writes OUTPUT/result.json (the first drafter's documented keys, the other drafters' under their names, all cells,
+    conditions), the raw traces beside it in runs.jsonl, and OUTPUT/report. A killed measurement goes on when the same
+    one is asked again.
+    """
     plan = request.plan()
     names = [suite_name(file) for file in request.suites]
     if len(set(names)) < len(names):
         raise UserError(f"suites: found {', '.join(names)}, expected different names")
     methods = Methods.open(request.methods, request.target, request.assistant)
     rows = max(tree.size for tree in (plan.tree, chain(plan.chain_depth), plan.fixed or plan.tree))
-    prompts = {name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)
-               for name, file in zip(names, request.suites)}
+    prompts = {
+        name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)
+        for name, file in zip(names, request.suites)
+    }
     digest = lambda found: hashlib.sha256(json.dumps([p.identity for p in found]).encode()).hexdigest()[:16]  # noqa: E731
-    settings = {**methods.identity(), "suites": {name: digest(found) for name, found in prompts.items()}, "temperatures": request.temperatures,
-                "timed": plan.timed, "tree": request.tree, "max_new_tokens": request.max_new_tokens, "seed": request.seed}
+    settings = {
+        **methods.identity(),
+        "suites": {name: digest(found) for name, found in prompts.items()},
+        "temperatures": request.temperatures,
+        "timed": plan.timed,
+        "tree": request.tree,
+        "max_new_tokens": request.max_new_tokens,
+        "seed": request.seed,
+    }
     check_writable(request.output)
     journal = Journal(request.output / "runs.jsonl.partial", json.loads(json.dumps(settings)))
     cells, documents, samples = [], {}, {}
     for name, found in prompts.items():
-        suite = Suite(name, methods.target, methods.heads, methods.baselines, [p.tokens for p in found], methods.stops, plan, journal, report,
-                      [p.category for p in found])
+        suite = Suite(
+            name,
+            methods.target,
+            methods.heads,
+            methods.baselines,
+            [p.tokens for p in found],
+            methods.stops,
+            plan,
+            journal,
+            report,
+            [p.category for p in found],
+        )
         results, more, traces = suite.measure()
         cells += more
         documents = documents or results  # the documented keys are those of the first suite
         samples = samples or {method: pieces(trace, methods.tokenizer) for method, trace in traces.items()}
     first, *others = documents or {None: {}}
     document = {
-        **documents.get(first, {}), **{name: documents[name] for name in others}, "cells": cells, "samples": samples, "conditions": {
-            "target": methods.target.name, "drafters": methods.folders, "first": first, "prompts": list(request.suites),
-            "count": {name: len(found) for name, found in prompts.items()}, "max_new_tokens": request.max_new_tokens, "seed": request.seed,
-            "tree_of_tree_tau": LARGE_TREE, "batch_of_tree_tau": ACCEPTANCE_BATCH, **methods.machine()}}
+        **documents.get(first, {}),
+        **{name: documents[name] for name in others},
+        "cells": cells,
+        "samples": samples,
+        "conditions": {
+            "target": methods.target.name,
+            "drafters": methods.folders,
+            "first": first,
+            "prompts": list(request.suites),
+            "count": {name: len(found) for name, found in prompts.items()},
+            "max_new_tokens": request.max_new_tokens,
+            "seed": request.seed,
+            "tree_of_tree_tau": LARGE_TREE,
+            "batch_of_tree_tau": ACCEPTANCE_BATCH,
+            **methods.machine(),
+        },
+    }
     write_json(request.output / "result.json", document)
     journal.path.replace(request.output / "runs.jsonl")
     show(document)
@@ -104,5 +155,5 @@ def pieces(trace, tokenizer) -> list[str]:
     """What each pass emitted as text, the token from the prefill first."""
     borders, texts = [1, *trace.emitted], []
     for count in borders:
-        texts.append(tokenizer.decode(trace.tokens[sum(borders[:len(texts)]):][:count]))
+        texts.append(tokenizer.decode(trace.tokens[sum(borders[: len(texts)]) :][:count]))
     return texts

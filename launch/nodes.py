@@ -1,7 +1,9 @@
-"""`draftsmith launch`: one DeepSpeed job on one machine, on the machines of a hostfile, or (launch/slurm.py) in a queue.
+"""`draftsmith launch`: one DeepSpeed job on one machine, on the machines of a hostfile, or (launch/slurm.py) in a
+queue.
 
-This file knows processes and machines, not training: it starts the DeepSpeed launcher, passes signals on to the processes that train, and
-reads from their records (launch/rank.py) which one was lost. `OUTPUT/processes` must be a folder that all machines share, as OUTPUT itself.
+This file knows processes and machines, not training: it starts the DeepSpeed launcher, passes signals on to the
+processes that train, and reads from their records (launch/rank.py) which one was lost. `OUTPUT/processes` must be a
+folder that all machines share, as OUTPUT itself.
 """
 
 import contextlib
@@ -67,25 +69,46 @@ def on_this_machine(recipe: str, overrides: list[str], processes: int, dry_run: 
     return _run(["--num_gpus", str(processes), "--master_port", str(free_port())], recipe, overrides, dry_run, say)
 
 
-def on_hosts(recipe: str, overrides: list[str], hostfile: Path, node: int | None, address: str | None, port: int | None, dry_run: bool,
-             say: Say) -> int:
-    """All machines of a hostfile through ssh; with `node`, only the part of this machine (the node-th of the file, from 0): then the same
-    command runs on every machine, and no ssh is needed."""
+def on_hosts(
+    recipe: str,
+    overrides: list[str],
+    hostfile: Path,
+    node: int | None,
+    address: str | None,
+    port: int | None,
+    dry_run: bool,
+    say: Say,
+) -> int:
+    """All machines of a hostfile through ssh; with `node`, only the part of this machine (the node-th of the file, from
+    0): then the same command runs on every machine, and no ssh is needed.
+    """
     hosts = read_hostfile(hostfile)
-    place = ["--hostfile", str(hostfile.resolve()), "--master_addr", address or next(iter(hosts)), "--master_port", str(port or PORT)]
+    place = [
+        "--hostfile",
+        str(hostfile.resolve()),
+        "--master_addr",
+        address or next(iter(hosts)),
+        "--master_port",
+        str(port or PORT),
+    ]
     if node is None:
-        for tool in ("ssh", "pdsh")[:min(2, len(hosts))]:
+        for tool in ("ssh", "pdsh")[: min(2, len(hosts))]:
             if shutil.which(tool) is None and not dry_run:
                 raise UserError(f"--hosts: found no {tool} here, expected it; or give --node-rank K on every machine")
         return _run(place, recipe, overrides, dry_run, say)
     if not 0 <= node < len(hosts):
-        raise UserError(f"--node-rank: found {node}, expected 0..{len(hosts) - 1} ({hostfile} has {len(hosts)} machine{'s' * (len(hosts) > 1)})")
+        raise UserError(
+            f"--node-rank: found {node}, expected 0..{len(hosts) - 1} ({hostfile} has {len(hosts)} "
+            f"machine{'s' * (len(hosts) > 1)})"
+        )
     return _run([*place, "--no_ssh", "--node_rank", str(node)], recipe, overrides, dry_run, say)
 
 
 def deepspeed_program() -> str:
     """The `deepspeed` command of this environment."""
-    found = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    found = shutil.which(
+        "deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
     if found is None:
         raise UserError("launching needs the package deepspeed, found none; pip install 'draftsmith[train]'")
     return found
@@ -95,7 +118,17 @@ def _run(place: list[str], recipe: str, overrides: list[str], dry_run: bool, say
     """The DeepSpeed launcher with the machines that `place` says."""
     output = Path(read_recipe(recipe, DrafterRecipe, overrides).output)
     folder = output.resolve() / "processes"
-    command = [deepspeed_program(), *place, "--log_level", "error", "--module", "draftsmith.launch.rank", str(folder), recipe, *overrides]
+    command = [
+        deepspeed_program(),
+        *place,
+        "--log_level",
+        "error",
+        "--module",
+        "draftsmith.launch.rank",
+        str(folder),
+        recipe,
+        *overrides,
+    ]
     say(shlex.join(command))
     if dry_run:
         return 0
@@ -105,9 +138,15 @@ def _run(place: list[str], recipe: str, overrides: list[str], dry_run: bool, say
     lost = job.lost()
     if lost is None:
         return code
-    if lost.saved or (lost.code == 2 and lost.rank == 0 and lost in job.own()):  # process 0 has said here what was wrong
+    if lost.saved or (
+        lost.code == 2 and lost.rank == 0 and lost in job.own()
+    ):  # process 0 has said here what was wrong
         return lost.code
-    print(f"error: process {lost.rank} on {lost.host} (pid {lost.pid}) {lost.how}; {_resumes(output)}", file=sys.stderr, flush=True)
+    print(
+        f"error: process {lost.rank} on {lost.host} (pid {lost.pid}) {lost.how}; {_resumes(output)}",
+        file=sys.stderr,
+        flush=True,
+    )
     return lost.code or code
 
 
@@ -115,26 +154,35 @@ def _resumes(output: Path) -> str:
     from draftsmith.train.checkpoint import Checkpoints
 
     last = Checkpoints(output / "checkpoints", {}, 0, 1).latest()
-    return f"{last} is complete: the same command resumes there" if last else "there is no checkpoint yet: the same command begins anew"
+    return (
+        f"{last} is complete: the same command resumes there"
+        if last
+        else "there is no checkpoint yet: the same command begins anew"
+    )
 
 
 class Job:
-    """A running DeepSpeed launcher in a session of its own, so that a signal reaches the processes that train first: they save and end, and
-    the launcher ends with their exit code. (By itself it would give them 30 seconds.)"""
+    """A running DeepSpeed launcher in a session of its own, so that a signal reaches the processes that train first:
+    they save and end, and the launcher ends with their exit code. (By itself it would give them 30 seconds.)
+    """
 
     def __init__(self, command: list[str], folder: Path):
         import torch
 
         self.folder, self.since, self.asked = folder, time.time(), False
         environment = {**os.environ, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}  # the launcher inherits this
+        before = {
+            number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)
+        }  # the launcher inherits this
         self.process = subprocess.Popen(command, env=environment, start_new_session=True)
         self.before = before
         for number in before:
             signal.signal(number, lambda *_: self._ask())
 
     def wait(self) -> int:
-        """The launcher's exit code. When a process was lost, on whatever machine, the ones of this launcher do not wait for it."""
+        """The launcher's exit code. When a process was lost, on whatever machine, the ones of this launcher do not wait
+        for it.
+        """
         waiting = True
         try:
             while self.process.poll() is None:
@@ -144,7 +192,11 @@ class Job:
                     self._signal(signal.SIGKILL)
                     waiting = False
             limit = time.time() + SETTLE
-            while self.asked and time.time() < limit and any(r.code is None and r.started > self.since for r in records(self.folder)):
+            while (
+                self.asked
+                and time.time() < limit
+                and any(r.code is None and r.started > self.since for r in records(self.folder))
+            ):
                 time.sleep(0.2)  # through ssh the launcher ends before its machines do
         finally:
             for number, handler in self.before.items():

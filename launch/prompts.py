@@ -5,20 +5,33 @@ import random
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
-from draftsmith.train import corpus
+from draftsmith.train.reference import corpus
 
 HELD_OUT = 0.03  # share of module paths that no training of the bundled models sees
 
 
-def write_prompts(packages: list[str], output: str, count: int, seed: int, tokenizer, held_out: bool, tests: bool = False,
-                  min_answer: int = 24, max_question: int = 128, max_answer: int = 224) -> Path:
-    """Writes `count` documented functions of the train (or held-out) split as JSONL {name, messages}, in a seeded order; with `tests` test
-    functions instead, documented or not (the bundled models' corpus leaves their folders out).
+def write_prompts(
+    packages: list[str],
+    output: str,
+    count: int,
+    seed: int,
+    tokenizer,
+    held_out: bool,
+    tests: bool = False,
+    min_answer: int = 24,
+    max_question: int = 128,
+    max_answer: int = 224,
+) -> Path:
+    """Writes `count` documented functions of the train (or held-out) split as JSONL {name, messages}, in a seeded
+    order; with `tests` test functions instead, documented or not (the bundled models' corpus leaves their folders out).
 
     Lengths are in tokens. The function's own body is used only to leave out trivial ones; it is not written.
     """
-    functions = [f for f in corpus.unique_functions(corpus.find_sources(packages, tests=tests))
-                 if (f.name.startswith("test") if tests else f.documented) and corpus.is_held_out(f.module, HELD_OUT) == held_out]
+    functions = [
+        f
+        for f in corpus.unique_functions(corpus.find_sources(packages, tests=tests))
+        if (f.name.startswith("test") if tests else f.documented) and corpus.is_held_out(f.module, HELD_OUT) == held_out
+    ]
     random.Random(seed).shuffle(functions)
     rows, asked = [], set()
     for function in functions:
@@ -27,10 +40,21 @@ def write_prompts(packages: list[str], output: str, count: int, seed: int, token
         if function.question in asked:
             continue
         asked.add(function.question)
-        if len(tokenizer(function.question)["input_ids"]) <= max_question and min_answer <= len(tokenizer(function.answer)["input_ids"]) <= max_answer:
-            rows.append({"name": f"{function.module}:{function.name}", "messages": [{"role": "user", "content": function.question}]})
+        if (
+            len(tokenizer(function.question)["input_ids"]) <= max_question
+            and min_answer <= len(tokenizer(function.answer)["input_ids"]) <= max_answer
+        ):
+            rows.append(
+                {
+                    "name": f"{function.module}:{function.name}",
+                    "messages": [{"role": "user", "content": function.question}],
+                }
+            )
     if not rows:
-        raise UserError(f"packages {', '.join(packages)}: found no {'test' if tests else 'documented'} functions that fit, expected at least one")
+        raise UserError(
+            f"packages {', '.join(packages)}: found no {'test' if tests else 'documented'} functions that fit, "
+            f"expected at least one"
+        )
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Path(output)

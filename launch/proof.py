@@ -4,18 +4,31 @@ from dataclasses import asdict
 from pathlib import Path
 
 from draftsmith.eval.lossless import Comparison, describe, dtype_of, prove
-from draftsmith.eval.measure import Looped
+from draftsmith.eval.measurement.measure import Looped
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, write_json
 from draftsmith.launch.tables import show_proof
-from draftsmith.models.drafter import HeadDrafter
+from draftsmith.models.drafters import HeadDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import parse_tree
 
 
-def verify(names: list[str], suite: str, targets: list[str], dtypes: list[str], trees: list[str], batches: list[int], temperatures: list[float],
-           max_new_tokens: int, limit: int, seed: int, output: Path, report=print) -> bool:
-    """Whether everything that is claimed holds. Each temperature above 0 is also tried with top-k, top-p and a repetition penalty.
+def verify(
+    names: list[str],
+    suite: str,
+    targets: list[str],
+    dtypes: list[str],
+    trees: list[str],
+    batches: list[int],
+    temperatures: list[float],
+    max_new_tokens: int,
+    limit: int,
+    seed: int,
+    output: Path,
+    report=print,
+) -> bool:
+    """Whether everything that is claimed holds. Each temperature above 0 is also tried with top-k, top-p and a
+    repetition penalty.
 
     Without targets the drafters name theirs; several targets must share the drafters' shapes (a fine-tuned copy, say).
     """
@@ -26,19 +39,43 @@ def verify(names: list[str], suite: str, targets: list[str], dtypes: list[str], 
     samplings = [Sampling(t, seed=seed) for t in temperatures]
     samplings += [Sampling(t, 20, 0.9, 1.2, seed) for t in temperatures if t > 0]
     if any(name.startswith("hf-") or name == "plain" for name in names):
-        raise UserError(f"methods: found {', '.join(names)}, expected drafters, howl:DRAFTER, suffix, lookup (the loops of Hugging Face are not ours to prove)")
+        raise UserError(
+            f"methods: found {', '.join(names)}, expected drafters, howl:DRAFTER, suffix, lookup (the loops of "
+            f"Hugging Face are not ours to prove)"
+        )
     check_writable(output)
     found: list[Comparison] = []
     for target_name in targets or [None]:
         for dtype in dtypes:
             methods = Methods.open(names, target_name, ASSISTANT, dtype_of(dtype))
-            prompts = methods.prompts(suite, limit, max_new_tokens, max(policy.size for policy in policies), False, report)
-            drafters = {f"{name} {policy}": HeadDrafter(head, policy) for name, head in methods.heads.items() for policy in policies}
-            drafters |= {name: decode.drafter for name, decode in methods.baselines.items() if isinstance(decode, Looped)}
-            found += prove(methods.target, drafters, [p.tokens for p in prompts], methods.stops, samplings, batches, max_new_tokens, report)
+            prompts = methods.prompts(
+                suite, limit, max_new_tokens, max(policy.size for policy in policies), False, report
+            )
+            drafters = {
+                f"{name} {policy}": HeadDrafter(head, policy)
+                for name, head in methods.heads.items()
+                for policy in policies
+            }
+            drafters |= {
+                name: decode.drafter for name, decode in methods.baselines.items() if isinstance(decode, Looped)
+            }
+            found += prove(
+                methods.target,
+                drafters,
+                [p.tokens for p in prompts],
+                methods.stops,
+                samplings,
+                batches,
+                max_new_tokens,
+                report,
+            )
     holds = all(c.lossless for c in found if c.claimed)
-    document = {"lossless": holds, "comparisons": [{**asdict(c), "sampling": describe(c.sampling), "lossless": c.lossless, "claimed": c.claimed}
-                                                  for c in found]}
+    document = {
+        "lossless": holds,
+        "comparisons": [
+            {**asdict(c), "sampling": describe(c.sampling), "lossless": c.lossless, "claimed": c.claimed} for c in found
+        ],
+    }
     write_json(output / "lossless.json", document)
     show_proof(found)
     report(f"{'lossless' if holds else 'NOT lossless'}; all divergences in {output / 'lossless.json'}")

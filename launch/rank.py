@@ -1,7 +1,9 @@
-"""One process of a launched job, watched: a small parent waits for the process that trains and records how it ended, whatever ended it.
+"""One process of a launched job, watched: a small parent waits for the process that trains and records how it ended,
+whatever ended it.
 
-`python -m draftsmith.launch.rank FOLDER RECIPE [section.key=value ...]` is what `draftsmith launch` lets the DeepSpeed launcher start. The
-record, FOLDER/rank-K.json, is there from the start of process K; a good end removes it. Nothing here imports torch before the fork.
+`python -m draftsmith.launch.rank FOLDER RECIPE [section.key=value ...]` is what `draftsmith launch` lets the DeepSpeed
+launcher start. The record, FOLDER/rank-K.json, is there from the start of process K; a good end removes it. Nothing
+here imports torch before the fork.
 """
 
 import contextlib
@@ -23,8 +25,10 @@ SAVED = 143  # exit code of a run that was asked to stop and saved its state; al
 
 @dataclass(frozen=True)
 class Record:
-    """Process `rank` of a job: pid (of the process that trains) on `host`, in the session of its DeepSpeed launcher; and how it ended: its exit
-    code (128 + the signal that killed it), when (seconds since the epoch), and what it said last."""
+    """Process `rank` of a job: pid (of the process that trains) on `host`, in the session of its DeepSpeed launcher;
+    and how it ended: its exit code (128 + the signal that killed it), when (seconds since the epoch), and what it said
+    last.
+    """
 
     rank: int
     host: str
@@ -45,7 +49,11 @@ class Record:
         if self.code is None:
             return "ended without a word"
         if self.code > 128 and not self.reason:
-            name = signal.Signals(self.code - 128).name if self.code - 128 in iter(signal.Signals) else f"signal {self.code - 128}"
+            name = (
+                signal.Signals(self.code - 128).name
+                if self.code - 128 in iter(signal.Signals)
+                else f"signal {self.code - 128}"
+            )
             return f"was killed by {name}" + (" (often: no memory left)" if name == "SIGKILL" else "")
         return f"ended with exit code {self.code}" + (f": {self.reason}" if self.reason else "")
 
@@ -68,7 +76,8 @@ def records(folder: Path) -> list[Record]:
 
 
 def watch(folder: Path, rank: int, work: Callable[[Callable[[str], None]], int]) -> int:
-    """Runs `work(tell)` in a child and returns its exit code, 128 + signal if one killed it. tell: keeps a reason for the record.
+    """Runs `work(tell)` in a child and returns its exit code, 128 + signal if one killed it. tell: keeps a reason for
+    the record.
 
     SIGTERM and SIGINT are the child's to handle: the parent outlives it.
     """
@@ -103,7 +112,9 @@ def _told(work: Callable[[Callable[[str], None]], int], tell: Callable[[str], No
 
 
 def _end_with(parent: int) -> None:
-    """Where the system can (Linux), this process is killed when its parent is: it must not hold a GPU for a job that is gone."""
+    """Where the system can (Linux), this process is killed when its parent is: it must not hold a GPU for a job that is
+    gone.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:

@@ -1,4 +1,6 @@
-"""`draftsmith report`: makes the report of a finished measurement. `draftsmith eval` does the same when matplotlib is there."""
+"""`draftsmith report`: makes the report of a finished measurement. `draftsmith eval` does the same when matplotlib is
+there.
+"""
 
 import importlib.util
 import json
@@ -9,10 +11,12 @@ from draftsmith.models.targets import locate
 
 
 def report(output: Path, say=print) -> None:
-    """Reads OUTPUT/result.json, OUTPUT/sweep.json where there is one, and the log.jsonl beside every drafter; writes OUTPUT/report."""
+    """Reads OUTPUT/result.json, OUTPUT/sweep.json where there is one, and the log.jsonl beside every drafter; writes
+    OUTPUT/report.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("report: matplotlib is not installed; expected it (pip install 'draftsmith[report]')")
-    from draftsmith.eval.report import write_report
+    from draftsmith.eval.report.report import write_report
 
     document = read(output / "result.json", "cells")
     sweep = read(output / "sweep.json", "auto_over_best") if (output / "sweep.json").is_file() else None

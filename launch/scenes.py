@@ -1,4 +1,6 @@
-"""Writes scenes drawn by code as LLaVA-format JSON with picture files: what drafters for `shapes-vlm` are trained and measured on."""
+"""Writes scenes drawn by code as LLaVA-format JSON with picture files: what drafters for `shapes-vlm` are trained and
+measured on.
+"""
 
 import json
 import random
@@ -6,11 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
-from draftsmith.train.scenes import describe, picture, questions, request, scenes
+from draftsmith.train.reference.scenes import describe, picture, questions, request, scenes
 
 
 def write_scenes(output: str, count: int, seed: int, held_out: bool, share: float = 0.03) -> Path:
-    """`output`/scenes.json and `output`/pictures: for each scene a description, and a conversation of all kinds of questions.
+    """`output`/scenes.json and `output`/pictures: for each scene a description, and a conversation of all kinds of
+    questions.
 
     share: the held-out share of the target's recipe. Raises UserError when `output` exists.
     """

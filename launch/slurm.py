@@ -1,4 +1,6 @@
-"""`draftsmith launch --slurm`: the batch script of a job that saves before its time is up, queues itself again and resumes."""
+"""`draftsmith launch --slurm`: the batch script of a job that saves before its time is up, queues itself again and
+resumes.
+"""
 
 import re
 import shlex
@@ -12,7 +14,8 @@ from draftsmith.models.errors import UserError
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
 SCRIPT = """#!/bin/bash
-# Written by `draftsmith launch --slurm`: one launcher per machine. Two minutes before the limit the run saves, and the job queues itself again.
+# Written by `draftsmith launch --slurm`: one launcher per machine.
+# Two minutes before the limit the run saves, and the job queues itself again.
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
@@ -46,8 +49,16 @@ exit $code
 """
 
 
-def in_a_queue(recipe: str, overrides: list[str], nodes: int, gpus: int, time: str, partition: str | None, dry_run: bool,
-               say: Callable[[str], None]) -> int:
+def in_a_queue(
+    recipe: str,
+    overrides: list[str],
+    nodes: int,
+    gpus: int,
+    time: str,
+    partition: str | None,
+    dry_run: bool,
+    say: Callable[[str], None],
+) -> int:
     """Writes OUTPUT/launch.sbatch and submits it where there is an `sbatch`, whose exit code is returned."""
     if not re.fullmatch(r"[0-9]+(:[0-5]?[0-9]){0,2}|[0-9]+-[0-9]+(:[0-5]?[0-9]){0,2}", time):
         raise UserError(f"--time: found {time!r}, expected MINUTES, HH:MM:SS or DAYS-HH:MM:SS")
@@ -66,10 +77,23 @@ def in_a_queue(recipe: str, overrides: list[str], nodes: int, gpus: int, time: s
     return subprocess.run(["sbatch", str(place)]).returncode
 
 
-def batch_script(recipe: str, overrides: list[str], output: Path, nodes: int, gpus: int, time: str, partition: str | None) -> str:
+def batch_script(
+    recipe: str, overrides: list[str], output: Path, nodes: int, gpus: int, time: str, partition: str | None
+) -> str:
     """The script. Paths are those of this machine, as the nodes see them."""
     launcher = shlex.join([sys.executable, "-m", "draftsmith.launch", "launch", recipe, *overrides])
-    command = (f'exec {launcher} --hosts "$HOSTFILE" --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"')
-    return SCRIPT.format(name=f"draftsmith-{re.sub(r'[^A-Za-z0-9_.-]', '-', Path(recipe).stem)}", nodes=nodes, gpus=gpus, time=time,
-                         partition=f"\n#SBATCH --partition={partition}" if partition else "", log=f"{output}/slurm-%j.log".replace(" ", "\\ "),
-                         here=shlex.quote(str(Path.cwd())), output=shlex.quote(str(output)), command=shlex.quote(command))
+    command = (
+        f'exec {launcher} --hosts "$HOSTFILE" --node-rank "$SLURM_NODEID" '
+        f'--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"'
+    )
+    return SCRIPT.format(
+        name=f"draftsmith-{re.sub(r'[^A-Za-z0-9_.-]', '-', Path(recipe).stem)}",
+        nodes=nodes,
+        gpus=gpus,
+        time=time,
+        partition=f"\n#SBATCH --partition={partition}" if partition else "",
+        log=f"{output}/slurm-%j.log".replace(" ", "\\ "),
+        here=shlex.quote(str(Path.cwd())),
+        output=shlex.quote(str(output)),
+        command=shlex.quote(command),
+    )

@@ -14,7 +14,9 @@ def show(document: dict) -> None:
     first, conditions = document["conditions"]["first"], document["conditions"]
     if first is not None:
         names = list(conditions["drafters"])
-        Console(width=WIDTH).print(drafters_table({name: document if name == first else document[name] for name in names}, conditions))
+        Console(width=WIDTH).print(
+            drafters_table({name: document if name == first else document[name] for name in names}, conditions)
+        )
     Console(width=WIDTH).print(cells_table([cell for cell in document["cells"] if "speedup" in cell]))
 
 
@@ -32,16 +34,25 @@ def drafters_table(results: dict[str, dict], conditions: dict) -> Table:
     row("  predicted from teacher forcing", lambda r: f"{r['predicted_chain_tau']:.2f}")
     for temperature in next(iter(results.values()))["sampled"]:
         row(f"tau, tree, T={temperature}", lambda r: f"{r['sampled'][temperature]['tau']:.2f}")
-    row("acceptance by depth, tree, T=0", lambda r: " ".join(f"{a:.2f}" for a in r["greedy"][large]["acceptance_by_depth"]))
+    row(
+        "acceptance by depth, tree, T=0",
+        lambda r: " ".join(f"{a:.2f}" for a in r["greedy"][large]["acceptance_by_depth"]),
+    )
     row("timed tree", lambda r: r["tree"])
     row("  tau", lambda r: f"{r['timed']['tau']:.2f}")
-    row("  tokens/s, plain -> with drafter", lambda r: f"{r['plain']['tokens_per_second']:.0f} -> {r['timed']['tokens_per_second']:.0f}")
+    row(
+        "  tokens/s, plain -> with drafter",
+        lambda r: f"{r['plain']['tokens_per_second']:.0f} -> {r['timed']['tokens_per_second']:.0f}",
+    )
     row("  speedup (wall)", lambda r: f"{r['speedup']:.2f}x")
     if all("busy_speedup" in r["timed"] for r in results.values()):
         row("  speedup (busy: without waiting for the CPU)", lambda r: f"{r['timed']['busy_speedup']:.2f}x")
     row("  speedup (accounted)", lambda r: f"{r['accounted_speedup']:.2f}x")
     row("  speedup (ideal)", lambda r: f"{r['ideal_speedup']:.2f}x")
-    row("  ms per pass: draft, verify, overhead", lambda r: " ".join(f"{r['timed']['ms_per_pass'][k]:.1f}" for k in ("draft", "verify", "overhead")))
+    row(
+        "  ms per pass: draft, verify, overhead",
+        lambda r: " ".join(f"{r['timed']['ms_per_pass'][k]:.1f}" for k in ("draft", "verify", "overhead")),
+    )
     row("texts identical to plain decoding", lambda r: r["identical"])
     row("lossless", lambda r: "yes" if r["lossless"] else "NO")
     return table
@@ -54,11 +65,26 @@ def interval(cell: dict, key: str) -> str:
 
 def cells_table(cells: list[dict]) -> Table:
     """One row a timed cell; intervals are 95 % bootstrap over prompts (speed: over batches)."""
-    table = Table(box=SIMPLE, title="timed, interleaved (95 % intervals); identical: texts equal to plain decoding, - where the library draws its own "
-                                  "random numbers")
+    table = Table(
+        box=SIMPLE,
+        title="timed, interleaved (95 % intervals); identical: texts equal to plain decoding, - where the library "
+        "draws its own "
+        "random numbers",
+    )
     for name in ("suite", "method", "tree"):
         table.add_column(name, no_wrap=True)
-    for name in ("T", "batch", "tau", "tau, no loops", "tokens/s", "speedup", "busy", "acc.", "ms draft+verify+rest", "identical"):
+    for name in (
+        "T",
+        "batch",
+        "tau",
+        "tau, no loops",
+        "tokens/s",
+        "speedup",
+        "busy",
+        "acc.",
+        "ms draft+verify+rest",
+        "identical",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     before = None
     for cell in cells:
@@ -66,11 +92,26 @@ def cells_table(cells: list[dict]) -> Table:
         if before not in (None, place):
             table.add_section()
         split, rest = cell["ms_per_pass"], cell["not_looping"]
-        same = f"{cell['identical']}/{cell['prompts']}" + ("" if cell["lossless"] else " NO") if "identical" in cell else "-"
-        table.add_row(cell["suite"], cell["method"], cell["tree"] or "", f"{cell['temperature']:g}", str(cell["batch"]), interval(cell, "tau"),
-                      interval(rest, "tau") if rest else "-", f"{cell['tokens_per_second']:.0f}", interval(cell, "speedup"),
-                      f"{cell['busy_speedup']:.2f}" if "busy_speedup" in cell else "-", f"{cell['accounted_speedup']:.2f}",
-                      f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}", same)
+        same = (
+            f"{cell['identical']}/{cell['prompts']}" + ("" if cell["lossless"] else " NO")
+            if "identical" in cell
+            else "-"
+        )
+        table.add_row(
+            cell["suite"],
+            cell["method"],
+            cell["tree"] or "",
+            f"{cell['temperature']:g}",
+            str(cell["batch"]),
+            interval(cell, "tau"),
+            interval(rest, "tau") if rest else "-",
+            f"{cell['tokens_per_second']:.0f}",
+            interval(cell, "speedup"),
+            f"{cell['busy_speedup']:.2f}" if "busy_speedup" in cell else "-",
+            f"{cell['accounted_speedup']:.2f}",
+            f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}",
+            same,
+        )
         before = place
     return table
 
@@ -84,26 +125,48 @@ def show_proof(found: list[Comparison]) -> None:
         table.add_column(name, justify="right")
     for c in found:
         tolerated = sum(d["tolerated"] for d in c.differences)
-        table.add_row(c.target, c.dtype, c.method, describe(c.sampling), str(c.batch), f"{c.texts - len(c.differences)}/{c.texts}", str(tolerated),
-                      ("yes" if c.lossless else "NO") if c.claimed else "not claimed")
+        table.add_row(
+            c.target,
+            c.dtype,
+            c.method,
+            describe(c.sampling),
+            str(c.batch),
+            f"{c.texts - len(c.differences)}/{c.texts}",
+            str(tolerated),
+            ("yes" if c.lossless else "NO") if c.claimed else "not claimed",
+        )
     console = Console(width=WIDTH)
     console.print(table)
     for c in found:
         for d in c.differences:
             margin = "unknown" if d["margin"] is None else f"{d['margin']:.2e}"
-            console.print(f"{c.dtype} {c.method}, {describe(c.sampling)}, batch {c.batch}: prompt {d['prompt']} token {d['token']}: plain {d['plain']}, "
-                          f"found {d['found']}, gap {margin}", highlight=False)
+            console.print(
+                f"{c.dtype} {c.method}, {describe(c.sampling)}, batch {c.batch}: prompt {d['prompt']} token "
+                f"{d['token']}: plain {d['plain']}, "
+                f"found {d['found']}, gap {margin}",
+                highlight=False,
+            )
 
 
 def show_sweep(result: dict) -> None:
     """Trees by measured speed, and what was expected of them."""
-    table = Table(box=SIMPLE, title=f"auto {result['auto']}, best {result['best']}, auto / best {result['auto_over_best']:.3f}")
+    table = Table(
+        box=SIMPLE, title=f"auto {result['auto']}, best {result['best']}, auto / best {result['auto_over_best']:.3f}"
+    )
     table.add_column("tree")
     for name in ("tau", "expected", "speedup", "expected", "wall speedup", "tokens/s", "ms draft+verify+rest"):
         table.add_column(name, justify="right", no_wrap=True)
     number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
     for tree, f in sorted(result["trees"].items(), key=lambda item: -item[1]["speedup"]):
         split = f["ms_per_pass"]
-        table.add_row(tree, number(f["tau"]), number(f["expected_tau"]), number(f["speedup"]), number(f["expected_speedup"]),
-                      number(f["wall_speedup"]), f"{f['tokens_per_second']:.0f}", f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}")
+        table.add_row(
+            tree,
+            number(f["tau"]),
+            number(f["expected_tau"]),
+            number(f["speedup"]),
+            number(f["expected_speedup"]),
+            number(f["wall_speedup"]),
+            f"{f['tokens_per_second']:.0f}",
+            f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}",
+        )
     Console(width=WIDTH).print(table)

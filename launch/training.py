@@ -1,4 +1,6 @@
-"""`draftsmith train`: a recipe, checked, with the evaluator that measures its drafter on held-out rows. Also behind `deepspeed --module draftsmith.train`."""
+"""`draftsmith train`: a recipe, checked, with the evaluator that measures its drafter on held-out rows. Also behind
+`deepspeed --module draftsmith.train`.
+"""
 
 import os
 import sys
@@ -11,7 +13,8 @@ USAGE = "usage: draftsmith train RECIPE [section.key=value ...] [--dry-run]"
 
 
 def main(arguments: list[str], tell: Callable[[str], None] = lambda reason: None) -> int:
-    """arguments: RECIPE [section.key=value ...]; the launcher's --local_rank is accepted and ignored. Returns the exit code.
+    """arguments: RECIPE [section.key=value ...]; the launcher's --local_rank is accepted and ignored. Returns the exit
+    code.
 
     tell: gets the reason of exit code 2, which only the first process prints.
     """
@@ -50,18 +53,24 @@ def say(line: str) -> None:
 
 
 def evaluator(recipe):
-    """The acceptance length with the recipe's tree, greedy, as the training loop calls it; None where the recipe keeps no rows for it."""
+    """The acceptance length with the recipe's tree, greedy, as the training loop calls it; None where the recipe keeps
+    no rows for it.
+    """
     if recipe.evaluation.rows == 0:
         return None
-    from draftsmith.eval.measure import decode_batches, tau
+    from draftsmith.eval.measurement.measure import decode_batches, tau
     from draftsmith.eval.sampling import Sampling
-    from draftsmith.models.drafter import HeadDrafter
+    from draftsmith.models.drafters import HeadDrafter
     from draftsmith.models.grow import parse_tree
 
     policy = parse_tree(recipe.evaluation.tree)
 
     def measure(target, head, prompts, stops) -> float:
-        return tau(decode_batches(target, HeadDrafter(head, policy), prompts, Sampling(), recipe.evaluation.max_new_tokens, stops, 8))
+        return tau(
+            decode_batches(
+                target, HeadDrafter(head, policy), prompts, Sampling(), recipe.evaluation.max_new_tokens, stops, 8
+            )
+        )
 
     return measure
 
@@ -89,13 +98,25 @@ def dry_run(arguments: list[str]) -> int:
         tokenizer, spec = load_tokenizer(recipe.target), recipe.data
         config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
         with tempfile.TemporaryDirectory() as folder:
-            rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, tokenizer, stop_ids(described, tokenizer), described.vocab_size,
-                           Path(folder), say, load_pictures(recipe.target, described, spec.max_image_pixels, cut_for(config)))
+            rows = prepare(
+                spec.files,
+                spec.max_length,
+                spec.max_bad_rows,
+                tokenizer,
+                stop_ids(described, tokenizer),
+                described.vocab_size,
+                Path(folder),
+                say,
+                load_pictures(recipe.target, described, spec.max_image_pixels, cut_for(config)),
+            )
             corpus = len(rows.tokens), int(rows.mask.sum())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = estimate(recipe, described, world, device, corpus)
-    table = Table(title=f"{arguments[0]}: target {found.target_parameters / 1e9:.3f} B, head {found.head_parameters / 1e6:.2f} M parameters; "
-                        f"{world} process{'es' * (world > 1)} on {device.type}")
+    table = Table(
+        title=f"{arguments[0]}: target {found.target_parameters / 1e9:.3f} B, head {found.head_parameters / 1e6:.2f} "
+        f"M parameters; "
+        f"{world} process{'es' * (world > 1)} on {device.type}"
+    )
     for column in ("", "part", "estimate"):
         table.add_column(column, justify="right" if column == "estimate" else "left")
     for name, parts in (("memory of a process", found.memory), ("disk", found.disk)):

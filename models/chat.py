@@ -1,4 +1,6 @@
-"""From messages to token ids: prompts for decoding, and training rows with their token mask (1 = written by the target)."""
+"""From messages to token ids: prompts for decoding, and training rows with their token mask (1 = written by the
+target).
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,9 @@ class UnstableTemplate(UserError):
 
 
 def stop_ids(target, tokenizer) -> set[int]:
-    """Every id that ends an answer: the generation config's, the model config's or the tokenizer's. target: `TextTarget` or `Description`."""
+    """Every id that ends an answer: the generation config's, the model config's or the tokenizer's. target:
+    `TextTarget` or `Description`.
+    """
     for source in (target.generation_config, target.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
@@ -46,8 +50,9 @@ def render(tokenizer, messages: list[dict], **options):
 def encode_row(tokenizer, messages: list[dict], stops: set[int]) -> tuple[list[int], list[int]]:
     """A whole conversation -> (ids, token mask).
 
-    Templates with generation blocks mark the answers themselves. Otherwise each answer is what follows the rendering of the turns
-    before it (with the generation prompt), up to and including the first stop id. Raises UserError when that rendering is no prefix.
+    Templates with generation blocks mark the answers themselves. Otherwise each answer is what follows the rendering of
+    the turns before it (with the generation prompt), up to and including the first stop id. Raises UserError when that
+    rendering is no prefix.
     """
     if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or ""):
         row = render(tokenizer, messages, return_assistant_tokens_mask=True)
@@ -58,9 +63,11 @@ def encode_row(tokenizer, messages: list[dict], stops: set[int]) -> tuple[list[i
         if message["role"] != "assistant":
             continue
         before = encode_prompt(tokenizer, messages[:turn])
-        through = render(tokenizer, messages[:turn + 1])["input_ids"]
-        if ids[:len(before)] != before or ids[:len(through)] != through:
-            raise UnstableTemplate(f"chat template: turn {turn} is not prefix-stable (rendering the turns before it gives other tokens)")
+        through = render(tokenizer, messages[: turn + 1])["input_ids"]
+        if ids[: len(before)] != before or ids[: len(through)] != through:
+            raise UnstableTemplate(
+                f"chat template: turn {turn} is not prefix-stable (rendering the turns before it gives other tokens)"
+            )
         for at in range(len(before), len(through)):
             mask[at] = 1
             if ids[at] in stops:

@@ -2,7 +2,9 @@
 
 
 class UserError(Exception):
-    """Bad input: one line naming the file, key or row, the value found and the value expected. Exit code 2, no traceback."""
+    """Bad input: one line naming the file, key or row, the value found and the value expected. Exit code 2, no
+    traceback.
+    """
 
 
 class ProcessError(UserError):

@@ -1,7 +1,7 @@
 """What a head asks of the target (`FeatureSpec`) and what it gets (`Features`), in training and in decoding alike.
 
-One definition on both sides is what keeps training accuracy and decoding acceptance equal. In decoding `Features` are right-padded rows of
-requests; in training they are one packed row of documents behind one another, without padding.
+One definition on both sides is what keeps training accuracy and decoding acceptance equal. In decoding `Features` are
+right-padded rows of requests; in training they are one packed row of documents behind one another, without padding.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,10 @@ import torch
 
 @dataclass(frozen=True)
 class Middle:
-    """Which intermediate state is taught: of the decoder layers [lo, hi) (0-based) the one of least attention entropy, for every token or for
-    the mean over a document (ties: the lowest); the state that leaves or enters that layer (DREAM, section 4)."""
+    """Which intermediate state is taught: of the decoder layers [lo, hi) (0-based) the one of least attention entropy,
+    for every token or for the mean over a document (ties: the lowest); the state that leaves or enters that layer
+    (DREAM, section 4).
+    """
 
     granularity: Literal["token", "sample"]
     layers: tuple[int, int]
@@ -24,14 +26,15 @@ class Middle:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """taps: Hugging Face `hidden_states` indices (0 = the target's input embeddings, projected images included, k = state entering layer k,
-    "last" = after the final norm), concatenated in this order. probe [h]: the head's own parameter that the target processes behind real rows
-    as the embedding of one more token (`[SPEC]`), None for heads without one; sessions read it at every forward, so that it is never stale.
-    trees: in training, `TrainingFeatures.score` is asked for.
+    """taps: Hugging Face `hidden_states` indices (0 = the target's input embeddings, projected images included, k =
+    state entering layer k, "last" = after the final norm), concatenated in this order. probe [h]: the head's own
+    parameter that the target processes behind real rows as the embedding of one more token (`[SPEC]`), None for heads
+    without one; sessions read it at every forward, so that it is never stale. trees: in training,
+    `TrainingFeatures.score` is asked for.
 
-    rows: which rows feed the drafter; "text" hides visual tokens, and tokens of `drop_ids` that the target did not write (markers around
-    images). A head that drafts over some rows and attends to all takes all. columns: attention column means of the last layer (of prompts).
-    middle: the chosen intermediate state (in training only).
+    rows: which rows feed the drafter; "text" hides visual tokens, and tokens of `drop_ids` that the target did not
+    write (markers around images). A head that drafts over some rows and attends to all takes all. columns: attention
+    column means of the last layer (of prompts). middle: the chosen intermediate state (in training only).
     """
 
     taps: tuple[int | Literal["last"], ...]
@@ -45,8 +48,10 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class Shared:
-    """What heads share with their target, frozen: its input embedding [V, h], and project(hidden [..., h] after the final norm) -> logits
-    [..., V], its output head (None where no target is at hand). scale: what the target multiplies embeddings by on the way in."""
+    """What heads share with their target, frozen: its input embedding [V, h], and project(hidden [..., h] after the
+    final norm) -> logits [..., V], its output head (None where no target is at hand). scale: what the target multiplies
+    embeddings by on the way in.
+    """
 
     embedding: torch.Tensor
     project: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -55,14 +60,16 @@ class Shared:
 
 @dataclass(frozen=True)
 class Features:
-    """Rows of processed tokens, right-padded: tokens [B, S] int64; hidden [B, S, taps * h] detached; lengths [B] int64, the real rows.
+    """Rows of processed tokens, right-padded: tokens [B, S] int64; hidden [B, S, taps * h] detached; lengths [B] int64,
+    the real rows.
 
-    probes [B, S, h]: states after the final norm of the probe behind each row; of a prefill only those behind the last real row of each
-    request are, the others are zero. None where no probes rode along: heads without one, trees with `probes` False.
+    probes [B, S, h]: states after the final norm of the probe behind each row; of a prefill only those behind the last
+    real row of each request are, the others are zero. None where no probes rode along: heads without one, trees with
+    `probes` False.
 
-    What targets add: positions [B, S] int64, the place of each row among all that the target processed (rows that are hidden leave gaps);
-    visual [B, S] bool, rows whose input is a piece of an image; columns [B, S] fp32, if asked for and of a prompt only: the weight that a row
-    receives in the last layer, mean over heads and over the prompt's rows.
+    What targets add: positions [B, S] int64, the place of each row among all that the target processed (rows that are
+    hidden leave gaps); visual [B, S] bool, rows whose input is a piece of an image; columns [B, S] fp32, if asked for
+    and of a prompt only: the weight that a row receives in the last layer, mean over heads and over the prompt's rows.
     """
 
     tokens: torch.Tensor
@@ -76,11 +83,12 @@ class Features:
 
 @dataclass(frozen=True)
 class Packing:
-    """One packed row of T tokens. borders: (0, n1, n1 + n2, ..., T), where documents begin and the last one ends; mask [T] bool on the CPU,
-    the token mask (True = written by the target).
+    """One packed row of T tokens. borders: (0, n1, n1 + n2, ..., T), where documents begin and the last one ends; mask
+    [T] bool on the CPU, the token mask (True = written by the target).
 
-    Row t of a document is the drafting round whose root is x_{t+1}; its step k predicts x_{t+2+k}. It takes part in step k while all of
-    x_{t+1} .. x_{t+2+k} lie in the document and were written by the target: the rounds that decoding can reach.
+    Row t of a document is the drafting round whose root is x_{t+1}; its step k predicts x_{t+2+k}. It takes part in
+    step k while all of x_{t+1} .. x_{t+2+k} lie in the document and were written by the target: the rounds that
+    decoding can reach.
     """
 
     borders: tuple[int, ...]
@@ -111,7 +119,9 @@ class Packing:
 
     @cached_property
     def rows(self) -> torch.Tensor:
-        """[P] int64, ascending: the rows of step 0. The row k places behind one that takes part in step k is the k-th next of them."""
+        """[P] int64, ascending: the rows of step 0. The row k places behind one that takes part in step k is the k-th
+        next of them.
+        """
         return (self.reach > 0).nonzero().flatten()
 
     def takes_part(self, step: int) -> torch.Tensor:
@@ -119,9 +129,13 @@ class Packing:
         return self.reach[self.rows] > step
 
     def rounds(self, outputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """outputs [K, P, ...] of `rows` at K steps -> for each step (rows [P_k], outputs [P_k, ...]) of those that take part in it."""
+        """outputs [K, P, ...] of `rows` at K steps -> for each step (rows [P_k], outputs [P_k, ...]) of those that take
+        part in it.
+        """
         parts = [self.takes_part(k) for k in range(len(outputs))]
-        return [(self.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)]
+        return [
+            (self.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)
+        ]
 
     def counts(self, steps: int) -> list[int]:
         """How many rows take part in each of the first `steps` steps."""
@@ -129,7 +143,9 @@ class Packing:
 
     @cached_property
     def prompts(self) -> torch.Tensor:
-        """[documents] int64: the tokens of each before the first one that the target wrote (at least one), which decoding prefills."""
+        """[documents] int64: the tokens of each before the first one that the target wrote (at least one), which
+        decoding prefills.
+        """
         masks = [self.mask[start:stop] for start, stop in zip(self.borders, self.borders[1:])]
         return torch.tensor([max(1, int(m.int().argmax())) if m.any() else len(m) for m in masks])
 
@@ -141,7 +157,8 @@ class Packing:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's own predictions where they are taught: final [P, h], the states after the final norm at tokens `packing.rows + 1`.
+    """The target's own predictions where they are taught: final [P, h], the states after the final norm at tokens
+    `packing.rows + 1`.
 
     `project(hidden [P, h], ids | None) -> logits [P, V or len(ids)]` applies the target's frozen output head.
     """
@@ -152,18 +169,20 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TrainingFeatures:
-    """One packed row: tokens [T] int64, hidden [T, taps * h] detached, what of it is trained on, and the teacher. With text rows only, all of
-    it, the packing included, is of the rows that are kept.
+    """One packed row: tokens [T] int64, hidden [T, taps * h] detached, what of it is trained on, and the teacher. With
+    text rows only, all of it, the packing included, is of the rows that are kept.
 
-    seed keys whatever an objective draws (noise, dropout), so that a run that is resumed draws what one that was never killed draws.
-    positions, visual and columns [T] are those of `Features`; columns are over the rows before the first token that the target wrote, which
-    decoding prefills, and 0 from there on. If asked for: middle [T, h], the chosen intermediate state; entropies [T, hi - lo] fp32, each
-    token's attention entropy (nats, mean over heads) at the layers that compete.
+    seed keys whatever an objective draws (noise, dropout), so that a run that is resumed draws what one that was never
+    killed draws. positions, visual and columns [T] are those of `Features`; columns are over the rows before the first
+    token that the target wrote, which decoding prefills, and 0 from there on. If asked for: middle [T, h], the chosen
+    intermediate state; entropies [T, hi - lo] fp32, each token's attention entropy (nats, mean over heads) at the
+    layers that compete.
 
-    probe(embedding [h]) -> [P, h], for a spec with a probe: behind token t of each t in `packing.rows` stands the embedding, at the position of
-    t + 1, seeing its document up to t and itself; its states after the final norm, with gradient to the embedding and to nothing else.
-    A callable, since ZeRO-3 has the parameter only inside the training step's forward.
-    score(trees, at [P]) -> (log-probabilities [P, N], most probable tokens [P, N]), for a spec with trees: `PackedPrefix.score`.
+    probe(embedding [h]) -> [P, h], for a spec with a probe: behind token t of each t in `packing.rows` stands the
+    embedding, at the position of t + 1, seeing its document up to t and itself; its states after the final norm, with
+    gradient to the embedding and to nothing else. A callable, since ZeRO-3 has the parameter only inside the training
+    step's forward. score(trees, at [P]) -> (log-probabilities [P, N], most probable tokens [P, N]), for a spec with
+    trees: `PackedPrefix.score`.
     """
 
     tokens: torch.Tensor

@@ -1,5 +1,5 @@
-"""Growing a draft tree from a learned head: the EAGLE-2 dynamic tree, static shapes (a chain is one of them), and shapes
-whose nodes are sampled.
+"""Growing a draft tree from a learned head: the EAGLE-2 dynamic tree, static shapes (a chain is one of them), and
+shapes whose nodes are sampled.
 
 A policy sees the head only through `roots` and `expand`. All scores are fp32 log-probabilities at temperature 1.
 """
@@ -15,15 +15,41 @@ from draftsmith.models.noise import Draw
 from draftsmith.models.tree import DraftTree, Form, Kind
 
 # 25 drafted nodes of EAGLE-1, as child ranks level by level.
-EAGLE_PATHS = [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (0, 0, 0), (0, 0, 1), (0, 0, 2),
-               (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 0, 0),
-               (0, 0, 0, 0, 1)]
+EAGLE_PATHS = [
+    (0,),
+    (1,),
+    (2,),
+    (3,),
+    (0, 0),
+    (0, 1),
+    (0, 2),
+    (1, 0),
+    (1, 1),
+    (2, 0),
+    (2, 1),
+    (3, 0),
+    (0, 0, 0),
+    (0, 0, 1),
+    (0, 0, 2),
+    (0, 1, 0),
+    (0, 1, 1),
+    (0, 2, 0),
+    (0, 2, 1),
+    (1, 0, 0),
+    (0, 0, 0, 0),
+    (0, 0, 0, 1),
+    (0, 0, 0, 2),
+    (0, 0, 0, 0, 0),
+    (0, 0, 0, 0, 1),
+]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """scores [B, C] cumulative log-probabilities; tokens [B, C] target ids; parents [B, C]: 0 for the root, else the parent's index + 1.
-    The first top_k are the children of the root; every following top_k are the children of one node, the most probable first."""
+    """scores [B, C] cumulative log-probabilities; tokens [B, C] target ids; parents [B, C]: 0 for the root, else the
+    parent's index + 1. The first top_k are the children of the root; every following top_k are the children of one
+    node, the most probable first.
+    """
 
     scores: torch.Tensor
     tokens: torch.Tensor
@@ -32,8 +58,9 @@ class Candidates:
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """EAGLE-2 (Li et al., 2024, section 4): expand the `top_k` best nodes of each level, `depth` drafted levels, then keep the
-    size - 1 best of all candidates by cumulative log-probability (ties: the earlier, hence the shallower)."""
+    """EAGLE-2 (Li et al., 2024, section 4): expand the `top_k` best nodes of each level, `depth` drafted levels, then
+    keep the size - 1 best of all candidates by cumulative log-probability (ties: the earlier, hence the shallower).
+    """
 
     top_k: int
     depth: int
@@ -69,7 +96,7 @@ class DynamicTree:
     def grow(self, head, beam, root: torch.Tensor) -> DraftTree:
         """root [B] -> trees of min(size, candidates + 1) nodes."""
         found = self.candidates(head, beam, root)
-        kept = torch.sort(found.scores, dim=1, descending=True, stable=True).indices[:, :self.size - 1].sort(1).values
+        kept = torch.sort(found.scores, dim=1, descending=True, stable=True).indices[:, : self.size - 1].sort(1).values
         place = torch.zeros(len(root), found.scores.size(1) + 1, dtype=torch.int64, device=root.device)
         place.scatter_(1, kept + 1, torch.arange(1, kept.size(1) + 1, device=root.device).expand(len(root), -1))
         parents = place.gather(1, found.parents.gather(1, kept))
@@ -97,17 +124,22 @@ class StaticTree:
 
     @cached_property
     def levels(self) -> list[dict]:
-        """Per level: for the expanded nodes, their row among the level before (`rows`); for the drafted nodes, the expanded row they
-        hang from (`of`), their child rank and their parent's number in the tree."""
+        """Per level: for the expanded nodes, their row among the level before (`rows`); for the drafted nodes, the
+        expanded row they hang from (`of`), their child rank and their parent's number in the tree.
+        """
         number = {(): 0} | {path: i + 1 for i, path in enumerate(sorted(self.paths, key=lambda p: (len(p), p)))}
         levels, before = [], [()]
         for depth in range(1, self.depth + 1):
             nodes = sorted(p for p in self.paths if len(p) == depth)
             expanded = sorted({p[:-1] for p in nodes})
-            levels.append({
-                "rows": [before.index(p) for p in expanded], "of": [expanded.index(p[:-1]) for p in nodes],
-                "rank": [p[-1] for p in nodes], "parent": [number[p[:-1]] for p in nodes],
-            })
+            levels.append(
+                {
+                    "rows": [before.index(p) for p in expanded],
+                    "of": [expanded.index(p[:-1]) for p in nodes],
+                    "rank": [p[-1] for p in nodes],
+                    "parent": [number[p[:-1]] for p in nodes],
+                }
+            )
             before = nodes
         return levels
 
@@ -128,9 +160,11 @@ class StaticTree:
 
 @dataclass(frozen=True)
 class SampledTree:
-    """A static shape whose children are draws from the head's distribution q, in draw order: one after the other WITHOUT_REPLACEMENT, or IID.
+    """A static shape whose children are draws from the head's distribution q, in draw order: one after the other
+    WITHOUT_REPLACEMENT, or IID.
 
-    temperature: that of q; None takes the request's. At a request's temperature 0 the shape is filled with the most probable tokens.
+    temperature: that of q; None takes the request's. At a request's temperature 0 the shape is filled with the most
+    probable tokens.
     """
 
     shape: StaticTree
@@ -138,7 +172,11 @@ class SampledTree:
     temperature: float | None = None
 
     def __str__(self) -> str:
-        return f"sampled:{self.shape}" + (":iid" if self.kind == Kind.IID else "") + (f"@{self.temperature:g}" if self.temperature else "")
+        return (
+            f"sampled:{self.shape}"
+            + (":iid" if self.kind == Kind.IID else "")
+            + (f"@{self.temperature:g}" if self.temperature else "")
+        )
 
     @property
     def size(self) -> int:
@@ -156,7 +194,10 @@ class SampledTree:
         """root [B] -> trees of `size` nodes that carry q."""
         if draw.temperature == 0:
             return self.shape.grow(head, beam, root)
-        temperature, pick = self.temperature or draw.temperature, with_replacement if self.kind == Kind.IID else without_replacement
+        temperature, pick = (
+            self.temperature or draw.temperature,
+            with_replacement if self.kind == Kind.IID else without_replacement,
+        )
         uniform = draw.uniform(self.size).to(root.device)  # one for each node
         tokens, rows, level_tokens, of, first = [root[:, None]], [], root[:, None], [0], 1
         for level in self.shape.levels:
@@ -165,21 +206,29 @@ class SampledTree:
             rows.append((logp / temperature).softmax(-1))
             of, rank = level["of"], level["rank"]
             chances = uniform.new_zeros(len(root), len(level["rows"]), max(rank) + 1)
-            chances[:, of, rank] = uniform[:, first:first + len(of)]
+            chances[:, of, rank] = uniform[:, first : first + len(of)]
             level_tokens, first = head.ids[pick(rows[-1], chances)[:, of, rank]], first + len(of)
             tokens.append(level_tokens)
         tokens = torch.cat(tokens, 1)
         parents = torch.tensor(self.form.parents[0], device=root.device).expand(len(root), -1).contiguous()
-        return DraftTree(tokens, parents, torch.full_like(tokens, int(self.kind), dtype=torch.int8), torch.cat(rows, 1), head.ids, self.form)
+        return DraftTree(
+            tokens,
+            parents,
+            torch.full_like(tokens, int(self.kind), dtype=torch.int8),
+            torch.cat(rows, 1),
+            head.ids,
+            self.form,
+        )
 
 
 @dataclass(frozen=True)
 class AdaptiveTree:
-    """Sampled without replacement like `SampledTree`, `width` drafted nodes on each of `depth` levels; how many of them are children of which
-    node of the level before is decided from q before any of them is drawn.
+    """Sampled without replacement like `SampledTree`, `width` drafted nodes on each of `depth` levels; how many of them
+    are children of which node of the level before is decided from q before any of them is drawn.
 
-    A draw at a node is taken to be accepted with probability c = max q there, hence its j-th child to be reached with c (1 - c)^(j - 1) times
-    the node's own chance; the `width` greatest chances of a level are drafted. Dropping nodes by what they turned out to be would be lossy.
+    A draw at a node is taken to be accepted with probability c = max q there, hence its j-th child to be reached with c
+    (1 - c)^(j - 1) times the node's own chance; the `width` greatest chances of a level are drafted. Dropping nodes by
+    what they turned out to be would be lossy.
     """
 
     width: int
@@ -194,11 +243,16 @@ class AdaptiveTree:
         return 1 + self.width * self.depth
 
     def sample(self, head, beam, root: torch.Tensor, draw: Draw) -> DraftTree:
-        """root [B] -> trees of `size` nodes that carry q. At temperature 0: the dynamic tree of the same width, depth and size."""
+        """root [B] -> trees of `size` nodes that carry q. At temperature 0: the dynamic tree of the same width, depth
+        and size.
+        """
         width = min(self.width, len(head.ids))
         if draw.temperature == 0:
             return DynamicTree(width, self.depth, self.size).grow(head, beam, root)
-        temperature, uniform = self.temperature or draw.temperature, draw.uniform(self.size * width).to(root.device).unflatten(1, (-1, width))
+        temperature, uniform = (
+            self.temperature or draw.temperature,
+            draw.uniform(self.size * width).to(root.device).unflatten(1, (-1, width)),
+        )
         tokens, source = root[:, None], torch.zeros_like(root)[:, None]
         reach, first = torch.ones(len(root), 1, device=root.device), 0
         all_tokens, all_parents, rows = [tokens], [source - 1], []
@@ -207,10 +261,11 @@ class AdaptiveTree:
             rows.append((logp / temperature).softmax(-1))
             sure, nodes = rows[-1].amax(-1, keepdim=True), tokens.size(1)
             chances = (reach[..., None] * sure * (1 - sure) ** torch.arange(width, device=root.device)).flatten(1)
-            # Equal chances: the earlier rank first, so that a node's children are its first draws; then all in draw order
+            # Equal chances: the earlier rank first, so that a node's children are its first draws; then all in draw
+            # order
             chosen = torch.sort(chances, dim=1, descending=True, stable=True).indices[:, :width].sort(1).values
             source, reach = chosen // width, chances.gather(1, chosen)
-            picks = without_replacement(rows[-1], uniform[:, first:first + nodes]).flatten(1)
+            picks = without_replacement(rows[-1], uniform[:, first : first + nodes]).flatten(1)
             tokens = head.ids[picks.gather(1, chosen)]
             all_tokens.append(tokens)
             all_parents.append(first + source)
@@ -220,18 +275,27 @@ class AdaptiveTree:
         drawn = [tree.form.drawn(row) for row in range(len(root))]
         longest = max(map(len, drawn))
         places = torch.tensor([some + [0] * (longest - len(some)) for some in drawn], device=root.device)
-        return replace(tree, q=torch.cat(rows, 1)[torch.arange(len(root), device=root.device)[:, None], places], ids=head.ids, known=tree.form)
+        return replace(
+            tree,
+            q=torch.cat(rows, 1)[torch.arange(len(root), device=root.device)[:, None], places],
+            ids=head.ids,
+            known=tree.form,
+        )
 
 
 def with_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """q [..., V], uniform [..., k] fp64 -> [..., k] independent draws, by inverse CDF in fp64. Tokens of probability 0 are never drawn."""
+    """q [..., V], uniform [..., k] fp64 -> [..., k] independent draws, by inverse CDF in fp64. Tokens of probability 0
+    are never drawn.
+    """
     below = q.double().cumsum(-1)
     return torch.searchsorted(below, uniform * below[..., -1:], right=True).clamp(max=q.size(-1) - 1)
 
 
 def without_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """As `with_replacement`, each draw from what the earlier ones left. The ordered law is that of Gumbel-top-k (Kool et al., 2019), for
-    which every node would need a row of V noise values in place of k. Once nothing is left, tokens of probability 0 stand in."""
+    """As `with_replacement`, each draw from what the earlier ones left. The ordered law is that of Gumbel-top-k (Kool
+    et al., 2019), for which every node would need a row of V noise values in place of k. Once nothing is left, tokens
+    of probability 0 stand in.
+    """
     left, picks = q.clone(), []
     for chance in uniform.split(1, -1):
         picks.append(with_replacement(left, chance))
@@ -252,8 +316,10 @@ def binary(depth: int) -> StaticTree:
 
 
 def parse_tree(text: str) -> TreePolicy:
-    """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of EAGLE-1), a static
-    one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`, or `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`."""
+    """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of
+    EAGLE-1), a static one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`, or
+    `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`.
+    """
     kind, _, rest = text.partition(":")
     try:
         if kind == "sampled":
@@ -279,5 +345,8 @@ def parse_tree(text: str) -> TreePolicy:
             return DynamicTree(*numbers)
     except (ValueError, UserError):
         pass
-    raise UserError(f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle, binary:DEPTH, sampled:TREE[:iid][@TEMPERATURE] "
-                    "or sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]")
+    raise UserError(
+        f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle, binary:DEPTH, "
+        f"sampled:TREE[:iid][@TEMPERATURE] "
+        "or sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]"
+    )

@@ -1,4 +1,6 @@
-"""Pictures in conversations: opened with clear errors, set where their marks stand, and read by the target's own processor together with the text."""
+"""Pictures in conversations: opened with clear errors, set where their marks stand, and read by the target's own
+processor together with the text.
+"""
 
 import io
 import warnings
@@ -15,12 +17,16 @@ from draftsmith.models.targets import ImagePrompt, locate
 from draftsmith.models.targets.vision import FAMILIES
 
 MARK = "<image>"
-INPUTS = {name for names in FAMILIES.values() for name in names}  # what targets take of what processors make of pictures
+INPUTS = {
+    name for names in FAMILIES.values() for name in names
+}  # what targets take of what processors make of pictures
 MAX_PIXELS = 2**26  # of one picture, where a recipe does not say
 
 
 def open_picture(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """RGB. Raises UserError for a file that is missing, no picture, cut off, or of more than `max_pixels` pixels (found before they are decoded)."""
+    """RGB. Raises UserError for a file that is missing, no picture, cut off, or of more than `max_pixels` pixels (found
+    before they are decoded).
+    """
     if isinstance(source, Path) and not source.is_file():
         raise UserError(f"{name}: no such file, expected a picture")
     try:
@@ -29,18 +35,28 @@ def open_picture(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) 
             image = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
             width, height = image.size
             if width * height > max_pixels:
-                raise UserError(f"{name}: found {width} x {height} pixels, expected at most {max_pixels:,} in all (data.max_image_pixels)")
+                raise UserError(
+                    f"{name}: found {width} x {height} pixels, expected at most {max_pixels:,} in all "
+                    f"(data.max_image_pixels)"
+                )
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: found a picture too large to be opened ({error}), expected at most {max_pixels:,} pixels (data.max_image_pixels)") from None
+        raise UserError(
+            f"{name}: found a picture too large to be opened ({error}), expected at most {max_pixels:,} pixels "
+            f"(data.max_image_pixels)"
+        ) from None
     except UnidentifiedImageError:
-        raise UserError(f"{name}: found no picture in it, expected PNG, JPEG or another format that Pillow reads") from None
+        raise UserError(
+            f"{name}: found no picture in it, expected PNG, JPEG or another format that Pillow reads"
+        ) from None
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for broken files
         raise UserError(f"{name}: the picture cannot be decoded ({' '.join(str(error).split())[:120]})") from None
 
 
 def picture_sources(record: dict, base: Path) -> list[Path | bytes]:
-    """Files (relative names start from `base`) or encoded pictures of a record's `image` or `images`; none where it has none."""
+    """Files (relative names start from `base`) or encoded pictures of a record's `image` or `images`; none where it has
+    none.
+    """
     found = record.get("images") if record.get("images") else record.get("image")
     found = list(found) if isinstance(found, (list, tuple)) else [found] if found else []
     return [_source(item, base) for item in found]
@@ -57,8 +73,10 @@ def _source(item, base: Path) -> Path | bytes:
 
 
 def open_pictures(sources: Sequence[Path | bytes], max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
-    return [open_picture(source, str(source) if isinstance(source, Path) else f"picture {number} of the row", max_pixels)
-            for number, source in enumerate(sources, 1)]
+    return [
+        open_picture(source, str(source) if isinstance(source, Path) else f"picture {number} of the row", max_pixels)
+        for number, source in enumerate(sources, 1)
+    ]
 
 
 def counted(images: Sequence) -> str:
@@ -72,15 +90,24 @@ def marks(messages: list[dict]) -> int:
 
 def check_marks(messages: list[dict], pictures: Sequence) -> None:
     if (found := marks(messages)) != len(pictures):
-        raise UserError(f"found {found} {MARK} in the conversation and {counted(pictures)}, expected as many of one as of the other")
+        raise UserError(
+            f"found {found} {MARK} in the conversation and {counted(pictures)}, expected as many of one as of the other"
+        )
 
 
 def placed(messages: list[dict], images: list[Image.Image]) -> list[dict]:
-    """Messages whose content is a list of parts, every picture where its mark stands. Raises UserError when marks and pictures differ in number."""
+    """Messages whose content is a list of parts, every picture where its mark stands. Raises UserError when marks and
+    pictures differ in number.
+    """
     check_marks(messages, images)
     parts, waiting = [_parts(message["content"]) for message in messages], iter(images)
-    return [{"role": message["role"], "content": [part | {"image": next(waiting)} if part["type"] == "image" else part for part in listed]}
-            for message, listed in zip(messages, parts)]
+    return [
+        {
+            "role": message["role"],
+            "content": [part | {"image": next(waiting)} if part["type"] == "image" else part for part in listed],
+        }
+        for message, listed in zip(messages, parts)
+    ]
 
 
 def _parts(content) -> list[dict]:
@@ -96,13 +123,20 @@ def _parts(content) -> list[dict]:
             if text:
                 found.append({"type": "text", "text": text})
         return found
-    if not isinstance(content, list) or not all(isinstance(part, dict) and part.get("type") in ("image", "text") for part in content):
+    if not isinstance(content, list) or not all(
+        isinstance(part, dict) and part.get("type") in ("image", "text") for part in content
+    ):
         raise UserError("content: expected a text or a list of parts of type image or text")
-    return [{"type": "image"} if part["type"] == "image" else {"type": "text", "text": part.get("text") or ""} for part in content]
+    return [
+        {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part.get("text") or ""}
+        for part in content
+    ]
 
 
 class Reader:
-    """A target's processor in the place of its tokenizer: ids with as many image tokens as the pictures of a message (`placed`) take."""
+    """A target's processor in the place of its tokenizer: ids with as many image tokens as the pictures of a message
+    (`placed`) take.
+    """
 
     def __init__(self, processor):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -113,7 +147,11 @@ class Reader:
         return self.processor.chat_template or ""
 
     def apply_chat_template(self, messages: list[dict], **options) -> dict:
-        return {key: value[0] for key, value in self.processor.apply_chat_template(messages, **options).items() if key in ("input_ids", "assistant_masks")}
+        return {
+            key: value[0]
+            for key, value in self.processor.apply_chat_template(messages, **options).items()
+            if key in ("input_ids", "assistant_masks")
+        }
 
     def pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the processor makes of one document's pictures, as targets take it; {} of none."""

@@ -1,7 +1,9 @@
-"""A preallocated key/value cache for targets and heads: new rows are written in place, accepted rows are gathered to the front.
+"""A preallocated key/value cache for targets and heads: new rows are written in place, accepted rows are gathered to
+the front.
 
-All layers share one tensor [2 * layers, B, kv_heads, capacity, head_dim], so that a commit is one gather. Every batch row has
-its own length; a forward of T tokens writes slots length .. length + T - 1 of each row and reads the first `visible` slots.
+All layers share one tensor [2 * layers, B, kv_heads, capacity, head_dim], so that a commit is one gather. Every batch
+row has its own length; a forward of T tokens writes slots length .. length + T - 1 of each row and reads the first
+`visible` slots.
 """
 
 import torch
@@ -25,12 +27,12 @@ class SlotLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         cache, new = self.cache, key_states.size(2)
         if cache.start is not None:
-            self.keys[:, :, cache.start:cache.start + new] = key_states
-            self.values[:, :, cache.start:cache.start + new] = value_states
+            self.keys[:, :, cache.start : cache.start + new] = key_states
+            self.values[:, :, cache.start : cache.start + new] = value_states
         else:
             self.keys[cache.rows, :, cache.slots] = key_states.transpose(1, 2)
             self.values[cache.rows, :, cache.slots] = value_states.transpose(1, 2)
-        return self.keys[:, :, :cache.visible], self.values[:, :, :cache.visible]
+        return self.keys[:, :, : cache.visible], self.values[:, :, : cache.visible]
 
     def get_seq_length(self):
         return 0  # positions and masks are always passed explicitly
@@ -69,8 +71,10 @@ class SlotCache(Cache):
         shortest, longest = int(self.lengths.min()) + offset, int(self.lengths.max()) + offset
         self.visible = longest + new
         if self.visible > self.capacity:
-            wider = self.store.new_zeros(*self.store.shape[:3], max(self.visible, 2 * self.capacity), self.store.size(4))
-            wider[:, :, :, :self.capacity] = self.store
+            wider = self.store.new_zeros(
+                *self.store.shape[:3], max(self.visible, 2 * self.capacity), self.store.size(4)
+            )
+            wider[:, :, :, : self.capacity] = self.store
             self.store = wider
             self._bind()
         self.start = shortest if shortest == longest else None
@@ -79,13 +83,15 @@ class SlotCache(Cache):
             self.slots = self.lengths[:, None] + offset + torch.arange(new, device=self.lengths.device)
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
-        """Keeps the rows path [B, M] (offsets into the last forward, ascending; padding after counts [B] is ignored)."""
+        """Keeps the rows path [B, M] (offsets into the last forward, ascending; padding after counts [B] is
+        ignored).
+        """
         width = path.size(1)
         steps = torch.arange(width, device=path.device)
         if not bool(((path == steps) | (steps >= counts[:, None])).all()):
             if len(self.lengths) == 1:
                 start = int(self.lengths[0])
-                self.store[:, 0, :, start:start + width] = self.store[:, 0].index_select(2, start + path[0])
+                self.store[:, 0, :, start : start + width] = self.store[:, 0].index_select(2, start + path[0])
             else:
                 rows = torch.arange(len(self.lengths), device=path.device)[:, None]
                 kept = self.store[:, rows, :, self.lengths[:, None] + path]
@@ -97,5 +103,5 @@ class SlotCache(Cache):
         moved, used = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten(), int(self.lengths.max())
         if len(moved):
             self.store[:, moved, :, :used] = self.store[:, rows[moved], :, :used]
-        self.store, self.lengths = self.store[:, :len(rows)], self.lengths[rows]
+        self.store, self.lengths = self.store[:, : len(rows)], self.lengths[rows]
         self._bind()

@@ -1,9 +1,9 @@
 """DraftTree: what a drafter proposes and a target verifies in one pass.
 
-A batch of trees, packed and topologically ordered (parents before children, node 0 = root = the last emitted token, which
-the target has not processed yet). Everything else (ancestors, depths, positions) is derived here and stored nowhere.
-Ragged batches are padded with nodes of parent -1 that see only themselves and are never walked.
-Size counts the root; depth counts drafted levels.
+A batch of trees, packed and topologically ordered (parents before children, node 0 = root = the last emitted token,
+which the target has not processed yet). Everything else (ancestors, depths, positions) is derived here and stored
+nowhere. Ragged batches are padded with nodes of parent -1 that see only themselves and are never walked. Size counts
+the root; depth counts drafted levels.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Form:
-    """Parents and kinds of a batch of trees as the host knows them: one tuple for every row, or a single one that all rows share.
+    """Parents and kinds of a batch of trees as the host knows them: one tuple for every row, or a single one that all
+    rows share.
 
     Hashable, so that what a verifier derives from it is derived once and verification never waits for the device.
     """
@@ -50,10 +51,11 @@ class Form:
 class DraftTree:
     """tokens [B, N] int64 target ids, parents [B, N] int64 (-1 for the root and for padding), kind [B, N] int8.
 
-    Siblings stand in draw order. Trees with sampled edges carry the draft distributions: q [B, R, Vd] fp32, row r being what the children of
-    the r-th node with sampled children (ascending) were drawn from, before any sibling was taken out; ids [Vd] int64 are the target ids of
-    its columns. known: the form, where the drafter knows it without asking the device. probes: whether the target also processes the drafter's
-    probe (`FeatureSpec.probe`) behind every node, which doubles its rows.
+    Siblings stand in draw order. Trees with sampled edges carry the draft distributions: q [B, R, Vd] fp32, row r being
+    what the children of the r-th node with sampled children (ascending) were drawn from, before any sibling was taken
+    out; ids [Vd] int64 are the target ids of its columns. known: the form, where the drafter knows it without asking
+    the device. probes: whether the target also processes the drafter's probe (`FeatureSpec.probe`) behind every node,
+    which doubles its rows.
     """
 
     tokens: torch.Tensor
@@ -115,12 +117,13 @@ class DraftTree:
         return real
 
     def follow(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The path along the tokens that the target itself chooses: chosen [B, N], its token after each node -> (path [B, M] of nodes, root first,
-        counts [B]; behind them other nodes stand). Siblings may be repeated."""
+        """The path along the tokens that the target itself chooses: chosen [B, N], its token after each node -> (path
+        [B, M] of nodes, root first, counts [B]; behind them other nodes stand). Siblings may be repeated.
+        """
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
         wrong = self.tokens != chosen.gather(1, self.parents.clamp(min=0))
         wrong[:, 0] = False
         reached = ~(self.ancestors & (wrong | ~self.real)[:, None]).any(-1)
         on_path = self.ancestors[rows, torch.where(reached, self.depths, -1).argmax(1)]
         counts = on_path.sum(1)
-        return torch.sort((~on_path).to(torch.int8), dim=1, stable=True).indices[:, :int(counts.max())], counts
+        return torch.sort((~on_path).to(torch.int8), dim=1, stable=True).indices[:, : int(counts.max())], counts

@@ -19,21 +19,34 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.training import main
-from draftsmith.models.drafter import NoDrafter
+from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.features import Packing, TrainingFeatures
 from draftsmith.models.heads import Eagle3Config, Eagle3Head, Eagle3Objective
 from draftsmith.models.targets import TextTarget
 from draftsmith.train import telemetry
-from draftsmith.train.pretrain import train_tokenizer
+from draftsmith.train.reference.pretrain import train_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 def tiny_target(layers: int = 7, vocab: int = 61, seed: int = 0, **changes) -> TextTarget:
     torch.manual_seed(seed)
-    config = LlamaConfig(**{**dict(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=256, initializer_range=0.3), **changes})
+    config = LlamaConfig(
+        **{
+            **dict(
+                vocab_size=vocab,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                max_position_embeddings=256,
+                initializer_range=0.3,
+            ),
+            **changes,
+        }
+    )
     return TextTarget(LlamaForCausalLM(config).float(), "tiny")
 
 
@@ -43,7 +56,9 @@ def tiny_head(target: TextTarget, draft_vocab: int | None = None, seed: int = 1,
     ids = None if draft_vocab is None else torch.randperm(target.vocab_size)[:draft_vocab].sort().values
     head = Eagle3Head(config, target.shared, ids)
     for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=sharpness) if parameter.ndim == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        torch.nn.init.normal_(parameter, std=sharpness) if parameter.ndim == 2 else torch.nn.init.uniform_(
+            parameter, 0.5, 1.5
+        )
     return head.eval()
 
 
@@ -55,7 +70,9 @@ def pack(target: TextTarget, head, rows: list[list[int]], starts: list[int]) -> 
 
 
 def trained_head(target: TextTarget, draft_vocab: int | None = None) -> Eagle3Head:
-    """A tiny head trained for a moment on the target's own greedy text: right now and then, so that walks of every length occur."""
+    """A tiny head trained for a moment on the target's own greedy text: right now and then, so that walks of every
+    length occur.
+    """
     head, prompts = tiny_head(target, draft_vocab), [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
     rows = [p + t.tokens for p, t in zip(prompts, generate(target, NoDrafter(), prompts, Sampling(), 40))]
     features = pack(target, head, rows, [0] * len(rows))
@@ -69,8 +86,9 @@ def trained_head(target: TextTarget, draft_vocab: int | None = None) -> Eagle3He
 
 
 def train_killed_at(step: int, arguments: list[str]) -> None:
-    """`draftsmith train`, dead at the moment when `step` would enter the log: with engine.checkpoint_minutes=0 the checkpoint of the step before
-    is the last one that is complete. The same arguments resume it."""
+    """`draftsmith train`, dead at the moment when `step` would enter the log: with engine.checkpoint_minutes=0 the
+    checkpoint of the step before is the last one that is complete. The same arguments resume it.
+    """
 
     class Killed(Exception):
         pass
@@ -99,7 +117,9 @@ def head(target):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_tokenizer(["def add(a, b):\n    return a + b\n", "the quick brown fox", "import os\nimport sys\n"], 300)
+    return train_tokenizer(
+        ["def add(a, b):\n    return a + b\n", "the quick brown fox", "import os\nimport sys\n"], 300
+    )
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +130,15 @@ def folder(tmp_path_factory, tokenizer):
     target.model.config.eos_token_id = target.model.generation_config.eos_token_id = 2
     target.model.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
-    rows = [{"messages": [{"role": "user", "content": f"def f{i}(a):"}, {"role": "assistant", "content": f"    return a + {i}\n" * (1 + i % 2)}]}
-            for i in range(10, 34)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"def f{i}(a):"},
+                {"role": "assistant", "content": f"    return a + {i}\n" * (1 + i % 2)},
+            ]
+        }
+        for i in range(10, 34)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     recipe = yaml.safe_load((ROOT / "recipes" / "eagle3-code.yaml").read_text())
     recipe |= {"target": str(folder / "target"), "output": str(folder / "out")}

@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1: repositories, branches, commits, large files (git LFS) and downloads, over HTTP, in memory.
 
-`python -m tests.hub_server` prints its address and serves until it is ended. What clients did can be read at GET /control/log; POST
-/control/fail {"route": ..., "status": ..., "times": ...} makes the next requests of a route fail.
+`python -m tests.hub_server` prints its address and serves until it is ended. What clients did can be read at GET
+/control/log; POST /control/fail {"route": ..., "status": ..., "times": ...} makes the next requests of a route fail.
 """
 
 import base64
@@ -25,7 +25,9 @@ class Store:
 
 
 def revision_id(files: dict[str, bytes]) -> str:
-    return hashlib.sha1(json.dumps({p: hashlib.sha256(b).hexdigest() for p, b in sorted(files.items())}).encode()).hexdigest()
+    return hashlib.sha1(
+        json.dumps({p: hashlib.sha256(b).hexdigest() for p, b in sorted(files.items())}).encode()
+    ).hexdigest()
 
 
 def oid(content: bytes) -> str:
@@ -38,12 +40,17 @@ class Hub(BaseHTTPRequestHandler):
     store = Store()
 
     ROUTES = [
-        ("GET", r"/control/log", "control_log"), ("POST", r"/control/fail", "control_fail"),
-        ("POST", r"/api/repos/create", "create"), ("POST", r"/api/validate-yaml", "validate"),
-        ("POST", rf"/api/models/{REPO}/preupload/(?P<rev>[^/]+)", "preupload"), ("POST", rf"/api/models/{REPO}/commit/(?P<rev>[^/]+)", "commit"),
+        ("GET", r"/control/log", "control_log"),
+        ("POST", r"/control/fail", "control_fail"),
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate"),
+        ("POST", rf"/api/models/{REPO}/preupload/(?P<rev>[^/]+)", "preupload"),
+        ("POST", rf"/api/models/{REPO}/commit/(?P<rev>[^/]+)", "commit"),
         ("POST", rf"/api/models/{REPO}/branch/(?P<rev>[^/]+)", "branch"),
-        ("GET", rf"/api/models/{REPO}(/revision/(?P<rev>[^/]+))?", "info"), ("GET", rf"/api/models/{REPO}/tree/(?P<rev>[^/]+).*", "tree"),
-        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"), ("PUT", rf"/lfs/{REPO}/(?P<sha>\w+)", "put"),
+        ("GET", rf"/api/models/{REPO}(/revision/(?P<rev>[^/]+))?", "info"),
+        ("GET", rf"/api/models/{REPO}/tree/(?P<rev>[^/]+).*", "tree"),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
+        ("PUT", rf"/lfs/{REPO}/(?P<sha>\w+)", "put"),
         ("GET", rf"/{REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
     ]
 
@@ -55,11 +62,15 @@ class Hub(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if match and wanted == method:
                 if not name.startswith("control"):
-                    self.store.log.append({"route": name, "path": path, "bytes": len(self.body), "signed_in": self.signed_in})
+                    self.store.log.append(
+                        {"route": name, "path": path, "bytes": len(self.body), "signed_in": self.signed_in}
+                    )
                 failure = self.store.failing.get(name)
                 if failure and failure[1] > 0:
                     failure[1] -= 1
-                    return self.answer({"error": f"made to fail for {TOKEN} at http://x/y?X-Amz-Signature=secret"}, failure[0])
+                    return self.answer(
+                        {"error": f"made to fail for {TOKEN} at http://x/y?X-Amz-Signature=secret"}, failure[0]
+                    )
                 return getattr(self, name)(**{key: value for key, value in match.groupdict().items()})
         return self.answer({"error": f"no such route: {method} {path}"}, 404)
 
@@ -89,7 +100,9 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def missing(self, code: str):
-        return self.answer({"error": code}, 401 if code == "RepoNotFound" and not self.signed_in else 404, {"X-Error-Code": code})
+        return self.answer(
+            {"error": code}, 401 if code == "RepoNotFound" and not self.signed_in else 404, {"X-Error-Code": code}
+        )
 
     def files(self, repo: str, rev: str | None = "main"):
         """(files of a revision, None), or (None, an error code)."""
@@ -139,16 +152,40 @@ class Hub(BaseHTTPRequestHandler):
         if not self.signed_in:
             return self.answer({"error": "no rights"}, 403)
         known = lambda path: hashlib.sha256(files[path]).hexdigest() if len(files[path]) >= LARGE else oid(files[path])  # noqa: E731
-        self.answer({"files": [{"path": f["path"], "uploadMode": "lfs" if f["size"] >= LARGE else "regular", "shouldIgnore": False,
-                                "oid": known(f["path"]) if f["path"] in files else None} for f in json.loads(self.body)["files"]]})
+        self.answer(
+            {
+                "files": [
+                    {
+                        "path": f["path"],
+                        "uploadMode": "lfs" if f["size"] >= LARGE else "regular",
+                        "shouldIgnore": False,
+                        "oid": known(f["path"]) if f["path"] in files else None,
+                    }
+                    for f in json.loads(self.body)["files"]
+                ]
+            }
+        )
 
     def batch(self, repo):
         asked = json.loads(self.body)["objects"]
         address = f"http://{self.headers['Host']}/lfs/{repo}/"
-        self.answer({"transfer": "basic", "objects": [
-            {"oid": o["oid"], "size": o["size"],
-             **({} if (repo, o["oid"]) in self.store.blobs else {"actions": {"upload": {"href": f"{address}{o['oid']}?X-Amz-Signature=secret"}}})}
-            for o in asked]})
+        self.answer(
+            {
+                "transfer": "basic",
+                "objects": [
+                    {
+                        "oid": o["oid"],
+                        "size": o["size"],
+                        **(
+                            {}
+                            if (repo, o["oid"]) in self.store.blobs
+                            else {"actions": {"upload": {"href": f"{address}{o['oid']}?X-Amz-Signature=secret"}}}
+                        ),
+                    }
+                    for o in asked
+                ],
+            }
+        )
 
     def put(self, repo, sha):
         if hashlib.sha256(self.body).hexdigest() != sha:
@@ -173,20 +210,37 @@ class Hub(BaseHTTPRequestHandler):
         self.store.repos[repo]["branches"][rev] = files
         self.store.repos[repo]["history"].append(files)
         made = revision_id(files)
-        self.answer({"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{made}", "commitOid": made, "hookOutput": ""})
+        self.answer(
+            {"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{made}", "commitOid": made, "hookOutput": ""}
+        )
 
     def info(self, repo, rev):
         files, error = self.files(repo, rev)
         if error:
             return self.missing(error)
-        self.answer({"id": repo, "modelId": repo, "sha": revision_id(files), "private": self.store.repos[repo]["private"], "tags": [],
-                     "siblings": [{"rfilename": path, "size": len(content), "blobId": oid(content)} for path, content in files.items()]})
+        self.answer(
+            {
+                "id": repo,
+                "modelId": repo,
+                "sha": revision_id(files),
+                "private": self.store.repos[repo]["private"],
+                "tags": [],
+                "siblings": [
+                    {"rfilename": path, "size": len(content), "blobId": oid(content)} for path, content in files.items()
+                ],
+            }
+        )
 
     def tree(self, repo, rev):
         files, error = self.files(repo, rev)
         if error:
             return self.missing(error)
-        self.answer([{"type": "file", "path": path, "size": len(content), "oid": oid(content)} for path, content in files.items()])
+        self.answer(
+            [
+                {"type": "file", "path": path, "size": len(content), "oid": oid(content)}
+                for path, content in files.items()
+            ]
+        )
 
     def resolve(self, repo, rev, path):
         files, error = self.files(repo, rev)

@@ -1,6 +1,8 @@
-"""Exact laws for the tests: table models with context-dependent rows, every tree that can be drawn from them, what a rule makes of it.
+"""Exact laws for the tests: table models with context-dependent rows, every tree that can be drawn from them, what a
+rule makes of it.
 
-A text over V tokens has a number: the empty text is 0, text c followed by token t is c V + 1 + t. Rows of p and q are tables [texts, V].
+A text over V tokens has a number: the empty text is 0, text c followed by token t is c V + 1 + t. Rows of p and q are
+tables [texts, V].
 """
 
 import torch
@@ -31,8 +33,12 @@ def numbers(tokens: torch.Tensor, parents: list[int], vocab: int) -> torch.Tenso
     return found
 
 
-def all_trees(parents: list[int], kinds: list[Kind], q: torch.Tensor, fixed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every tree of this form that can be drawn from q: (tokens [M, N], probability [M]). ONE_HOT nodes hold the tokens `fixed`."""
+def all_trees(
+    parents: list[int], kinds: list[Kind], q: torch.Tensor, fixed: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every tree of this form that can be drawn from q: (tokens [M, N], probability [M]). ONE_HOT nodes hold the tokens
+    `fixed`.
+    """
     drawn, vocab = [([0], [0], 1.0)], q.size(1)
     for node in range(1, len(parents)):
         grown = []
@@ -46,54 +52,79 @@ def all_trees(parents: list[int], kinds: list[Kind], q: torch.Tensor, fixed: lis
                 row = [x / sum(row) for x in row] if sum(row) else [1.0] + [0.0] * (vocab - 1)
             if kinds[node] == Kind.ONE_HOT:
                 row = [float(t == fixed[node]) for t in range(vocab)]
-            grown += [([*tokens, t], [*texts, above * vocab + 1 + t], chance * row[t]) for t in range(vocab) if row[t] > 0]
+            grown += [
+                ([*tokens, t], [*texts, above * vocab + 1 + t], chance * row[t]) for t in range(vocab) if row[t] > 0
+            ]
         drawn = grown
     return torch.tensor([t for t, _, _ in drawn]), torch.tensor([c for _, _, c in drawn], dtype=torch.float64)
 
 
-def as_trees(tokens: torch.Tensor, parents: list[int], kinds: list[Kind], q: torch.Tensor, ids: torch.Tensor | None = None) -> DraftTree:
+def as_trees(
+    tokens: torch.Tensor, parents: list[int], kinds: list[Kind], q: torch.Tensor, ids: torch.Tensor | None = None
+) -> DraftTree:
     """The same trees with the rows of q [texts, V] that their children were drawn from, on the draft vocabulary ids."""
     ids, vocab = torch.arange(q.size(1)) if ids is None else ids, q.size(1)
     inner = sorted({p for p, kind in zip(parents, kinds) if p >= 0 and kind != Kind.ONE_HOT})
     rows = q[numbers(tokens, parents, vocab)[:, inner]][..., ids] if inner else None
-    return DraftTree(tokens, torch.tensor([parents]).repeat(len(tokens), 1), torch.tensor([kinds], dtype=torch.int8).repeat(len(tokens), 1), rows, ids)
+    return DraftTree(
+        tokens,
+        torch.tensor([parents]).repeat(len(tokens), 1),
+        torch.tensor([kinds], dtype=torch.int8).repeat(len(tokens), 1),
+        rows,
+        ids,
+    )
 
 
 def emitted(rule, tree: DraftTree, texts: torch.Tensor, chance: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """What a rule emits in one cycle over trees drawn with `chance` [M]: the probability of every text, by its number. texts [M, N]."""
+    """What a rule emits in one cycle over trees drawn with `chance` [M]: the probability of every text, by its number.
+    texts [M, N].
+    """
     rule.check(tree)
     law, vocab = rule.law(tree, p[texts].log()), p.size(1)
     out = torch.zeros(int(texts.max() + 1) * vocab + 1, dtype=torch.float64)
     for node in range(tree.size):
         after = law.following(torch.full((len(texts),), node))
-        after = torch.where(law.stop[:, node, None] > 1e-15, after / after.sum(1, keepdim=True), 0.0) * (chance * law.stop[:, node])[:, None]
+        after = (
+            torch.where(law.stop[:, node, None] > 1e-15, after / after.sum(1, keepdim=True), 0.0)
+            * (chance * law.stop[:, node])[:, None]
+        )
         out.index_add_(0, (texts[:, node, None] * vocab + 1 + torch.arange(vocab)).flatten(), after.flatten())
     return out
 
 
 def distance(out: torch.Tensor, p: torch.Tensor, length: int) -> float:
-    """Total variation between the target's law of texts of `length` tokens and that of emitted texts `out`, continued by the target."""
+    """Total variation between the target's law of texts of `length` tokens and that of emitted texts `out`, continued
+    by the target.
+    """
     vocab = p.size(1)
     count, law, want = 0, torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     out = torch.cat([out, out.new_zeros(max(0, texts_up_to(length, vocab) - len(out)))])
     for _ in range(length):
-        rows, start = p[count:count + len(law)], count * vocab + 1
-        law = (law[:, None] * rows).flatten() + out[start:start + len(law) * vocab]
+        rows, start = p[count : count + len(law)], count * vocab + 1
+        law = (law[:, None] * rows).flatten() + out[start : start + len(law) * vocab]
         want, count = (want[:, None] * rows).flatten(), start
     assert abs(float(out.sum()) - 1) < 1e-9, float(out.sum())
     return float((law - want).abs().sum() / 2)
 
 
-def law_error(rule, parents: list[int], kinds: list[Kind], p: torch.Tensor, q: torch.Tensor, fixed: list[int] = (), ids=None) -> float:
-    """Total variation over all trees of one form. p and q reach far enough: rows for all texts up to the tree's depth."""
+def law_error(
+    rule, parents: list[int], kinds: list[Kind], p: torch.Tensor, q: torch.Tensor, fixed: list[int] = (), ids=None
+) -> float:
+    """Total variation over all trees of one form. p and q reach far enough: rows for all texts up to the tree's
+    depth.
+    """
     tokens, chance = all_trees(parents, kinds, q, list(fixed) or [0] * len(parents))
     tree = as_trees(tokens, parents, kinds, q, ids)
     out = emitted(rule, tree, numbers(tokens, parents, p.size(1)), chance, p)
     return distance(out, p, int(tree.depths.max()) + 1)
 
 
-def expected(rule, parents: list[int], kinds: list[Kind], p: torch.Tensor, q: torch.Tensor, said: list[Kind] = ()) -> float:
-    """Accepted drafted tokens in expectation over trees (drawn as `kinds`, handed over as `said` or the same) and verification."""
+def expected(
+    rule, parents: list[int], kinds: list[Kind], p: torch.Tensor, q: torch.Tensor, said: list[Kind] = ()
+) -> float:
+    """Accepted drafted tokens in expectation over trees (drawn as `kinds`, handed over as `said` or the same) and
+    verification.
+    """
     tokens, chance = all_trees(parents, kinds, q, [0] * len(parents))
     law = rule.law(as_trees(tokens, parents, said or kinds, q), p[numbers(tokens, parents, p.size(1))].log())
     return float((law.expected * chance).sum())
@@ -104,8 +135,16 @@ def paper_weight(rest, w, left_of_q):
     return rest / (rest + (1 - w))
 
 
-def traversal_by_hand(tokens: list[int], parents: list[int], p: list[list[float]], q: list[list[float]], without: bool, weight=paper_weight):
-    """The paper's recursive form, node by node with deletion: {node: (P(stop), row of the next token)}, in visiting order.
+def traversal_by_hand(
+    tokens: list[int],
+    parents: list[int],
+    p: list[list[float]],
+    q: list[list[float]],
+    without: bool,
+    weight=paper_weight,
+):
+    """The paper's recursive form, node by node with deletion: {node: (P(stop), row of the next token)}, in visiting
+    order.
 
     p, q: a row for every node. `weight` replaces equation 3 for the negative controls.
     """
@@ -147,16 +186,22 @@ def traversal_by_hand(tokens: list[int], parents: list[int], p: list[list[float]
         spread(u)
 
 
-def law_error_by_hand(parents: list[int], drawn: Kind, without: bool, p: torch.Tensor, q: torch.Tensor, weight=paper_weight, change=None) -> float:
-    """As `law_error`, for the recursive form: trees are drawn as `drawn`, changed by `change(tokens, parents)`, and verified."""
+def law_error_by_hand(
+    parents: list[int], drawn: Kind, without: bool, p: torch.Tensor, q: torch.Tensor, weight=paper_weight, change=None
+) -> float:
+    """As `law_error`, for the recursive form: trees are drawn as `drawn`, changed by `change(tokens, parents)`, and
+    verified.
+    """
     tokens, chance = all_trees(parents, [drawn] * len(parents), q, [0] * len(parents))
     vocab, length, out = p.size(1), 0, torch.zeros(texts_up_to(len(parents), p.size(1)), dtype=torch.float64)
     for drafted, mass in zip(tokens.tolist(), chance.tolist()):
         drafted, form = change(drafted, parents) if change else (drafted, parents)
         texts = numbers(torch.tensor([drafted]), form, vocab)[0]
-        for node, (stop, row) in traversal_by_hand(drafted, form, p[texts].tolist(), q[texts].tolist(), without, weight).items():
+        for node, (stop, row) in traversal_by_hand(
+            drafted, form, p[texts].tolist(), q[texts].tolist(), without, weight
+        ).items():
             row = torch.tensor(row, dtype=torch.float64)
-            out[int(texts[node]) * vocab + 1:int(texts[node] + 1) * vocab + 1] += mass * stop * row / row.sum()
+            out[int(texts[node]) * vocab + 1 : int(texts[node] + 1) * vocab + 1] += mass * stop * row / row.sum()
     for node in range(len(parents)):
         depth, at = 0, node
         while at > 0:
@@ -166,7 +211,9 @@ def law_error_by_hand(parents: list[int], drawn: Kind, without: bool, p: torch.T
 
 
 class Bulk:
-    """Noise of many requests at once from one generator, fresh at every call; the keyed noise of the decode loop has the same law."""
+    """Noise of many requests at once from one generator, fresh at every call; the keyed noise of the decode loop has
+    the same law.
+    """
 
     def __init__(self, batch: int, generator: torch.Generator, temperature: float = 1.0):
         self.batch, self.generator, self.temperature = batch, generator, temperature
@@ -179,7 +226,11 @@ class Bulk:
 
     def perturb(self, logits: torch.Tensor, tree: DraftTree) -> torch.Tensor:
         """Nodes of one depth stand in one position and share their noise."""
-        levels = -torch.empty(self.batch, int(tree.depths.max()) + 1, logits.size(2)).exponential_(generator=self.generator).log()
+        levels = (
+            -torch.empty(self.batch, int(tree.depths.max()) + 1, logits.size(2))
+            .exponential_(generator=self.generator)
+            .log()
+        )
         return logits + levels[torch.arange(self.batch)[:, None], tree.depths]
 
 
@@ -199,8 +250,19 @@ class TableHead:
         return self.logp[now], (texts, now)
 
 
-def continuations(rule, policy, head: TableHead, p: torch.Tensor, texts: torch.Tensor, length: int, generator: torch.Generator, relabel=lambda tree: tree):
-    """Speculative decoding over a table: texts [B] (numbers), each continued by at least `length` tokens, cut there -> numbers [B]."""
+def continuations(
+    rule,
+    policy,
+    head: TableHead,
+    p: torch.Tensor,
+    texts: torch.Tensor,
+    length: int,
+    generator: torch.Generator,
+    relabel=lambda tree: tree,
+):
+    """Speculative decoding over a table: texts [B] (numbers), each continued by at least `length` tokens, cut there ->
+    numbers [B].
+    """
     vocab, left = p.size(1), torch.full_like(texts, length)
     done = texts.clone()
     while len(going := (left > 0).nonzero()[:, 0]):
@@ -212,7 +274,9 @@ def continuations(rule, policy, head: TableHead, p: torch.Tensor, texts: torch.T
         accepted = rule(tree, p[at].float().log(), noise)
         rows = torch.arange(len(going))
         emitted = torch.cat([tree.tokens[rows[:, None], accepted.path[:, 1:]], accepted.next_token[:, None]], 1)
-        emitted = emitted.scatter(1, (accepted.counts - 1)[:, None], accepted.next_token[:, None])  # behind the accepted nodes
+        emitted = emitted.scatter(
+            1, (accepted.counts - 1)[:, None], accepted.next_token[:, None]
+        )  # behind the accepted nodes
         for step in range(emitted.size(1)):
             grows = (step < accepted.counts) & (left[going] > 0)
             done[going] = torch.where(grows, done[going] * vocab + 1 + emitted[:, step], done[going])
@@ -221,10 +285,12 @@ def continuations(rule, policy, head: TableHead, p: torch.Tensor, texts: torch.T
 
 
 def g_test(prefix: int, texts: torch.Tensor, p: torch.Tensor, length: int) -> tuple[float, float]:
-    """(G = 2 sum O ln(O / E), the value that a right sampler exceeds once in a million times) against the exact joint law behind `prefix`."""
+    """(G = 2 sum O ln(O / E), the value that a right sampler exceeds once in a million times) against the exact joint
+    law behind `prefix`.
+    """
     vocab, law, first = p.size(1), torch.ones(1, dtype=torch.float64), prefix
     for _ in range(length):
-        law, first = (law[:, None] * p[first:first + len(law)]).flatten(), first * vocab + 1
+        law, first = (law[:, None] * p[first : first + len(law)]).flatten(), first * vocab + 1
     seen = torch.bincount(texts - first, minlength=len(law)).double()
     assert not bool(((law == 0) & (seen > 0)).any())
     freedom = int((law > 0).sum()) - 1

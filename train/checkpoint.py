@@ -1,7 +1,8 @@
 """Checkpoints of a run: complete or invisible, exact to resume at equal world size.
 
-DeepSpeed writes its files under a hidden name; rank 0 adds `state.json` and the consolidated drafter, then one rename makes the directory
-`step-N` appear. Data order, schedule and batches follow from the step alone, so the step is all that a resumed run needs beside the engine.
+DeepSpeed writes its files under a hidden name; rank 0 adds `state.json` and the consolidated drafter, then one rename
+makes the directory `step-N` appear. Data order, schedule and batches follow from the step alone, so the step is all
+that a resumed run needs beside the engine.
 """
 
 import json
@@ -18,7 +19,9 @@ from draftsmith.train.distributed import barrier
 
 
 class Checkpoints:
-    """The checkpoints below `folder`. settings: what must agree between the run that wrote one and the run that resumes it."""
+    """The checkpoints below `folder`. settings: what must agree between the run that wrote one and the run that resumes
+    it.
+    """
 
     def __init__(self, folder: Path, settings: dict, rank: int, world: int):
         self.folder, self.settings, self.rank, self.world = folder, settings, rank, world
@@ -32,12 +35,15 @@ class Checkpoints:
         found = json.loads((place / "state.json").read_text("utf-8"))
         different = sorted(k for k in self.settings if found["settings"].get(k) != self.settings[k])
         if different:
-            raise UserError(f"{place}: found a checkpoint of another recipe or other rows ({', '.join(different)} differ); "
-                            "remove it or choose another output")
+            raise UserError(
+                f"{place}: found a checkpoint of another recipe or other rows ({', '.join(different)} differ); "
+                "remove it or choose another output"
+            )
         return found
 
     def save(self, engine, state: dict, write_drafter) -> None:
-        """All ranks call this. `write_drafter(folder)` writes the consolidated drafter there (rank 0 only). The newest checkpoint alone is kept.
+        """All ranks call this. `write_drafter(folder)` writes the consolidated drafter there (rank 0 only). The newest
+        checkpoint alone is kept.
 
         Raises UserError when a file cannot be written; the checkpoint before is still there.
         """
@@ -52,7 +58,9 @@ class Checkpoints:
             barrier(self.world)
             if self.rank == 0:
                 write_drafter(hidden)
-                (hidden / "state.json").write_text(json.dumps({"settings": self.settings, "world_size": self.world, "state": state}))
+                (hidden / "state.json").write_text(
+                    json.dumps({"settings": self.settings, "world_size": self.world, "state": state})
+                )
                 for file in hidden.rglob("*"):
                     _to_disk(file)
                 older = [p for p in self.folder.glob("step-*") if p != shown]
@@ -63,8 +71,14 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system says
             shutil.rmtree(hidden, ignore_errors=True)
             last = self.latest()
-            raise ProcessError(f"{shown}: cannot be written ({' '.join(str(error).split())[:200]}); "
-                            + (f"{last} is complete: the same command resumes there" if last else "there is no checkpoint before it")) from None
+            raise ProcessError(
+                f"{shown}: cannot be written ({' '.join(str(error).split())[:200]}); "
+                + (
+                    f"{last} is complete: the same command resumes there"
+                    if last
+                    else "there is no checkpoint before it"
+                )
+            ) from None
         barrier(self.world)
 
     def load(self, engine, place: Path) -> None:

@@ -1,7 +1,8 @@
-"""From files to training rows, once: records are read one by one, encoded, and stored as flat arrays that every process maps.
+"""From files to training rows, once: records are read one by one, encoded, and stored as flat arrays that every process
+maps.
 
-Memory does not grow with the data. A record that cannot be used is counted, and the file refused when too many are; a chat template that
-is not prefix-stable spoils every row and ends the run at once.
+Memory does not grow with the data. A record that cannot be used is counted, and the file refused when too many are; a
+chat template that is not prefix-stable spoils every row and ends the run at once.
 """
 
 import hashlib
@@ -28,9 +29,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents behind one another: tokens [T] uint32 and mask [T] bool (1 = written by the target), mapped from `folder`;
-    borders [N + 1] int64; counts [V] int64, how often each id was written by the target; and where the pictures of each lie.
-    Several may be of one conversation."""
+    """Documents behind one another: tokens [T] uint32 and mask [T] bool (1 = written by the target), mapped from
+    `folder`; borders [N + 1] int64; counts [V] int64, how often each id was written by the target; and where the
+    pictures of each lie. Several may be of one conversation.
+    """
 
     folder: Path
 
@@ -75,11 +77,15 @@ class Rows:
         """tokens [T] int64 of these rows behind one another, and their packing."""
         tokens, masks = zip(*(self.row(n) for n in numbers))
         borders = (0, *np.cumsum([len(t) for t in tokens]).tolist())
-        return torch.from_numpy(np.concatenate(tokens).astype(np.int64)), Packing(borders, torch.from_numpy(np.concatenate(masks)))
+        return torch.from_numpy(np.concatenate(tokens).astype(np.int64)), Packing(
+            borders, torch.from_numpy(np.concatenate(masks))
+        )
 
     @cached_property
     def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which names are a row's (borders [N + 1]), which bytes are a name's (borders [names + 1]), and the bytes of all names."""
+        """Which names are a row's (borders [N + 1]), which bytes are a name's (borders [names + 1]), and the bytes of
+        all names.
+        """
         load = lambda name: np.load(self.folder / name, mmap_mode="r")  # noqa: E731
         return load("picture_borders.npy"), load("name_borders.npy"), load("names.npy")
 
@@ -93,21 +99,34 @@ class Rows:
         if not self.seen:
             return []
         of_row, of_name, names = self._places
-        return [self.folder / names[of_name[k]:of_name[k + 1]].tobytes().decode() for k in range(of_row[number], of_row[number + 1])]
+        return [
+            self.folder / names[of_name[k] : of_name[k + 1]].tobytes().decode()
+            for k in range(of_row[number], of_row[number + 1])
+        ]
 
     def prompt(self, number: int) -> list[int]:
         """What stands before the first token that the target wrote (at least one token)."""
         tokens, mask = self.row(number)
-        return tokens[:max(1, int(mask.argmax()))].tolist()
+        return tokens[: max(1, int(mask.argmax()))].tolist()
 
 
-def prepare(files: list[str], max_length: int, max_bad_rows: float, tokenizer, stops: set[int], vocab_size: int, folder: Path, report=print,
-            pictures=None) -> Rows:
-    """Encodes the files below `folder` unless that was done before with equal content and tokenizer (the folder's name is a hash of both).
+def prepare(
+    files: list[str],
+    max_length: int,
+    max_bad_rows: float,
+    tokenizer,
+    stops: set[int],
+    vocab_size: int,
+    folder: Path,
+    report=print,
+    pictures=None,
+) -> Rows:
+    """Encodes the files below `folder` unless that was done before with equal content and tokenizer (the folder's name
+    is a hash of both).
 
-    pictures: a `train.pictures.Pictures` for a target that sees. Picture files are not part of the hash, only their names are.
-    Raises UserError naming file and row when a share of more than `max_bad_rows` of a file's records cannot be used, and when nothing can
-    be learned from any.
+    pictures: a `train.pictures.Pictures` for a target that sees. Picture files are not part of the hash, only their
+    names are. Raises UserError naming file and row when a share of more than `max_bad_rows` of a file's records cannot
+    be used, and when nothing can be learned from any.
     """
     place = folder / key_of(files, max_length, tokenizer, stops, vocab_size, pictures)
     if not place.is_dir():
@@ -126,8 +145,12 @@ def prepare(files: list[str], max_length: int, max_bad_rows: float, tokenizer, s
     return Rows(place)
 
 
-def await_rows(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, folder: Path, pictures=None) -> Rows:
-    """The rows that the first process of this machine prepares; waiting is no collective, so that no time-out of one can strike."""
+def await_rows(
+    files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, folder: Path, pictures=None
+) -> Rows:
+    """The rows that the first process of this machine prepares; waiting is no collective, so that no time-out of one
+    can strike.
+    """
     place = folder / key_of(files, max_length, tokenizer, stops, vocab_size, pictures)
     while not place.is_dir():
         time.sleep(0.1)
@@ -137,7 +160,11 @@ def await_rows(files: list[str], max_length: int, tokenizer, stops: set[int], vo
 def key_of(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, pictures=None) -> str:
     """16 hex digits over everything that the rows depend on. Raises UserError for a file that does not exist."""
     digest = hashlib.sha256(json.dumps([2, max_length, sorted(stops), vocab_size, tokenizer.chat_template]).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer).encode())
+    digest.update(
+        tokenizer.backend_tokenizer.to_str().encode()
+        if hasattr(tokenizer, "backend_tokenizer")
+        else repr(tokenizer).encode()
+    )
     if pictures is not None:
         digest.update(json.dumps([1, *pictures.key, [str(Path(file).resolve().parent) for file in files]]).encode())
     for file in files:
@@ -149,7 +176,11 @@ def _content(path: Path) -> bytes:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected JSONL, JSON or Parquet, or hub:USER/NAME")
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).digest()
+        return (
+            hashlib.file_digest(file, "sha256").digest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).digest()
+        )
 
 
 def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report, pictures) -> None:
@@ -172,7 +203,10 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
                 short += len(rows) - len(taught)
                 conversations += [conversations[-1] + 1 if conversations else 0] * len(taught)
                 for tokens, mask, found in taught:
-                    ids, written = np.array(tokens[:max_length], dtype=np.uint32), np.array(mask[:max_length], dtype=bool)
+                    ids, written = (
+                        np.array(tokens[:max_length], dtype=np.uint32),
+                        np.array(mask[:max_length], dtype=bool),
+                    )
                     tokens_file.write(ids.tobytes())
                     mask_file.write(written.tobytes())
                     counts += np.bincount(ids[written], minlength=vocab_size)
@@ -188,12 +222,18 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
             if seen == 0:
                 raise UserError(f"{file}: found no rows, expected at least one")
             if bad > max_bad_rows * seen:
-                raise UserError(f"{file}: found {bad} of {seen} rows that cannot be used, expected at most {max_bad_rows:.2%} (data.max_bad_rows); "
-                                f"the first: {first}")
+                raise UserError(
+                    f"{file}: found {bad} of {seen} rows that cannot be used, expected at most {max_bad_rows:.2%} "
+                    f"(data.max_bad_rows); "
+                    f"the first: {first}"
+                )
             if bad:
                 report(f"{file}: {bad} of {seen:,} rows cannot be used and are left out; the first: {first}")
     if len(borders) == 1:
-        raise UserError(f"{', '.join(files)}: found no row with two or more tokens written by the target within {max_length} tokens (data.max_length)")
+        raise UserError(
+            f"{', '.join(files)}: found no row with two or more tokens written by the target within {max_length} "
+            f"tokens (data.max_length)"
+        )
     if short:
         report(f"{short:,} rows are left out: their answers begin behind data.max_length {max_length}")
     np.save(folder / "borders.npy", np.array(borders, dtype=np.int64))
@@ -206,17 +246,23 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
         np.save(folder / "picture_borders.npy", np.array(of_row, dtype=np.int64))
 
 
-def _encode(record, file: str, tokenizer, stops, vocab_size, max_length, pictures) -> list[tuple[list[int], list[int], list]]:
+def _encode(
+    record, file: str, tokenizer, stops, vocab_size, max_length, pictures
+) -> list[tuple[list[int], list[int], list]]:
     """The rows of a record: (token ids, token mask, pictures) of each."""
     if pictures is not None:
-        return pictures.encode(record, Path("." if file.startswith("hub:") else file).parent, stops, vocab_size, max_length)
+        return pictures.encode(
+            record, Path("." if file.startswith("hub:") else file).parent, stops, vocab_size, max_length
+        )
     if isinstance(record, dict) and (record.get("image") or record.get("images")):
         raise UserError("found a picture, expected text alone: this target does not see")
     return [(*encode_record(record, tokenizer, stops, vocab_size), [])]
 
 
 def read_records(file: str) -> Iterator[tuple[int, object]]:
-    """(row number from 1, record) of a file or Hub data set, one at a time; a line that is no JSON comes as a `UserError` in the record's place."""
+    """(row number from 1, record) of a file or Hub data set, one at a time; a line that is no JSON comes as a
+    `UserError` in the record's place.
+    """
     if file.startswith("hub:"):
         name, _, split = file.removeprefix("hub:").partition(":")
         yield from enumerate(_stream(file, name, split=split or "train"), 1)
@@ -247,17 +293,23 @@ def _stream(file: str, name: str, **options) -> Iterator[dict]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{file}: reading it needs the package datasets, found none; pip install 'draftsmith[train]'") from None
+        raise UserError(
+            f"{file}: reading it needs the package datasets, found none; pip install 'draftsmith[train]'"
+        ) from None
     datasets.disable_progress_bars()
     try:
         stream = datasets.load_dataset(name, streaming=True, **options)
-        yield from stream if stream.features is None else stream.decode(False)  # pictures as they are stored: a bad one is an error of its row
+        yield from (
+            stream if stream.features is None else stream.decode(False)
+        )  # pictures as they are stored: a bad one is an error of its row
     except Exception as error:  # datasets raises many types for bad files; the cause is its innermost message
         raise UserError(f"{file}: cannot be read ({' '.join(str(error.__cause__ or error).split())[:200]})") from None
 
 
 def encode_record(record, tokenizer, stops: set[int], vocab_size: int) -> tuple[list[int], list[int]]:
-    """(token ids, token mask). Raises UserError saying what was found and expected; `UnstableTemplate` concerns every row."""
+    """(token ids, token mask). Raises UserError saying what was found and expected; `UnstableTemplate` concerns every
+    row.
+    """
     if isinstance(record, UserError):
         raise record
     if not isinstance(record, dict):
@@ -295,10 +347,18 @@ def messages_of(record: dict) -> list[dict]:
     """`messages` with role and content, or `conversations` with from and value."""
     if record.get("messages") is not None:
         turns = record["messages"]
-        if not isinstance(turns, list) or not turns or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in turns):
+        if (
+            not isinstance(turns, list)
+            or not turns
+            or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in turns)
+        ):
             raise UserError("messages: expected a list of objects with role and content")
         return turns
     turns = record["conversations"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(m, dict) and m.get("from") in ROLES and isinstance(m.get("value"), str) for m in turns):
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(m, dict) and m.get("from") in ROLES and isinstance(m.get("value"), str) for m in turns)
+    ):
         raise UserError(f"conversations: expected a list of objects with value and from (one of {', '.join(ROLES)})")
     return [{"role": ROLES[m["from"]], "content": m["value"]} for m in turns]

@@ -1,8 +1,9 @@
 """Features of a step's rows: computed by the target, or read back from disk after the first epoch.
 
-The cache holds one entry a row: the taps of all its tokens (the drafter attends to the prompt too) and the final states where it is taught
-(supervised rows only); logits are recomputed from them. Everything is stored in the target's own precision, so that a run that is resumed
-computes what one that was never killed computes. Shards are safetensors files, complete or invisible, with a SHA-256 beside them.
+The cache holds one entry a row: the taps of all its tokens (the drafter attends to the prompt too) and the final states
+where it is taught (supervised rows only); logits are recomputed from them. Everything is stored in the target's own
+precision, so that a run that is resumed computes what one that was never killed computes. Shards are safetensors files,
+complete or invisible, with a SHA-256 beside them.
 """
 
 import hashlib
@@ -20,7 +21,9 @@ from draftsmith.train.data import Rows
 from draftsmith.train.pictures import Pictures
 
 SHARD = 256 * 2**20  # bytes of features after which a shard is written
-CONVENTION = "index into Hugging Face hidden_states: 0 = embeddings, k = the state entering layer k, last = after the final norm"
+CONVENTION = (
+    "index into Hugging Face hidden_states: 0 = embeddings, k = the state entering layer k, last = after the final norm"
+)
 
 
 def bytes_needed(rows: Rows, spec: FeatureSpec, width: int, item: int) -> int:
@@ -52,35 +55,52 @@ class Online:
 
 
 class Cached:
-    """The same, kept on disk: rows whose entries were there at the last `refresh` are read, others computed and written.
+    """The same, kept on disk: rows whose entries were there at the last `refresh` are read, others computed and
+    written.
 
-    All processes share `folder`; a row that another machine holds is computed again. Raises UserError when the disk is too small or a
-    file is not what was written.
+    All processes share `folder`; a row that another machine holds is computed again. Raises UserError when the disk is
+    too small or a file is not what was written.
     """
 
     def __init__(self, target, rows: Rows, spec: FeatureSpec, folder: Path, rank: int, report=print):
         if spec.probe is not None:
-            raise UserError("data.features: found cached, expected online with a probe (its states change as it learns)")
+            raise UserError(
+                "data.features: found cached, expected online with a probe (its states change as it learns)"
+            )
         if rows.seen:
             raise UserError("data.features: found cached, expected online for rows with pictures")
         self.online, self.folder, self.rank = Online(target, rows, spec), folder, rank
-        self.header = {"version": 1, "target": target.name, "taps": list(spec.taps), "convention": CONVENTION, "rows": rows.key,
-                       "dtype": str(target.dtype).removeprefix("torch.")}
+        self.header = {
+            "version": 1,
+            "target": target.name,
+            "taps": list(spec.taps),
+            "convention": CONVENTION,
+            "rows": rows.key,
+            "dtype": str(target.dtype).removeprefix("torch."),
+        }
         self.entries: dict[int, str] = {}
         self.open: dict[str, object] = {}
         self.waiting: dict[str, torch.Tensor] = {}
         self.size = 0
         if spec.rows == "text" or spec.columns or spec.middle:
-            raise UserError("data.features: found cached, expected online for this head (the cache holds taps and final states of all rows only)")
+            raise UserError(
+                "data.features: found cached, expected online for this head (the cache holds taps and final states "
+                "of all rows only)"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self._check_header()
         self.refresh()
         if rank == 0 and not self.entries:
-            needed, free = bytes_needed(rows, spec, target.config.hidden_size, target.dtype.itemsize), shutil.disk_usage(folder).free
+            needed, free = (
+                bytes_needed(rows, spec, target.config.hidden_size, target.dtype.itemsize),
+                shutil.disk_usage(folder).free,
+            )
             report(f"cached features will take {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free at {folder}")
             if needed > free:
-                raise UserError(f"data.features: cached needs {needed / 1e9:.2f} GB, found {free / 1e9:.2f} GB free at {folder}; "
-                                "expected more, or data.features online")
+                raise UserError(
+                    f"data.features: cached needs {needed / 1e9:.2f} GB, found {free / 1e9:.2f} GB free at {folder}; "
+                    "expected more, or data.features online"
+                )
 
     def _check_header(self) -> None:
         place = self.folder / "header.json"
@@ -91,8 +111,10 @@ class Cached:
         found = json.loads(place.read_text("utf-8"))
         different = [k for k in self.header if found.get(k) != self.header[k]]
         if different:
-            raise UserError(f"{place}: {different[0]}: found {found.get(different[0])!r}, expected {self.header[different[0]]!r}; "
-                            "remove the folder or choose another output")
+            raise UserError(
+                f"{place}: {different[0]}: found {found.get(different[0])!r}, expected {self.header[different[0]]!r}; "
+                "remove the folder or choose another output"
+            )
 
     def refresh(self) -> None:
         """Takes in all complete shards, of every process."""
@@ -107,7 +129,10 @@ class Cached:
         if isinstance(self.open[name], str):
             place = self.folder / f"{name}.safetensors"
             if not place.is_file() or _sha256(place) != self.open[name]:
-                raise UserError(f"{place}: missing or not what was written (SHA-256 differs); remove {self.folder} to compute the features anew")
+                raise UserError(
+                    f"{place}: missing or not what was written (SHA-256 differs); remove {self.folder} to compute "
+                    f"the features anew"
+                )
             self.open[name] = safe_open(place, "pt")
         return self.open[name]
 
@@ -127,7 +152,12 @@ class Cached:
         get = lambda n, what: self._shard(self.entries[n]).get_tensor(f"{n}.{what}")  # noqa: E731
         hidden = torch.cat([get(n, "hidden") for n in numbers])
         final = torch.cat([get(n, "final") for n in numbers])
-        return TrainingFeatures(tokens.to(target.device), hidden.to(target.device), packing, Teacher(final.to(target.device), target.project))
+        return TrainingFeatures(
+            tokens.to(target.device),
+            hidden.to(target.device),
+            packing,
+            Teacher(final.to(target.device), target.project),
+        )
 
     def _keep(self, numbers: list[int], features: TrainingFeatures) -> None:
         hidden, final, packing = features.hidden.cpu(), features.teacher.final.cpu(), features.packing

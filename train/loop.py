@@ -34,7 +34,9 @@ from draftsmith.train.telemetry import Log, Progress, Stopwatch, Wandb, figures
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PERSISTENT = 20  # steps in a row with gradients that are not finite, after which a run ends
 
-Evaluator = Callable[[TextTarget, nn.Module, list[list[int]], set[int]], float]  # acceptance length on prompts, given the stop ids
+Evaluator = Callable[
+    [TextTarget, nn.Module, list[list[int]], set[int]], float
+]  # acceptance length on prompts, given the stop ids
 
 
 class Terminated(Exception):
@@ -53,7 +55,10 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
             head.grow(config)
         for key in spec.shape:
             if getattr(head.config, key) != getattr(config, key):
-                raise UserError(f"head.{key}: found {getattr(config, key)}, expected {getattr(head.config, key)} as in {spec.start_from}")
+                raise UserError(
+                    f"head.{key}: found {getattr(config, key)}, expected {getattr(head.config, key)} as in "
+                    f"{spec.start_from}"
+                )
         return head.train()
     ids = most_frequent(counts, config.draft_vocab_size, sorted(stops))
     torch.manual_seed(recipe.seed)
@@ -91,7 +96,11 @@ def size(parameters) -> int:
 
 def gathered(head: nn.Module, zero_stage: int):
     """A block in which all of a head's parameters are whole, partitioned or not; all processes enter it."""
-    return distributed.load_deepspeed().zero.GatheredParameters(list(head.parameters())) if zero_stage == 3 else contextlib.nullcontext()
+    return (
+        distributed.load_deepspeed().zero.GatheredParameters(list(head.parameters()))
+        if zero_stage == 3
+        else contextlib.nullcontext()
+    )
 
 
 def consolidated(head: nn.Module, zero_stage: int) -> nn.Module:
@@ -105,7 +114,9 @@ def consolidated(head: nn.Module, zero_stage: int) -> nn.Module:
 
 @dataclass
 class State:
-    """Where a run stands: what a checkpoint keeps beside the engine. best: {"tau", "step"} of the best drafter so far."""
+    """Where a run stands: what a checkpoint keeps beside the engine. best: {"tau", "step"} of the best drafter so
+    far.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -115,11 +126,14 @@ class State:
     best: dict | None = None
 
 
-def train(recipe: DrafterRecipe, report=print, evaluator: Evaluator | None = None, engine_extra: dict | None = None) -> Path:
+def train(
+    recipe: DrafterRecipe, report=print, evaluator: Evaluator | None = None, engine_extra: dict | None = None
+) -> Path:
     """Trains a drafter and returns its directory, `output/drafter`. `output/log.jsonl` holds one line per step.
 
-    A killed or terminated run goes on from its last checkpoint when called again (`Terminated` is raised after SIGTERM); a finished one is
-    left as it is. evaluator: measures the acceptance length on the held-out rows (`evaluation.rows` of the recipe).
+    A killed or terminated run goes on from its last checkpoint when called again (`Terminated` is raised after
+    SIGTERM); a finished one is left as it is. evaluator: measures the acceptance length on the held-out rows
+    (`evaluation.rows` of the recipe).
     """
     spec = recipe.data
     with distributed.launched() as (rank, world, local):
@@ -127,7 +141,9 @@ def train(recipe: DrafterRecipe, report=print, evaluator: Evaluator | None = Non
         distributed.check_dtype(recipe.engine.dtype)
         described, tokenizer = describe(recipe.target), load_tokenizer(recipe.target)
         if spec.max_length > described.context_length:
-            raise UserError(f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}")
+            raise UserError(
+                f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}"
+            )
         config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
         stops = stop_ids(described, tokenizer)
         pictures = load_pictures(recipe.target, described, spec.max_image_pixels, cut_for(config))
@@ -136,13 +152,23 @@ def train(recipe: DrafterRecipe, report=print, evaluator: Evaluator | None = Non
             rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, say, pictures)
         else:
             rows = await_rows(spec.files, spec.max_length, *arguments, pictures)
-        silent = {"output": True, "wandb": True, "engine": {"checkpoint_minutes"}, "data": {"max_image_pixels"}}  # the last is part of the rows' key
+        silent = {
+            "output": True,
+            "wandb": True,
+            "engine": {"checkpoint_minutes"},
+            "data": {"max_image_pixels"},
+        }  # the last is part of the rows' key
         settings = recipe.model_dump(mode="json", exclude=silent) | {"rows": rows.key}
         if finished(Path(recipe.output) / "drafter", settings):
-            say(f"{recipe.output}/drafter is there already, trained by this recipe on these rows; remove it to train again")
+            say(
+                f"{recipe.output}/drafter is there already, trained by this recipe on these rows; remove it to train "
+                f"again"
+            )
             return Path(recipe.output) / "drafter"
         with distributed.process_group(rank, world, local) as device:
-            return Run(recipe, settings, rows, pictures, stops, rank, world, device, say, evaluator, engine_extra or {}).train()
+            return Run(
+                recipe, settings, rows, pictures, stops, rank, world, device, say, evaluator, engine_extra or {}
+            ).train()
 
 
 def finished(folder: Path, settings: dict) -> bool:
@@ -152,58 +178,106 @@ def finished(folder: Path, settings: dict) -> bool:
     found = json.loads((folder / "draftsmith.json").read_text("utf-8")).get("settings", {})
     different = sorted(k for k in settings if found.get(k) != settings[k])
     if different:
-        raise UserError(f"output: {folder} was trained by another recipe or on other rows ({', '.join(different)} differ); "
-                        "remove it or choose another output")
+        raise UserError(
+            f"output: {folder} was trained by another recipe or on other rows ({', '.join(different)} differ); "
+            "remove it or choose another output"
+        )
     return True
 
 
 class Run:
     """One process of a run. Every process knows all rows and takes its share of each step; the first one writes."""
 
-    def __init__(self, recipe: DrafterRecipe, settings: dict, rows: Rows, pictures: Pictures | None, stops: set[int], rank: int, world: int,
-                 device: torch.device, say, evaluator: Evaluator | None, engine_extra: dict):
-        self.recipe, self.rows, self.stops, self.rank, self.world, self.say, self.evaluator = recipe, rows, stops, rank, world, say, evaluator
+    def __init__(
+        self,
+        recipe: DrafterRecipe,
+        settings: dict,
+        rows: Rows,
+        pictures: Pictures | None,
+        stops: set[int],
+        rank: int,
+        world: int,
+        device: torch.device,
+        say,
+        evaluator: Evaluator | None,
+        engine_extra: dict,
+    ):
+        self.recipe, self.rows, self.stops, self.rank, self.world, self.say, self.evaluator = (
+            recipe,
+            rows,
+            stops,
+            rank,
+            world,
+            say,
+            evaluator,
+        )
         self.pictures = pictures
         self.output, spec, self.objective = Path(recipe.output), recipe.optimization, recipe.goal
         conversations = int(rows.conversations[-1]) + 1
-        numbers, self.kept = held_out(rows.conversations, min(recipe.evaluation.rows, conversations // 2) if evaluator else 0, recipe.seed)
-        self.schedule = Schedule(rows.lengths, numbers, spec.batch_tokens, world * spec.accumulation, recipe.seed, spec.epochs)
+        numbers, self.kept = held_out(
+            rows.conversations, min(recipe.evaluation.rows, conversations // 2) if evaluator else 0, recipe.seed
+        )
+        self.schedule = Schedule(
+            rows.lengths, numbers, spec.batch_tokens, world * spec.accumulation, recipe.seed, spec.epochs
+        )
         tokens = int(rows.lengths[numbers].sum())
         if self.schedule.total < 1:
-            raise UserError(f"data.files: found {len(numbers)} rows, {tokens:,} tokens; expected at least one step of {world * spec.accumulation} x "
-                            f"{spec.batch_tokens} tokens (optimization.batch_tokens)")
+            raise UserError(
+                f"data.files: found {len(numbers)} rows, {tokens:,} tokens; expected at least one step of "
+                f"{world * spec.accumulation} x "
+                f"{spec.batch_tokens} tokens (optimization.batch_tokens)"
+            )
         self.target = TextTarget.load(recipe.target, device=device)
         self.head = build_head(recipe, self.target, rows.counts, stops).to(device)
         self.adapter = Adapter(self.head, recipe.lora, recipe.head.start_from, recipe.seed) if recipe.lora else None
         self.coverage = float(rows.counts[self.head.ids.cpu()].sum() / rows.counts.sum())
-        self.about = {"target": recipe.target, "recipe": recipe.model_dump(), "settings": settings, "world_size": world,
-                      "draft_vocab_coverage": self.coverage}
+        self.about = {
+            "target": recipe.target,
+            "recipe": recipe.model_dump(),
+            "settings": settings,
+            "world_size": world,
+            "draft_vocab_coverage": self.coverage,
+        }
         self.checkpoints, self.state = Checkpoints(self.output / "checkpoints", settings, rank, world), State()
         place = self.checkpoints.latest()
         found = self.checkpoints.read(place) if place else None
         resumes = found is not None and found["world_size"] == world
         if found and not resumes:
             if self.adapter is None:
-                self.head.load_state_dict(load_drafter(place / "drafter", self.target.shared, self.target.layers).state_dict())
+                self.head.load_state_dict(
+                    load_drafter(place / "drafter", self.target.shared, self.target.layers).state_dict()
+                )
             else:
                 self.adapter.load(self.adapter.read(place / "adapter"))
-            say(f"{place} was written by {found['world_size']} processes, this run has {world}: its weights are a warm start, "
-                "optimizer and schedule begin anew")
+            say(
+                f"{place} was written by {found['world_size']} processes, this run has {world}: its weights are a "
+                f"warm start, "
+                "optimizer and schedule begin anew"
+            )
         if recipe.engine.target == "sharded":
             distributed.shard(self.target)
         gto = build_gto(recipe, self.target, stops) if recipe.gto else None
         self.optimizer = build_optimizer(recipe, self.head)
-        self.engine = distributed.engine(TrainingStep(self.head, self.objective, gto), self.optimizer,
-                                         distributed.engine_config(recipe.engine.zero_stage, recipe.engine.dtype, spec.accumulation, spec.clip, engine_extra))
+        self.engine = distributed.engine(
+            TrainingStep(self.head, self.objective, gto),
+            self.optimizer,
+            distributed.engine_config(
+                recipe.engine.zero_stage, recipe.engine.dtype, spec.accumulation, spec.clip, engine_extra
+            ),
+        )
         self.rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         if resumes:
             self.checkpoints.load(self.engine, place)
             self.state = State(**found["state"])
             say(f"resumed at step {self.state.step}")
         self.features = self._features()
-        say(f"{len(numbers):,} rows, {tokens:,} tokens, {int(rows.mask.sum()):,} written by the target; head "
-            f"{size(self.head.parameters()) / 1e6:.2f} M parameters, {size(p for p in self.head.parameters() if p.requires_grad) / 1e6:.2f} M of them "
-            f"trained, draft vocabulary covers {self.coverage:.2%}; {self.schedule.total} steps on {world} process{'es' * (world > 1)}")
+        say(
+            f"{len(numbers):,} rows, {tokens:,} tokens, {int(rows.mask.sum()):,} written by the target; head "
+            f"{size(self.head.parameters()) / 1e6:.2f} M parameters, "
+            f"{size(p for p in self.head.parameters() if p.requires_grad) / 1e6:.2f} M of them "
+            f"trained, draft vocabulary covers {self.coverage:.2%}; {self.schedule.total} steps on {world} "
+            f"process{'es' * (world > 1)}"
+        )
 
     def _features(self):
         """Where a step's features come from."""
@@ -216,35 +290,63 @@ class Run:
         """All steps that are left, then the drafter directory."""
         recipe, state, total = self.recipe, self.state, self.schedule.total
         logs = self._logs()
-        progress, watch = Progress(self.say, total, self.coverage, self.objective.weights), Stopwatch(self.target.device)
+        progress, watch = (
+            Progress(self.say, total, self.coverage, self.objective.weights),
+            Stopwatch(self.target.device),
+        )
         started, saved, current = time.time() - state.seconds, time.time(), None
         with termination() as terminated:
             for number, epoch, bins in self.schedule.after(state.step):
                 if epoch != current:
                     current = epoch
                     self._meet()
-                scale, before = rate_scale(number - 1, total, recipe.optimization.warmup, recipe.optimization.schedule), self._skipped()
+                scale, before = (
+                    rate_scale(number - 1, total, recipe.optimization.warmup, recipe.optimization.schedule),
+                    self._skipped(),
+                )
                 sums = self._step(number, bins, scale, watch)
                 skipped = self._skipped() - before
-                state.step, state.tokens, state.seconds = number, state.tokens + sums.pop("tokens"), time.time() - started
+                state.step, state.tokens, state.seconds = (
+                    number,
+                    state.tokens + sums.pop("tokens"),
+                    time.time() - started,
+                )
                 state.skipped, state.in_a_row = state.skipped + skipped, (state.in_a_row + skipped) * skipped
-                line = {"step": number, "total": total, "epoch": epoch, **figures(sums, self.objective.weights), "skipped": state.skipped,
-                        "learning_rate": self.rates[-1] * scale, "tokens_per_second": state.tokens / state.seconds, "seconds": state.seconds,
-                        "left": state.seconds / number * (total - number), "coverage": self.coverage, "split": watch.take()}
+                line = {
+                    "step": number,
+                    "total": total,
+                    "epoch": epoch,
+                    **figures(sums, self.objective.weights),
+                    "skipped": state.skipped,
+                    "learning_rate": self.rates[-1] * scale,
+                    "tokens_per_second": state.tokens / state.seconds,
+                    "seconds": state.seconds,
+                    "left": state.seconds / number * (total - number),
+                    "coverage": self.coverage,
+                    "split": watch.take(),
+                }
                 if number in self._measured():
                     line["tau"] = self._measure()
                 for log in logs:
                     log.write(line)
                 progress(line, sums, line["split"])
                 if state.in_a_row >= PERSISTENT:
-                    raise UserError(f"step {number}: found gradients that are not finite in {state.in_a_row} steps in a row, expected finite ones; "
-                                    "lower optimization.lr or muon_lr")
-                due, stop = self._any(time.time() - saved > recipe.engine.checkpoint_minutes * 60 and self.rank == 0, terminated())
+                    raise UserError(
+                        f"step {number}: found gradients that are not finite in {state.in_a_row} steps in a row, "
+                        f"expected finite ones; "
+                        "lower optimization.lr or muon_lr"
+                    )
+                due, stop = self._any(
+                    time.time() - saved > recipe.engine.checkpoint_minutes * 60 and self.rank == 0, terminated()
+                )
                 if (due or stop) and number < total:
                     self._save()
                     saved = time.time()
                     if stop:
-                        raise Terminated(f"terminated; step {number} is saved in {self.checkpoints.folder}, the same command resumes there")
+                        raise Terminated(
+                            f"terminated; step {number} is saved in {self.checkpoints.folder}, the same command "
+                            f"resumes there"
+                        )
         for log in logs:
             log.finish()
         return self._finish()
@@ -255,9 +357,11 @@ class Run:
             group["lr"] = rate * scale
         with watch.phase("data"):
             steps, share = self.objective.steps, len(bins)  # DeepSpeed averages the loss over all bins of a step
-            counts = [max(1, n) / share for n in self.rows.pack([row for part in bins for row in part])[1].counts(steps)]
+            counts = [
+                max(1, n) / share for n in self.rows.pack([row for part in bins for row in part])[1].counts(steps)
+            ]
         sums: dict[str, torch.Tensor] = {}
-        for part in bins[self.rank::self.world]:
+        for part in bins[self.rank :: self.world]:
             with watch.phase("target"):
                 features = replace(self.features(part), seed=seed_of(self.recipe.seed, number, part))
             with watch.phase("drafter"):
@@ -293,7 +397,11 @@ class Run:
         if self.rank > 0:
             return []
         logs = [Log(self.output / "log.jsonl", self.state.step)]
-        return [*logs, Wandb(self.recipe.wandb, self.output, self.recipe.model_dump(mode="json"))] if self.recipe.wandb else logs
+        return (
+            [*logs, Wandb(self.recipe.wandb, self.output, self.recipe.model_dump(mode="json"))]
+            if self.recipe.wandb
+            else logs
+        )
 
     def _measured(self) -> set[int]:
         """The steps after which the acceptance length is measured, the last one among them."""
@@ -312,24 +420,34 @@ class Run:
             self.state.best = {"tau": tau, "step": self.state.step}
             if self.rank == 0:
                 self._write(head, adapter, self.output / "best")
-        self.say(f"step {self.state.step}: acceptance length {tau:.3f} on {len(self.kept)} held-out prompts (best {self.state.best['tau']:.3f} at "
-                 f"step {self.state.best['step']})")
+        self.say(
+            f"step {self.state.step}: acceptance length {tau:.3f} on {len(self.kept)} held-out prompts (best "
+            f"{self.state.best['tau']:.3f} at "
+            f"step {self.state.best['step']})"
+        )
         return tau
 
     def _save(self) -> None:
         """A checkpoint of all processes. Raises UserError when it cannot be written; the one before stays."""
         head, adapter = self._now()
         self.features.flush()
-        self.checkpoints.save(self.engine, asdict(self.state), lambda place: self._write(head, adapter, place, torch.float32))
+        self.checkpoints.save(
+            self.engine, asdict(self.state), lambda place: self._write(head, adapter, place, torch.float32)
+        )
 
     def _finish(self) -> Path:
-        """The drafter directory: the best measured drafter, or the last one; what it was adapted by stands in `output/adapter`."""
+        """The drafter directory: the best measured drafter, or the last one; what it was adapted by stands in
+        `output/adapter`.
+        """
         folder, best, (head, adapter) = self.output / "drafter", self.state.best, self._now()
         if self.rank == 0:
             if best is not None and best["step"] < self.state.step:
                 head = load_drafter(self.output / "best" / "drafter", self.target.shared, self.target.layers)
                 adapter = adapter and self.adapter.read(self.output / "best" / "adapter")
-                self.say(f"the drafter of step {best['step']} is kept: acceptance length {best['tau']:.3f} on the held-out prompts")
+                self.say(
+                    f"the drafter of step {best['step']} is kept: acceptance length {best['tau']:.3f} on the "
+                    f"held-out prompts"
+                )
             self._write(head, adapter, self.output)
             for leftover in (self.checkpoints.folder, self.output / "best"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -344,7 +462,9 @@ class Run:
             adapter = self.adapter.state() if self.adapter else None
         return consolidated(self.head, stage), adapter
 
-    def _write(self, head: nn.Module, adapter: dict[str, torch.Tensor] | None, place: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    def _write(
+        self, head: nn.Module, adapter: dict[str, torch.Tensor] | None, place: Path, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         """`place/drafter`, and before it `place/adapter`: where there is a drafter its adapter is there too."""
         if adapter is not None:
             self.adapter.save(place / "adapter", adapter)

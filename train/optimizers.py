@@ -1,8 +1,9 @@
-"""Optimizers that skip a step whose gradients are not finite: AdamW, and Muon (Jordan et al., 2024) in fp32 for matrices beside it.
+"""Optimizers that skip a step whose gradients are not finite: AdamW, and Muon (Jordan et al., 2024) in fp32 for
+matrices beside it.
 
-Muon: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz iteration. `torch.optim.Muon` casts to bf16 inside, which a
-CPU without bf16 instructions runs many times slower. Matrices of one shape are orthogonalised in one batched product, since a deep
-and thin model has hundreds of small ones.
+Muon: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz iteration. `torch.optim.Muon` casts to bf16
+inside, which a CPU without bf16 instructions runs many times slower. Matrices of one shape are orthogonalised in one
+batched product, since a deep and thin model has hundreds of small ones.
 """
 
 from collections import defaultdict
@@ -26,16 +27,20 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class FiniteSteps:
-    """Before a `torch.optim.Optimizer`: leaves weights and state alone when a gradient of any process is not finite. `skipped` counts them.
+    """Before a `torch.optim.Optimizer`: leaves weights and state alone when a gradient of any process is not finite.
+    `skipped` counts them.
 
-    DeepSpeed calls this with its own partitions of the parameters, in every process equally often: one flag is all that is exchanged.
+    DeepSpeed calls this with its own partitions of the parameters, in every process equally often: one flag is all that
+    is exchanged.
     """
 
     skipped = 0
 
     @torch.no_grad()
     def step(self, closure=None):
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.grad.numel()]
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.grad.numel()
+        ]
         bad = torch.zeros((), device=grads[0].device if grads else None)
         for total in torch._foreach_norm(grads) if grads else []:
             bad = torch.maximum(bad, (~torch.isfinite(total)).float())
@@ -52,11 +57,27 @@ class AdamW(FiniteSteps, torch.optim.AdamW):
 
 
 class _MuonAdamW(torch.optim.Optimizer):
-    """`matrices` (2-D) get Muon with rate `muon_lr` times sqrt(max(1, rows / cols)); `others` get AdamW without weight decay."""
+    """`matrices` (2-D) get Muon with rate `muon_lr` times sqrt(max(1, rows / cols)); `others` get AdamW without weight
+    decay.
+    """
 
-    def __init__(self, matrices, others, muon_lr: float, adam_lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
-        super().__init__([{"params": list(matrices), "lr": muon_lr, "kind": "muon"}, {"params": list(others), "lr": adam_lr, "kind": "adam"}],
-                         {"momentum": momentum, "betas": betas, "eps": eps})
+    def __init__(
+        self,
+        matrices,
+        others,
+        muon_lr: float,
+        adam_lr: float,
+        momentum: float = 0.95,
+        betas=(0.9, 0.95),
+        eps: float = 1e-8,
+    ):
+        super().__init__(
+            [
+                {"params": list(matrices), "lr": muon_lr, "kind": "muon"},
+                {"params": list(others), "lr": adam_lr, "kind": "adam"},
+            ],
+            {"momentum": momentum, "betas": betas, "eps": eps},
+        )
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -1,10 +1,13 @@
-"""Training records with pictures, for targets that see: conversations encoded by the target's own processor, pictures kept beside the rows.
+"""Training records with pictures, for targets that see: conversations encoded by the target's own processor, pictures
+kept beside the rows.
 
-Two forms: LLaVA's JSON (`image`, a file or a list of them, and `conversations` with `<image>` where they stand), and data sets of the Hub
-whose column `image` or `images` holds the pictures themselves. Every picture is decoded once here, so that a bad one is found before
-training and with its row; a row remembers where its pictures lie, and the target reads their pixels when it needs them.
+Two forms: LLaVA's JSON (`image`, a file or a list of them, and `conversations` with `<image>` where they stand), and
+data sets of the Hub whose column `image` or `images` holds the pictures themselves. Every picture is decoded once here,
+so that a bad one is found before training and with its row; a row remembers where its pictures lie, and the target
+reads their pixels when it needs them.
 
-A conversation is one row, or one for each answer where a head chooses among the pieces of pictures anew for every prompt, as decoding does.
+A conversation is one row, or one for each answer where a head chooses among the pieces of pictures anew for every
+prompt, as decoding does.
 """
 
 import hashlib
@@ -18,7 +21,15 @@ from PIL import Image
 
 from draftsmith.models.chat import render
 from draftsmith.models.errors import UserError
-from draftsmith.models.pictures import Reader, counted, load_processor, open_picture, open_pictures, picture_sources, placed
+from draftsmith.models.pictures import (
+    Reader,
+    counted,
+    load_processor,
+    open_picture,
+    open_pictures,
+    picture_sources,
+    placed,
+)
 from draftsmith.models.targets import Description, ImagePrompt
 from draftsmith.train.data import encode_answers, encode_record, messages_of
 
@@ -32,12 +43,17 @@ def whole(ids: list[int], mask: list[int], pictures: list[Path | bytes], ends: l
 
 
 def answers_apart(ids: list[int], mask: list[int], pictures: list[Path | bytes], ends: list[int]) -> list[Row]:
-    """One row for each answer: all up to its end, and it alone is taught; answers before it are prompt. pictures: in the order of the text;
-    ends: how many tokens stand up to the end of each. Text alone stays one row: there is nothing to choose from in it."""
+    """One row for each answer: all up to its end, and it alone is taught; answers before it are prompt. pictures: in
+    the order of the text; ends: how many tokens stand up to the end of each. Text alone stays one row: there is nothing
+    to choose from in it.
+    """
     if not pictures:
         return whole(ids, mask, pictures, ends)
     answers = np.flatnonzero(np.diff([0, *mask, 0])).reshape(-1, 2).tolist()  # [start, stop) of each run of ones
-    return [(ids[:stop], [0] * start + [1] * (stop - start), [p for p, end in zip(pictures, ends) if end <= stop]) for start, stop in answers]
+    return [
+        (ids[:stop], [0] * start + [1] * (stop - start), [p for p, end in zip(pictures, ends) if end <= stop])
+        for start, stop in answers
+    ]
 
 
 def cut_for(config) -> Cut:
@@ -46,7 +62,9 @@ def cut_for(config) -> Cut:
 
 
 class Pictures:
-    """Reads pictures and encodes records with them. processor: the target's; image_token: the id that stands for pictures in its rows."""
+    """Reads pictures and encodes records with them. processor: the target's; image_token: the id that stands for
+    pictures in its rows.
+    """
 
     def __init__(self, processor, image_token: int, max_pixels: int, cut: Cut = whole):
         self.processor, self.image_token, self.max_pixels, self.cut = processor, image_token, max_pixels, cut
@@ -63,7 +81,9 @@ class Pictures:
         return open_picture(place, str(place), self.max_pixels)
 
     def pixels(self, places: list[Path]) -> dict[str, torch.Tensor]:
-        """What the processor makes of a row's pictures, as `TextTarget.features` takes it of one document; {} of none."""
+        """What the processor makes of a row's pictures, as `TextTarget.features` takes it of one document; {} of
+        none.
+        """
         return self.reader.pixels([self.load(place) for place in places])
 
     def prompt(self, tokens: list[int], places: list[Path]) -> list[int] | ImagePrompt:
@@ -81,7 +101,11 @@ class Pictures:
         """
         sources = picture_sources(record, base) if isinstance(record, dict) else []
         images = open_pictures(sources, self.max_pixels)
-        if isinstance(record, dict) and record.get("tokens") is None and (record.get("messages") or record.get("conversations")) is not None:
+        if (
+            isinstance(record, dict)
+            and record.get("tokens") is None
+            and (record.get("messages") or record.get("conversations")) is not None
+        ):
             ids, mask = encode_answers(self.reader, placed(messages_of(record), images), stops)
         else:
             ids, mask = encode_record(record, self.processor.tokenizer, stops, vocab_size)
@@ -89,7 +113,9 @@ class Pictures:
         if found != sum(counts):
             raise UserError(f"found {found} image tokens, expected {sum(counts)} for {counted(images)}")
         if (kept := ids[:max_length].count(self.image_token)) < found:
-            raise UserError(f"found {kept} of {found} image tokens within data.max_length {max_length}, expected all of them")
+            raise UserError(
+                f"found {kept} of {found} image tokens within data.max_length {max_length}, expected all of them"
+            )
         behind = [0, *(place + 1 for place, token in enumerate(ids) if token == self.image_token)]
         return self.cut(ids, mask, sources, [behind[count] for count in accumulate(counts)])
 
@@ -100,7 +126,9 @@ class Pictures:
 
     @staticmethod
     def store(sources: list[Path | bytes], folder: Path) -> list[str]:
-        """Where each picture can be read: the absolute path of a file, or a path below `folder` to which encoded pictures are written."""
+        """Where each picture can be read: the absolute path of a file, or a path below `folder` to which encoded
+        pictures are written.
+        """
         kept = []
         for source in sources:
             if isinstance(source, Path):

@@ -34,8 +34,10 @@ R = TypeVar("R", bound=Strict)
 class Yaml(yaml.SafeLoader):
     """The booleans of YAML 1.2, true and false: `off` is a word (head.spec_mode: off)."""
 
-    yaml_implicit_resolvers = {first: [(tag, form) for tag, form in found if tag != "tag:yaml.org,2002:bool"]
-                               for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in found if tag != "tag:yaml.org,2002:bool"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -89,8 +91,10 @@ def has_section(path: str | Path, name: str) -> bool:
 
 
 class Data(Strict):
-    """files: JSONL, JSON or Parquet files, or `hub:USER/NAME[:SPLIT]`, with `messages`, `conversations`, `text`, or `tokens` + `prompt_length`
-    (as `draftsmith regenerate` writes). max_image_pixels: of a picture, for targets that see; larger ones are bad rows."""
+    """files: JSONL, JSON or Parquet files, or `hub:USER/NAME[:SPLIT]`, with `messages`, `conversations`, `text`, or
+    `tokens` + `prompt_length` (as `draftsmith regenerate` writes). max_image_pixels: of a picture, for targets that
+    see; larger ones are bad rows.
+    """
 
     files: list[str] = Field(min_length=1)
     max_length: int = Field(gt=8)
@@ -117,7 +121,9 @@ class Head(Strict):
 
 
 class Lora(Strict):
-    """Adapts the drafter of `head.start_from` by low-rank changes of the linear layers named in `modules`; all else stays."""
+    """Adapts the drafter of `head.start_from` by low-rank changes of the linear layers named in `modules`; all else
+    stays.
+    """
 
     rank: int = Field(gt=0)
     alpha: int = Field(gt=0)
@@ -125,7 +131,9 @@ class Lora(Strict):
 
 
 class Gto(Strict):
-    """Group Tree Optimization of the drafter of `head.start_from`, beside its own objective; see train/gto.py for what the values mean."""
+    """Group Tree Optimization of the drafter of `head.start_from`, beside its own objective; see train/gto.py for what
+    the values mean.
+    """
 
     groups: int = Field(gt=0)
     group_size: int = Field(gt=1)
@@ -145,7 +153,11 @@ class Objective(Strict):
 
 def section(base: type[R], kind: type) -> type[R]:
     """A section that also has the fields of a head's dataclass, all of them to be given."""
-    return create_model(base.__name__, __base__=base, **{name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()})
+    return create_model(
+        base.__name__,
+        __base__=base,
+        **{name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()},
+    )
 
 
 class Optimization(Strict):
@@ -169,7 +181,9 @@ class Engine(Strict):
 
 
 class Evaluation(Strict):
-    """The acceptance length of `rows` held-out rows' prompts, measured `times` times during the run; the drafter with the best is kept."""
+    """The acceptance length of `rows` held-out rows' prompts, measured `times` times during the run; the drafter with
+    the best is kept.
+    """
 
     rows: int = Field(ge=0)
     times: int = Field(gt=0)
@@ -199,7 +213,12 @@ class DrafterRecipe(Strict):
         named = HEADS.get(values["head"].get("name")) if isinstance(values.get("head"), dict) else None
         if named is None:
             return cls
-        return create_model(cls.__name__, __base__=cls, head=(section(Head, named.Shape), ...), objective=(section(Objective, named.Objective), ...))
+        return create_model(
+            cls.__name__,
+            __base__=cls,
+            head=(section(Head, named.Shape), ...),
+            objective=(section(Objective, named.Objective), ...),
+        )
 
     @property
     def kind(self) -> type:
@@ -214,19 +233,30 @@ class DrafterRecipe(Strict):
     @model_validator(mode="after")
     def _fits(self):
         if self.optimization.batch_tokens < self.data.max_length:
-            raise ValueError(f"optimization.batch_tokens: found {self.optimization.batch_tokens}, expected at least data.max_length "
-                             f"{self.data.max_length}")
+            raise ValueError(
+                f"optimization.batch_tokens: found {self.optimization.batch_tokens}, expected at least data.max_length "
+                f"{self.data.max_length}"
+            )
         if self.optimization.name == "muon" and self.engine.zero_stage > 0:
-            raise ValueError(f"engine.zero_stage: found {self.engine.zero_stage}, expected 0 with optimization.name muon (it needs whole matrices)")
+            raise ValueError(
+                f"engine.zero_stage: found {self.engine.zero_stage}, expected 0 with optimization.name muon (it "
+                f"needs whole matrices)"
+            )
         if self.optimization.name == "muon" and self.optimization.muon_lr is None:
             raise ValueError("optimization.muon_lr: found null, expected a rate with optimization.name muon")
         if self.lora is not None and self.head.start_from is None:
             raise ValueError("head.start_from: found null, expected a drafter to adapt with lora")
         if self.lora is not None and self.optimization.name == "muon":
-            raise ValueError("optimization.name: found muon, expected adamw with lora (Muon bounds the step of a matrix, not of a product of two)")
+            raise ValueError(
+                "optimization.name: found muon, expected adamw with lora (Muon bounds the step of a matrix, not of a "
+                "product of two)"
+            )
         if self.gto is not None and self.head.start_from is None:
             raise ValueError("head.start_from: found null, expected a trained drafter with gto")
         if self.gto is not None and (self.data.features, self.engine.target) != ("online", "replicated"):
-            raise ValueError(f"data.features, engine.target: found {self.data.features}, {self.engine.target}, expected online, replicated with gto "
-                             "(every process has its own trees scored)")
+            raise ValueError(
+                f"data.features, engine.target: found {self.data.features}, {self.engine.target}, expected online, "
+                f"replicated with gto "
+                "(every process has its own trees scored)"
+            )
         return self

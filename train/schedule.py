@@ -1,8 +1,10 @@
-"""Which rows make up which step: a deterministic order that follows from (seed, epoch) alone, so that a step number is all a resumed run needs.
+"""Which rows make up which step: a deterministic order that follows from (seed, epoch) alone, so that a step number is
+all a resumed run needs.
 
-Rows are shuffled; inside a window of many batches they are sorted by length and packed into bins of at most `batch_tokens` tokens, so that a
-bin's documents are of similar length (the target reads them as padded rows); one step takes world * accumulation bins; the steps of an epoch
-are shuffled again. Steps are the same for every split of `bins` into processes and accumulation.
+Rows are shuffled; inside a window of many batches they are sorted by length and packed into bins of at most
+`batch_tokens` tokens, so that a bin's documents are of similar length (the target reads them as padded rows); one step
+takes world * accumulation bins; the steps of an epoch are shuffled again. Steps are the same for every split of `bins`
+into processes and accumulation.
 """
 
 import math
@@ -15,17 +17,19 @@ WINDOW = 16  # steps whose rows are sorted together
 Step = list[list[int]]  # the row numbers of each bin
 
 
-def epoch_steps(lengths: np.ndarray, rows: np.ndarray, batch_tokens: int, bins: int, seed: int, epoch: int) -> list[Step]:
+def epoch_steps(
+    lengths: np.ndarray, rows: np.ndarray, batch_tokens: int, bins: int, seed: int, epoch: int
+) -> list[Step]:
     """The steps of one epoch over `rows` (numbers into `lengths`); what does not fill a last step is left out."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = rows[torch.randperm(len(rows), generator=generator).numpy()]
     window = max(1, int(WINDOW * bins * batch_tokens / max(1.0, float(lengths[rows].mean()))))
     packed: list[list[int]] = []
     for start in range(0, len(order), window):
-        part = order[start:start + window]
+        part = order[start : start + window]
         part = part[np.argsort(lengths[part], kind="stable")]
         packed += _fill(part.tolist(), lengths[part].tolist(), batch_tokens)
-    steps = [packed[i:i + bins] for i in range(0, len(packed) - bins + 1, bins)]
+    steps = [packed[i : i + bins] for i in range(0, len(packed) - bins + 1, bins)]
     return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
 
 
@@ -62,7 +66,9 @@ class Schedule:
 
 
 def rate_scale(step: int, total: int, warmup: float, kind: str) -> float:
-    """Learning-rate factor of step 0 .. total - 1: a linear rise over the first `warmup` share, then `linear` or `cosine` to zero, or `constant`."""
+    """Learning-rate factor of step 0 .. total - 1: a linear rise over the first `warmup` share, then `linear` or
+    `cosine` to zero, or `constant`.
+    """
     rise = max(1, round(warmup * total))
     if step < rise:
         return (step + 1) / rise
@@ -71,8 +77,9 @@ def rate_scale(step: int, total: int, warmup: float, kind: str) -> float:
 
 
 def held_out(conversations: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """conversations [N], ascending: the one that each row is of -> (row numbers to train on, row numbers kept for measuring: the first of each of
-    `count` conversations, none of whose rows is trained on), both ascending."""
+    """conversations [N], ascending: the one that each row is of -> (row numbers to train on, row numbers kept for
+    measuring: the first of each of `count` conversations, none of whose rows is trained on), both ascending.
+    """
     firsts = np.flatnonzero(np.diff(conversations, prepend=-1))
     kept = np.sort(firsts[torch.randperm(len(firsts), generator=torch.Generator().manual_seed(seed)).numpy()[:count]])
     return np.flatnonzero(~np.isin(conversations, conversations[kept])), kept

@@ -1,4 +1,6 @@
-"""TrainingStep: the module that the DeepSpeed engine holds. Everything that touches parameters happens in its one `forward`."""
+"""TrainingStep: the module that the DeepSpeed engine holds. Everything that touches parameters happens in its one
+`forward`.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +12,18 @@ from draftsmith.models.features import TrainingFeatures
 
 
 class TrainingStep(nn.Module):
-    """A head, its objective, and what is optimised beside it: gto(head, features) -> (loss, sums), no module of the engine's."""
+    """A head, its objective, and what is optimised beside it: gto(head, features) -> (loss, sums), no module of the
+    engine's.
+    """
 
     def __init__(self, head: nn.Module, objective, gto: Callable | None = None):
         super().__init__()
         self.head, self.objective, self.gto = head, objective, gto
 
     def forward(self, features: TrainingFeatures, counts: list[float]):
-        """counts [objective.steps]: what each step's sum is divided by. -> (loss, sums that add up over micro-batches and processes)."""
+        """counts [objective.steps]: what each step's sum is divided by. -> (loss, sums that add up over micro-batches
+        and processes).
+        """
         loss, sums = self.head.loss(features, self.objective, counts)
         if self.gto is None:
             return loss, sums
@@ -26,10 +32,11 @@ class TrainingStep(nn.Module):
 
 
 class PartitionedStep(nn.Module):
-    """A `TrainingStep` for ZeRO-3: all its parameters are gathered for the whole of its forward and backward (one leaf module).
+    """A `TrainingStep` for ZeRO-3: all its parameters are gathered for the whole of its forward and backward (one leaf
+    module).
 
-    DeepSpeed takes a leaf's gradients when the gradient of the leaf's input is there, and features need none: a zero that does is added to
-    them in the first operation, whose backward is the last one.
+    DeepSpeed takes a leaf's gradients when the gradient of the leaf's input is there, and features need none: a zero
+    that does is added to them in the first operation, whose backward is the last one.
     """
 
     def __init__(self, step: TrainingStep):

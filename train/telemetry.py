@@ -1,4 +1,6 @@
-"""What a run tells while it runs: one line of progress, log.jsonl with a line per step, and wandb where the recipe asks for it."""
+"""What a run tells while it runs: one line of progress, log.jsonl with a line per step, and wandb where the recipe asks
+for it.
+"""
 
 import json
 import netrc
@@ -38,16 +40,21 @@ class Stopwatch:
 
 
 def figures(sums: dict[str, torch.Tensor], weights: list[float]) -> dict:
-    """Loss, accuracies per step and predicted chain tau from sums over rows (those of a head's `loss`); weights: of the steps in the loss.
+    """Loss, accuracies per step and predicted chain tau from sums over rows (those of a head's `loss`); weights: of the
+    steps in the loss.
 
-    accuracy[k]: share of step k's rows that agree with the target; conditional[k]: of those whose earlier steps were all right.
+    accuracy[k]: share of step k's rows that agree with the target; conditional[k]: of those whose earlier steps were
+    all right.
     """
     rows, tried = sums["rows"].clamp(min=1), sums["tried"].clamp(min=1)
     losses = sums["loss"] / rows
     tokens, rounds = sums["walk"].tolist()
-    return {"loss": float(sum(weight * value for weight, value in zip(weights, losses.tolist()))), "conditional": (sums["kept"] / tried).tolist(),
-            "accuracy": (sums["right"] / rows).tolist(), "chain_tau": tokens / max(rounds, 1)} | (
-        {"gto": gto.figures(sums["gto"])} if "gto" in sums else {})
+    return {
+        "loss": float(sum(weight * value for weight, value in zip(weights, losses.tolist()))),
+        "conditional": (sums["kept"] / tried).tolist(),
+        "accuracy": (sums["right"] / rows).tolist(),
+        "chain_tau": tokens / max(rounds, 1),
+    } | ({"gto": gto.figures(sums["gto"])} if "gto" in sums else {})
 
 
 class Log:
@@ -87,10 +94,16 @@ class Progress:
         minutes, rest = divmod(int(line["left"]), 60)
         shares = " ".join(f"{name} {value / spent:.0%}" for name, value in self.seconds.items())
         numbers = lambda values: " ".join(f"{v:.2f}" for v in values)  # noqa: E731
-        self.say(f"step {line['step']}/{self.total} loss {mean['loss']:.3f} | right {numbers(mean['accuracy'])} | given right before "
-                 f"{numbers(mean['conditional'])} | chain tau {mean['chain_tau']:.2f} | {line['tokens_per_second']:.0f} tok/s ({shares}) | "
-                 + tree_figures(mean.get("gto")) + f"vocabulary {self.coverage:.1%}"
-                 + (f" | {line['skipped']} steps skipped" * bool(line["skipped"])) + f" | left {minutes}:{rest:02d}")
+        self.say(
+            f"step {line['step']}/{self.total} loss {mean['loss']:.3f} | right {numbers(mean['accuracy'])} | given "
+            f"right before "
+            f"{numbers(mean['conditional'])} | chain tau {mean['chain_tau']:.2f} | {line['tokens_per_second']:.0f} "
+            f"tok/s ({shares}) | "
+            + tree_figures(mean.get("gto"))
+            + f"vocabulary {self.coverage:.1%}"
+            + (f" | {line['skipped']} steps skipped" * bool(line["skipped"]))
+            + f" | left {minutes}:{rest:02d}"
+        )
         self.sums, self.seconds, self.shown = {}, dict.fromkeys(PHASES, 0.0), time.time()
 
 
@@ -98,8 +111,11 @@ def tree_figures(g: dict | None) -> str:
     """What a person reads of GTO's figures; nothing without them."""
     if g is None:
         return ""
-    return (f"reward {g['reward']:.3f} (start {g['frozen_reward']:.3f}) ratio {g['ratio']:.3f} clipped {g['clipped']:.0%} spread {g['spread']:.3f} "
-            f"skipped {g['skipped']:.0f} of {g['groups']:.0f} groups | ")
+    return (
+        f"reward {g['reward']:.3f} (start {g['frozen_reward']:.3f}) ratio {g['ratio']:.3f} clipped "
+        f"{g['clipped']:.0%} spread {g['spread']:.3f} "
+        f"skipped {g['skipped']:.0f} of {g['groups']:.0f} groups | "
+    )
 
 
 def logged_in() -> bool:
@@ -118,10 +134,20 @@ class Wandb:
         try:
             import wandb
         except ImportError:
-            raise UserError("wandb: the recipe names a project, but the package wandb is not installed; pip install wandb, or wandb: null") from None
+            raise UserError(
+                "wandb: the recipe names a project, but the package wandb is not installed; pip install wandb, or "
+                "wandb: null"
+            ) from None
         mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         output.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(project=project, dir=str(output), config=recipe, mode=mode, name=output.name, settings=wandb.Settings(silent=True))
+        self.run = wandb.init(
+            project=project,
+            dir=str(output),
+            config=recipe,
+            mode=mode,
+            name=output.name,
+            settings=wandb.Settings(silent=True),
+        )
 
     def write(self, line: dict) -> None:
         flat = {k: v for k, v in line.items() if not isinstance(v, (list, dict))}

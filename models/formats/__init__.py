@@ -1,6 +1,7 @@
 """Drafters on disk, as serving engines read them. Other conventions for layer taps exist only here.
 
-A layout is one file that ends in a `Layout`, and its name in LAYOUTS; loading, saving, importing and exporting find it there.
+A layout is one file that ends in a `Layout`, and its name in LAYOUTS; loading, saving, importing and exporting find it
+there.
 """
 
 from dataclasses import replace
@@ -15,14 +16,32 @@ from draftsmith.models.formats.layout import Layout, Serving, Stored, read_files
 from draftsmith.models.formats.place import fetch
 from draftsmith.models.targets import TextTarget
 
-__all__ = ["LAYOUTS", "fetch", "from_pretrained", "layout_for", "layout_of", "load_drafter", "read_files", "save_drafter", "store"]
+__all__ = [
+    "LAYOUTS",
+    "fetch",
+    "from_pretrained",
+    "layout_for",
+    "layout_of",
+    "load_drafter",
+    "read_files",
+    "save_drafter",
+    "store",
+]
 
-LAYOUTS = (hivis.LAYOUT, eagle3.LAYOUT, speculators.LAYOUT, eagle.LAYOUT, eagle.VLLM_LAYOUT, arctic.LAYOUT, dream.LAYOUT)
+LAYOUTS = (
+    hivis.LAYOUT,
+    eagle3.LAYOUT,
+    speculators.LAYOUT,
+    eagle.LAYOUT,
+    eagle.VLLM_LAYOUT,
+    arctic.LAYOUT,
+    dream.LAYOUT,
+)
 
 
 def load_drafter(place: str | Path, shared: Shared, taps_below: int | None = None):
-    """The head at a place (directory, Hub id or `bundled:NAME`, any layout), for a target that shares this and has `taps_below` layers.
-    fp32 or the embedding's dtype.
+    """The head at a place (directory, Hub id or `bundled:NAME`, any layout), for a target that shares this and has
+    `taps_below` layers. fp32 or the embedding's dtype.
 
     Raises UserError naming the file and the key when something is missing, unknown or of another target.
     """
@@ -31,7 +50,9 @@ def load_drafter(place: str | Path, shared: Shared, taps_below: int | None = Non
 
 
 def from_pretrained(place: str | Path, target: TextTarget | None = None):
-    """The head at a place, in evaluation mode, for an opened target; without one the target that the drafter names is loaded."""
+    """The head at a place, in evaluation mode, for an opened target; without one the target that the drafter names is
+    loaded.
+    """
     if target is None:
         name = read_files(fetch(place)).target
         if name is None:
@@ -41,7 +62,9 @@ def from_pretrained(place: str | Path, target: TextTarget | None = None):
 
 
 def save_drafter(head, folder: str | Path, about: dict, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Writes a head in the layout that drafters are kept in. `about` (target, recipe, figures) goes to draftsmith.json."""
+    """Writes a head in the layout that drafters are kept in. `about` (target, recipe, figures) goes to
+    draftsmith.json.
+    """
     layout = next(layout for layout in LAYOUTS if layout.head is type(head))
     return store(head, Path(folder), layout, {"head": head.name, **about}, dtype)
 

@@ -1,9 +1,11 @@
-"""The OWL head in the directory that ArcticInference loads (`sum_lstm`), which is also the one that its drafters are kept in.
+"""The OWL head in the directory that ArcticInference loads (`sum_lstm`), which is also the one that its drafters are
+kept in.
 
-One tensor a gate, as ArcticTraining writes them; the engine joins them in the order forget, input, output, cell. Copies of tied tensors, which
-ArcticTraining writes, are read if they are equal and never written (safetensors forbids sharing). The engine asks for `base_model_archs`, which
-ArcticTraining leaves out; an export has it, a kept drafter names its target in draftsmith.json. What only draftsmith decodes with, `[SPEC]`, is
-one more tensor and a block `owl` in config.json: the engine passes over both and drafts chains from the target's own states.
+One tensor a gate, as ArcticTraining writes them; the engine joins them in the order forget, input, output, cell. Copies
+of tied tensors, which ArcticTraining writes, are read if they are equal and never written (safetensors forbids
+sharing). The engine asks for `base_model_archs`, which ArcticTraining leaves out; an export has it, a kept drafter
+names its target in draftsmith.json. What only draftsmith decodes with, `[SPEC]`, is one more tensor and a block `owl`
+in config.json: the engine passes over both and drafts chains from the target's own states.
 """
 
 from pathlib import Path
@@ -17,8 +19,14 @@ from draftsmith.models.heads import OwlConfig, OwlHead
 from draftsmith.models.heads.owl import SPEC_UNIT
 
 GATES = ("forget", "input", "output", "cell")  # as they stand in the head's matrices
-NAMES = {"token_embedding.weight": "forget_emb.0.weight", "cell_norm.weight": "cell_ln.0.weight", "cell_norm.bias": "cell_ln.0.bias",
-         "state_norm.weight": "state_ln.0.weight", "state_norm.bias": "state_ln.0.bias", "output_head.weight": "head.0.weight"}
+NAMES = {
+    "token_embedding.weight": "forget_emb.0.weight",
+    "cell_norm.weight": "cell_ln.0.weight",
+    "cell_norm.bias": "cell_ln.0.bias",
+    "state_norm.weight": "state_ln.0.weight",
+    "state_norm.bias": "state_ln.0.bias",
+    "output_head.weight": "head.0.weight",
+}
 SPEC = "spec_embedding"  # [d0], as the target takes it among its embeddings
 EXPECTED = {"scale_input": True, "tie_weights": True, "tie_lstm_embs": True}
 
@@ -30,7 +38,10 @@ def recognises(config: dict) -> bool:
 def expected_shapes(config: OwlConfig) -> dict[str, tuple[int, ...]]:
     """Every stored key with its shape."""
     width, vocab = config.inner_dim, config.vocab_size
-    shapes = {name: (width,) for name in NAMES.values()} | {"forget_emb.0.weight": (vocab, width), "head.0.weight": (vocab, width)}
+    shapes = {name: (width,) for name in NAMES.values()} | {
+        "forget_emb.0.weight": (vocab, width),
+        "head.0.weight": (vocab, width),
+    }
     for gate in GATES:
         shapes |= {f"{gate}_proj.0.weight": (width, config.input_hidden_dim), f"{gate}_proj.1.weight": (width, width)}
     return shapes | ({SPEC: (config.input_hidden_dim,)} if config.spec_mode == "replace" else {})
@@ -40,11 +51,15 @@ def from_config(stored: dict, place: str) -> OwlConfig:
     """config.json -> config. Raises UserError naming what this head computes otherwise."""
     for name, expected in EXPECTED.items():
         if stored.get(name) is not expected:
-            raise UserError(f"{place}: {name}: found {stored.get(name)}, expected true (this head computes something else)")
+            raise UserError(
+                f"{place}: {name}: found {stored.get(name)}, expected true (this head computes something else)"
+            )
     try:
         widths = [one_width(stored[name], name, place) for name in ("inner_dim", "proj_dim", "emb_dim")]
         if len(set(widths)) > 1:
-            raise UserError(f"{place}: inner_dim, proj_dim, emb_dim: found {', '.join(map(str, widths))}, expected one width")
+            raise UserError(
+                f"{place}: inner_dim, proj_dim, emb_dim: found {', '.join(map(str, widths))}, expected one width"
+            )
         mode = stored.get("owl", {"spec_mode": "off"})["spec_mode"]
         if mode not in ("off", "replace"):
             raise UserError(f"{place}: owl.spec_mode: found {mode!r}, expected off or replace")
@@ -54,7 +69,9 @@ def from_config(stored: dict, place: str) -> OwlConfig:
 
 
 def one_width(value, name: str, place: str) -> int:
-    """ArcticTraining writes widths as text, with dots between those of several layers; other writers use numbers or lists of one."""
+    """ArcticTraining writes widths as text, with dots between those of several layers; other writers use numbers or
+    lists of one.
+    """
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not str(value).isdigit():
         raise UserError(f"{place}: {name}: found {value!r}, expected one width")
@@ -65,14 +82,22 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
     """`Layout.read`: checked against the target before anything is built."""
     place, (vocab, hidden) = f"{folder}/config.json", shared.embedding.shape
     config = from_config(stored, place)
-    for name, found, wanted in (("vocab_size", config.vocab_size, vocab), ("input_hidden_dim", config.input_hidden_dim, hidden)):
+    for name, found, wanted in (
+        ("vocab_size", config.vocab_size, vocab),
+        ("input_hidden_dim", config.input_hidden_dim, hidden),
+    ):
         if found != wanted:
             raise UserError(f"{place}: {name}: found {found}, expected the target's {wanted}")
     place = f"{folder}/model.safetensors"
-    tensors = untied({name.removeprefix("speculator."): value for name, value in tensors.items()}, config.n_predict, place)
+    tensors = untied(
+        {name.removeprefix("speculator."): value for name, value in tensors.items()}, config.n_predict, place
+    )
     check_tensors(tensors, expected_shapes(config), place)
     weights = {own: tensors[name] for own, name in NAMES.items()}
-    weights |= {f"{own}.weight": torch.cat([tensors[f"{gate}_proj.{i}.weight"] for gate in GATES]) for i, own in enumerate(("first_gates", "gates"))}
+    weights |= {
+        f"{own}.weight": torch.cat([tensors[f"{gate}_proj.{i}.weight"] for gate in GATES])
+        for i, own in enumerate(("first_gates", "gates"))
+    }
     if config.spec_mode == "replace":
         weights["spec"] = tensors[SPEC] / SPEC_UNIT
     head = OwlHead(config, shared)
@@ -82,7 +107,9 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
 
 def untied(tensors: Tensors, steps: int, place: str) -> Tensors:
     """Without the copies of tied tensors. Raises UserError for one that is no copy."""
-    copies = {f"{gate}_emb.0.weight": "forget_emb.0.weight" for gate in GATES[1:]} | {f"head.{i}.weight": "head.0.weight" for i in range(1, steps)}
+    copies = {f"{gate}_emb.0.weight": "forget_emb.0.weight" for gate in GATES[1:]} | {
+        f"head.{i}.weight": "head.0.weight" for i in range(1, steps)
+    }
     for name in copies.keys() & tensors.keys():
         if copies[name] in tensors and not torch.equal(tensors[name], tensors[copies[name]]):
             raise UserError(f"{place}: {name}: differs from {copies[name]}, expected the same values (tied)")
@@ -95,20 +122,45 @@ def write(head: OwlHead, dtype: torch.dtype, serving: Serving | None = None) -> 
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in head.state_dict().items()}
     tensors = {name: weights[own] for own, name in NAMES.items()}
     for i, own in enumerate(("first_gates", "gates")):
-        tensors |= {f"{gate}_proj.{i}.weight": part.clone() for gate, part in zip(GATES, weights[f"{own}.weight"].chunk(4))}
+        tensors |= {
+            f"{gate}_proj.{i}.weight": part.clone() for gate, part in zip(GATES, weights[f"{own}.weight"].chunk(4))
+        }
     if config.spec_mode == "replace":
         tensors[SPEC] = weights["spec"] * SPEC_UNIT  # a power of two: nothing is rounded
     steps, width = config.n_predict, str(config.inner_dim)
-    described = {} if serving is None else {"base_model_name_or_path": serving.verifier, "base_model_archs": [serving.architecture]}
+    described = (
+        {}
+        if serving is None
+        else {"base_model_name_or_path": serving.verifier, "base_model_archs": [serving.architecture]}
+    )
     return {
-        "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"], "model_type": "mlp_speculator", "method": "sum_lstm", **described,
-        "input_hidden_dim": config.input_hidden_dim, "inner_dim": width, "proj_dim": width, "emb_dim": width, "vocab_size": config.vocab_size,
-        "n_predict": steps, "n_candidates": steps, "top_k_tokens_per_head": [1] * steps, **EXPECTED,
-        **({"owl": {"spec_mode": config.spec_mode}} if config.spec_mode != "off" else {}), "torch_dtype": str(dtype).removeprefix("torch."),
+        "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
+        "model_type": "mlp_speculator",
+        "method": "sum_lstm",
+        **described,
+        "input_hidden_dim": config.input_hidden_dim,
+        "inner_dim": width,
+        "proj_dim": width,
+        "emb_dim": width,
+        "vocab_size": config.vocab_size,
+        "n_predict": steps,
+        "n_candidates": steps,
+        "top_k_tokens_per_head": [1] * steps,
+        **EXPECTED,
+        **({"owl": {"spec_mode": config.spec_mode}} if config.spec_mode != "off" else {}),
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }, tensors
 
 
-LAYOUT = Layout(OwlHead, {
-    "arctic": """ARCTIC_INFERENCE_ENABLED=1 vllm serve $target --speculative-config '{"method": "arctic", "model": "$drafter", """
-              """"num_speculative_tokens": $n_predict, "enable_suffix_decoding": true}'""",
-}, recognises, read, write, described=True)
+LAYOUT = Layout(
+    OwlHead,
+    {
+        "arctic": "ARCTIC_INFERENCE_ENABLED=1 vllm serve $target --speculative-config "
+        """'{"method": "arctic", "model": "$drafter", "num_speculative_tokens": $n_predict, """
+        """"enable_suffix_decoding": true}'""",
+    },
+    recognises,
+    read,
+    write,
+    described=True,
+)

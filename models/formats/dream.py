@@ -1,7 +1,7 @@
 """The DREAM directory: config.json and model.safetensors with three blocks and the last norm, nothing of the target's.
 
-No serving engine loads such heads. The names of keys are our own (`layers.0`, `layers.1.cross_attn`, `layers.2`, `norm`): those of the
-authors' one published head are not known to us, so that it is not read.
+No serving engine loads such heads. The names of keys are our own (`layers.0`, `layers.1.cross_attn`, `layers.2`,
+`norm`): those of the authors' one published head are not known to us, so that it is not read.
 """
 
 from dataclasses import asdict
@@ -28,7 +28,9 @@ def expected_shapes(config: DreamConfig) -> dict[str, tuple[int, ...]]:
     mlp = {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i), "post_attention_layernorm": (h,)}
     attention = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
     own = mlp | {f"self_attn.{name}": shape for name, shape in attention.items()}
-    cross = mlp | {f"cross_attn.{name}": shape for name, shape in (attention | {"q_norm": (d,), "k_norm": (d,)}).items()}
+    cross = mlp | {
+        f"cross_attn.{name}": shape for name, shape in (attention | {"q_norm": (d,), "k_norm": (d,)}).items()
+    }
     blocks = (own, cross | {"input_layernorm": (h,)}, own | {"input_layernorm": (h,)})
     shapes = {f"layers.{n}.{name}.weight": shape for n, block in enumerate(blocks) for name, shape in block.items()}
     return shapes | {"layers.1.attn_gate": (1,), "layers.1.mlp_gate": (1,), "norm.weight": (h,)}
@@ -41,11 +43,16 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
         config = DreamConfig(**{name: stored[name] for name in DreamConfig.__dataclass_fields__})
     except KeyError as error:
         raise UserError(f"{place}: {error.args[0]}: missing") from None
-    for name, found, expected in (("vocab_size", config.vocab_size, vocab), ("hidden_size", config.hidden_size, hidden)):
+    for name, found, expected in (
+        ("vocab_size", config.vocab_size, vocab),
+        ("hidden_size", config.hidden_size, hidden),
+    ):
         if found != expected:
             raise UserError(f"{place}: {name}: found {found}, expected the target's {expected}")
     if taps_below is not None and config.middle_last > taps_below:
-        raise UserError(f"{place}: middle_last: found {config.middle_last}, expected at most the target's {taps_below} layers")
+        raise UserError(
+            f"{place}: middle_last: found {config.middle_last}, expected at most the target's {taps_below} layers"
+        )
     check_tensors(tensors, expected_shapes(config), f"{folder}/model.safetensors")
     head = DreamHead(config, shared)
     head.load_state_dict({name: value.to(shared.embedding) for name, value in tensors.items()}, assign=True)
@@ -55,7 +62,12 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
 def write(head: DreamHead, dtype: torch.dtype, serving: Serving | None = None) -> tuple[dict, Tensors]:
     """`Layout.write`."""
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in head.state_dict().items()}
-    about = {"architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 3, "torch_dtype": str(dtype).removeprefix("torch.")}
+    about = {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     return about | asdict(head.config), tensors
 
 

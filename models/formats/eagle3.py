@@ -1,7 +1,8 @@
 """The EAGLE-3 directory that vLLM and SGLang load: config.json and model.safetensors, nothing missing, nothing unknown.
 
-Written in one form (`midlayer.*` keys, which both engines read; SGLang skips `layers.0.*` without a word). Read in every form that says
-the same: other spellings of keys, legacy rope fields, defaults that the engines fill in, an embedding that is the target's own.
+Written in one form (`midlayer.*` keys, which both engines read; SGLang skips `layers.0.*` without a word). Read in
+every form that says the same: other spellings of keys, legacy rope fields, defaults that the engines fill in, an
+embedding that is the target's own.
 """
 
 from pathlib import Path
@@ -16,15 +17,31 @@ from draftsmith.models.heads.vocabulary import from_offsets, to_offsets
 
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 KINDS = {"d2t": torch.int64, "t2d": torch.bool}
-LEFT_OUT = ("rotary_emb.inv_freq", "verifier_lm_head.weight", "verifier_norm.weight")  # suffixes of keys that hold nothing of the head's own
-EXPECTED = {"norm_before_residual": False, "norm_before_fc": False, "fc_norm": False, "norm_output": False, "attention_bias": False,
-            "mlp_bias": False, "logit_scale": None, "tie_word_embeddings": False, "hidden_act": "silu", "num_hidden_layers": 1}
+LEFT_OUT = (
+    "rotary_emb.inv_freq",
+    "verifier_lm_head.weight",
+    "verifier_norm.weight",
+)  # suffixes of keys that hold nothing of the head's own
+EXPECTED = {
+    "norm_before_residual": False,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "logit_scale": None,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "num_hidden_layers": 1,
+}
 
 
 def recognises(config: dict) -> bool:
     """The authors' own heads say LlamaForCausalLM, as EAGLE-1 does; the draft vocabulary tells them apart."""
     names = config.get("architectures") or [None]
-    return "speculators_model_type" not in config and (names[0] in ARCHITECTURES or names[0] == "LlamaForCausalLM" and "draft_vocab_size" in config)
+    return "speculators_model_type" not in config and (
+        names[0] in ARCHITECTURES or names[0] == "LlamaForCausalLM" and "draft_vocab_size" in config
+    )
 
 
 def expected_shapes(config: Eagle3Config, target_hidden: int) -> dict[str, tuple[int, ...]]:
@@ -33,11 +50,18 @@ def expected_shapes(config: Eagle3Config, target_hidden: int) -> dict[str, tuple
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes = {
         "fc.weight": (h, len(config.taps) * target_hidden),
-        "midlayer.input_layernorm.weight": (h,), "midlayer.hidden_norm.weight": (h,), "midlayer.post_attention_layernorm.weight": (h,),
-        "midlayer.self_attn.q_proj.weight": (q, 2 * h), "midlayer.self_attn.k_proj.weight": (kv, 2 * h),
-        "midlayer.self_attn.v_proj.weight": (kv, 2 * h), "midlayer.self_attn.o_proj.weight": (h, q),
-        "midlayer.mlp.gate_proj.weight": (i, h), "midlayer.mlp.up_proj.weight": (i, h), "midlayer.mlp.down_proj.weight": (h, i),
-        "norm.weight": (h,), "lm_head.weight": (config.draft_vocab_size, h),
+        "midlayer.input_layernorm.weight": (h,),
+        "midlayer.hidden_norm.weight": (h,),
+        "midlayer.post_attention_layernorm.weight": (h,),
+        "midlayer.self_attn.q_proj.weight": (q, 2 * h),
+        "midlayer.self_attn.k_proj.weight": (kv, 2 * h),
+        "midlayer.self_attn.v_proj.weight": (kv, 2 * h),
+        "midlayer.self_attn.o_proj.weight": (h, q),
+        "midlayer.mlp.gate_proj.weight": (i, h),
+        "midlayer.mlp.up_proj.weight": (i, h),
+        "midlayer.mlp.down_proj.weight": (h, i),
+        "norm.weight": (h,),
+        "lm_head.weight": (config.draft_vocab_size, h),
     }
     if config.draft_vocab_size != config.vocab_size:
         shapes |= {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
@@ -45,46 +69,89 @@ def expected_shapes(config: Eagle3Config, target_hidden: int) -> dict[str, tuple
 
 
 def to_config(config: Eagle3Config, dtype: torch.dtype) -> dict:
-    """config.json. Taps are written in both conventions: entering layer k (vLLM, top level) and leaving layer k (SGLang)."""
+    """config.json. Taps are written in both conventions: entering layer k (vLLM, top level) and leaving layer k
+    (SGLang).
+    """
     rope = dict(config.rope_parameters)
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     return {
-        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
-        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        "hidden_act": "silu", "rms_norm_eps": config.rms_norm_eps, "attention_bias": False, "mlp_bias": False,
-        "rope_theta": rope.get("rope_theta"), "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
-        "rope_parameters": rope, "max_position_embeddings": config.max_position_embeddings,
-        "vocab_size": config.vocab_size, "draft_vocab_size": config.draft_vocab_size, "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."), "norm_before_residual": False,
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": rope.get("rope_theta"),
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+        "rope_parameters": rope,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "norm_before_residual": False,
         "eagle_aux_hidden_state_layer_ids": list(config.taps),
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [k - 1 for k in config.taps]},
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": [k - 1 for k in config.taps],
+        },
     }
 
 
 def from_config(stored: dict, place: str, taps_below: int | None) -> Eagle3Config:
-    """config.json -> config, with the engines' defaults for what is absent. Raises UserError naming what this head computes otherwise."""
+    """config.json -> config, with the engines' defaults for what is absent. Raises UserError naming what this head
+    computes otherwise.
+    """
     for name, expected in EXPECTED.items():
         if stored.get(name, expected) not in (expected, None):
-            raise UserError(f"{place}: {name}: found {stored[name]}, expected {str(expected).lower()} (this head computes something else)")
+            raise UserError(
+                f"{place}: {name}: found {stored[name]}, expected {str(expected).lower()} (this head computes "
+                f"something else)"
+            )
     if stored.get("target_hidden_size") not in (None, stored.get("hidden_size")):
-        raise UserError(f"{place}: target_hidden_size: found {stored['target_hidden_size']}, expected hidden_size {stored.get('hidden_size')}")
+        raise UserError(
+            f"{place}: target_hidden_size: found {stored['target_hidden_size']}, expected hidden_size "
+            f"{stored.get('hidden_size')}"
+        )
     try:
         taps = tap_indices(stored, place, taps_below)
         if stored.get("num_aux_hidden_states") not in (None, len(taps)):
-            raise UserError(f"{place}: num_aux_hidden_states: found {stored['num_aux_hidden_states']}, expected {len(taps)}")
+            raise UserError(
+                f"{place}: num_aux_hidden_states: found {stored['num_aux_hidden_states']}, expected {len(taps)}"
+            )
         heads = stored["num_attention_heads"]
         return Eagle3Config(
-            **{k: stored[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "max_position_embeddings",
-                                      "vocab_size")},
-            num_key_value_heads=stored.get("num_key_value_heads") or heads, head_dim=stored.get("head_dim") or stored["hidden_size"] // heads,
-            rope_parameters=rope(stored, place), draft_vocab_size=stored.get("draft_vocab_size") or stored["vocab_size"], taps=taps)
+            **{
+                k: stored[k]
+                for k in (
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_attention_heads",
+                    "rms_norm_eps",
+                    "max_position_embeddings",
+                    "vocab_size",
+                )
+            },
+            num_key_value_heads=stored.get("num_key_value_heads") or heads,
+            head_dim=stored.get("head_dim") or stored["hidden_size"] // heads,
+            rope_parameters=rope(stored, place),
+            draft_vocab_size=stored.get("draft_vocab_size") or stored["vocab_size"],
+            taps=taps,
+        )
     except KeyError as error:
         raise UserError(f"{place}: {error.args[0]}: missing") from None
 
 
 def tap_indices(stored: dict, place: str, taps_below: int | None) -> tuple[int, ...]:
-    """Hugging Face `hidden_states` indices: the top-level field as it is; `eagle_config` counts the outputs of layers; absent, vLLM's default."""
+    """Hugging Face `hidden_states` indices: the top-level field as it is; `eagle_config` counts the outputs of layers;
+    absent, vLLM's default.
+    """
     name = "eagle_aux_hidden_state_layer_ids"
     outputs = (stored.get("eagle_config") or {}).get(name)
     if stored.get(name):
@@ -102,9 +169,13 @@ def rope(stored: dict, place: str) -> dict:
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
     found = dict(stored.get("rope_parameters") or {"rope_theta": stored.get("rope_theta", 10000.0), **scaling})
     if stored.get("rope_theta") not in (None, found.get("rope_theta")):
-        raise UserError(f"{place}: rope_theta: found {stored['rope_theta']}, expected rope_parameters' {found.get('rope_theta')}")
+        raise UserError(
+            f"{place}: rope_theta: found {stored['rope_theta']}, expected rope_parameters' {found.get('rope_theta')}"
+        )
     if "mrope_section" in found:
-        raise UserError(f"{place}: mrope_section: found {found['mrope_section']}, expected none (this head turns by one position)")
+        raise UserError(
+            f"{place}: mrope_section: found {found['mrope_section']}, expected none (this head turns by one position)"
+        )
     return found
 
 
@@ -117,9 +188,13 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
         raise UserError(f"{place}: vocab_size: found {config.vocab_size}, expected the target's {vocab}")
     if config.hidden_size != hidden:
         raise UserError(f"{place}: hidden_size: found {config.hidden_size}, expected the target's {hidden}")
-    if not config.taps or list(config.taps) != sorted({k for k in config.taps if 0 < k < (taps_below or max(config.taps) + 1)}):
-        raise UserError(f"{place}: eagle_aux_hidden_state_layer_ids: found {list(config.taps)}, expected ascending numbers "
-                        f"from 1 to {taps_below - 1 if taps_below else 'the number of layers less one'}")
+    if not config.taps or list(config.taps) != sorted(
+        {k for k in config.taps if 0 < k < (taps_below or max(config.taps) + 1)}
+    ):
+        raise UserError(
+            f"{place}: eagle_aux_hidden_state_layer_ids: found {list(config.taps)}, expected ascending numbers "
+            f"from 1 to {taps_below - 1 if taps_below else 'the number of layers less one'}"
+        )
     place = f"{folder}/model.safetensors"
     tensors = respell(tensors, config)
     if "embed_tokens.weight" in tensors:
@@ -135,8 +210,14 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
 
 
 def respell(tensors: Tensors, config: Eagle3Config) -> Tensors:
-    """`midlayer.*` keys without prefix; without what holds nothing of the head's own, such as an identical mapping of equal vocabularies."""
-    named = {k.removeprefix("model.").replace("layers.0.", "midlayer.", 1): v for k, v in tensors.items() if not k.endswith(LEFT_OUT)}
+    """`midlayer.*` keys without prefix; without what holds nothing of the head's own, such as an identical mapping of
+    equal vocabularies.
+    """
+    named = {
+        k.removeprefix("model.").replace("layers.0.", "midlayer.", 1): v
+        for k, v in tensors.items()
+        if not k.endswith(LEFT_OUT)
+    }
     if config.draft_vocab_size == config.vocab_size and not bool(named.get("d2t", torch.ones(1)).any()):
         named.pop("d2t")
         named.pop("t2d", None)
@@ -146,11 +227,16 @@ def respell(tensors: Tensors, config: Eagle3Config) -> Tensors:
 def check_embedding(stored: torch.Tensor, embedding: torch.Tensor, place: str) -> None:
     """A stored embedding must be the target's, in the coarser of the two precisions."""
     if stored.shape != embedding.shape:
-        raise UserError(f"{place}: embed_tokens.weight: found {tuple(stored.shape)}, expected the target's {tuple(embedding.shape)}")
+        raise UserError(
+            f"{place}: embed_tokens.weight: found {tuple(stored.shape)}, expected the target's {tuple(embedding.shape)}"
+        )
     dtype = min(stored.dtype, embedding.dtype, key=lambda d: torch.finfo(d).bits)
     wrong = int((stored.to(embedding.device, dtype) != embedding.to(dtype)).any(1).sum())
     if wrong:
-        raise UserError(f"{place}: embed_tokens.weight: {wrong} of {len(stored)} rows differ from the target's, expected its own embedding")
+        raise UserError(
+            f"{place}: embed_tokens.weight: {wrong} of {len(stored)} rows differ from the target's, expected its own "
+            f"embedding"
+        )
 
 
 def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None = None) -> tuple[dict, Tensors]:
@@ -161,8 +247,16 @@ def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None = None) 
     return to_config(head.config, dtype), tensors
 
 
-LAYOUT = Layout(Eagle3Head, {
-    "vllm": """vllm serve $target --speculative-config '{"method": "eagle3", "model": "$drafter", "num_speculative_tokens": $depth}'""",
-    "sglang": "python -m sglang.launch_server --model-path $target --speculative-algorithm EAGLE3 --speculative-draft-model-path $drafter "
-              "--speculative-num-steps $depth --speculative-eagle-topk 4 --speculative-num-draft-tokens 16",
-}, recognises, read, write)
+LAYOUT = Layout(
+    Eagle3Head,
+    {
+        "vllm": "vllm serve $target --speculative-config "
+        """'{"method": "eagle3", "model": "$drafter", "num_speculative_tokens": $depth}'""",
+        "sglang": "python -m sglang.launch_server --model-path $target --speculative-algorithm EAGLE3 "
+        "--speculative-draft-model-path $drafter "
+        "--speculative-num-steps $depth --speculative-eagle-topk 4 --speculative-num-draft-tokens 16",
+    },
+    recognises,
+    read,
+    write,
+)

@@ -1,4 +1,6 @@
-"""What a layout may need of a target beside the drafter: its config and its input embedding, read without opening the model."""
+"""What a layout may need of a target beside the drafter: its config and its input embedding, read without opening the
+model.
+"""
 
 import json
 from pathlib import Path
@@ -15,14 +17,25 @@ NAMES = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
 
 def read_target(name: str):
-    """A Hub id, directory or `bundled:NAME` -> (its text config, architecture, input embedding [V, h] fp32 as stored). Raises UserError."""
-    place, optional = locate(name), {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    """A Hub id, directory or `bundled:NAME` -> (its text config, architecture, input embedding [V, h] fp32 as stored).
+    Raises UserError.
+    """
+    place, optional = (
+        locate(name),
+        {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False},
+    )
     try:
         config = AutoConfig.from_pretrained(place)
         index = cached_file(place, "model.safetensors.index.json", **optional)
         files = json.loads(Path(index).read_text("utf-8"))["weight_map"] if index else None
-        shards = {"model.safetensors"} if files is None else {file for key, file in files.items() if key.endswith(NAMES)}
-        found = [tensor for shard in sorted(shards) for tensor in embeddings(cached_file(place, shard), config.get_text_config().hidden_size)]
+        shards = (
+            {"model.safetensors"} if files is None else {file for key, file in files.items() if key.endswith(NAMES)}
+        )
+        found = [
+            tensor
+            for shard in sorted(shards)
+            for tensor in embeddings(cached_file(place, shard), config.get_text_config().hidden_size)
+        ]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"target {name}: cannot be read ({' '.join(str(error).split())[:200]})") from None
     if len(found) != 1:

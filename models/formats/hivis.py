@@ -1,9 +1,10 @@
-"""The HiViS directory: config.json and model.safetensors with the authors' keys `embed_tokens`, `fc`, `residual` and `layers.0`.
+"""The HiViS directory: config.json and model.safetensors with the authors' keys `embed_tokens`, `fc`, `residual` and
+`layers.0`.
 
-How many steps have a vector of their own is the number of rows of `residual`, which older files call `adaptive_embedding`. The authors'
-configuration says nothing of positions and hidden tokens; without a word positions are compact and visual tokens alone are hidden, as for
-their Llava heads. `qkv_bias` says whether queries, keys and values have biases, as in their Qwen heads; without a word the tensors do. No
-engine serves these heads.
+How many steps have a vector of their own is the number of rows of `residual`, which older files call
+`adaptive_embedding`. The authors' configuration says nothing of positions and hidden tokens; without a word positions
+are compact and visual tokens alone are hidden, as for their Llava heads. `qkv_bias` says whether queries, keys and
+values have biases, as in their Qwen heads; without a word the tensors do. No engine serves these heads.
 """
 
 from pathlib import Path
@@ -31,16 +32,28 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
     positions = stored.get("positions", "compact")
     if positions not in ("compact", "original"):
         raise UserError(f"{place}: positions: found {positions}, expected compact or original")
-    for name, found, expected in (("vocab_size", base.vocab_size, vocab), ("hidden_size", base.hidden_size, hidden), ("bias", base.bias, True)):
+    for name, found, expected in (
+        ("vocab_size", base.vocab_size, vocab),
+        ("hidden_size", base.hidden_size, hidden),
+        ("bias", base.bias, True),
+    ):
         if found != expected:
             raise UserError(f"{place}: {name}: found {found}, expected {expected}")
     place = f"{folder}/model.safetensors"
-    tensors = {("residual" if name in MARKS else name): value for name, value in tensors.items() if not name.endswith(LEFT_OUT)}
+    tensors = {
+        ("residual" if name in MARKS else name): value for name, value in tensors.items() if not name.endswith(LEFT_OUT)
+    }
     if "embed_tokens.weight" in tensors:
         check_embedding(tensors.pop("embed_tokens.weight"), shared.embedding, place)
     rows = len(tensors["residual"]) if "residual" in tensors else 1
     bias = stored.get("qkv_bias", "layers.0.self_attn.q_proj.bias" in tensors)
-    config = HivisConfig(**vars(base), qkv_bias=bias, residuals=rows, positions=positions, drop_ids=tuple(stored.get("drop_token_ids", ())))
+    config = HivisConfig(
+        **vars(base),
+        qkv_bias=bias,
+        residuals=rows,
+        positions=positions,
+        drop_ids=tuple(stored.get("drop_token_ids", ())),
+    )
     check_tensors(tensors, expected_shapes(config), place)
     head = HivisHead(config, shared)
     head.load_state_dict({name: value.to(shared.embedding) for name, value in tensors.items()}, assign=True)
@@ -49,8 +62,15 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
 
 def expected_shapes(config: HivisConfig) -> dict[str, tuple[int, ...]]:
     """Every stored key but the embedding, with its shape."""
-    h, q, kv = config.hidden_size, *(count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
-    biases = {f"layers.0.self_attn.{name}_proj.bias": (size,) for name, size in (("q", q), ("k", kv), ("v", kv))} if config.qkv_bias else {}
+    h, q, kv = (
+        config.hidden_size,
+        *(count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads)),
+    )
+    biases = (
+        {f"layers.0.self_attn.{name}_proj.bias": (size,) for name, size in (("q", q), ("k", kv), ("v", kv))}
+        if config.qkv_bias
+        else {}
+    )
     return eagle.expected_shapes(config) | {"fc.weight": (h, 3 * h), "residual": (config.residuals, h)} | biases
 
 
@@ -58,8 +78,12 @@ def write(head: HivisHead, dtype: torch.dtype, serving: Serving | None = None) -
     """`Layout.write`, with the target's embedding, which the authors' loader wants."""
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in head.state_dict().items()}
     tensors["embed_tokens.weight"] = head.shared.embedding.detach().to("cpu", dtype).contiguous()
-    own = {"qkv_bias": head.config.qkv_bias, "num_residuals": head.config.residuals, "positions": head.config.positions,
-           "drop_token_ids": list(head.config.drop_ids)}
+    own = {
+        "qkv_bias": head.config.qkv_bias,
+        "num_residuals": head.config.residuals,
+        "positions": head.config.positions,
+        "drop_token_ids": list(head.config.drop_ids),
+    }
     return eagle.to_config(head.config, dtype, ARCHITECTURE) | own, tensors
 
 

@@ -1,7 +1,9 @@
-"""What the layouts of drafter directories share: the description of one, reading files, the full check, writing all or nothing.
+"""What the layouts of drafter directories share: the description of one, reading files, the full check, writing all or
+nothing.
 
-Neither vLLM nor SGLang reports a missing key (the parameter stays uninitialised) and vLLM refuses an unknown one, so every key, shape and
-dtype is checked here, before use and after writing. What only draftsmith reads stands in draftsmith.json.
+Neither vLLM nor SGLang reports a missing key (the parameter stays uninitialised) and vLLM refuses an unknown one, so
+every key, shape and dtype is checked here, before use and after writing. What only draftsmith reads stands in
+draftsmith.json.
 """
 
 import json
@@ -25,7 +27,9 @@ SHOWN = 6  # differences named in one message
 
 @dataclass(frozen=True)
 class Serving:
-    """What an engine is told beside the weights: the verifier (Hub id or directory), its architecture, and how many tokens to draft."""
+    """What an engine is told beside the weights: the verifier (Hub id or directory), its architecture, and how many
+    tokens to draft.
+    """
 
     verifier: str
     architecture: str
@@ -36,12 +40,12 @@ class Serving:
 class Layout:
     """One way to store one kind of head.
 
-    head: its class. engines: {name for `export --to`: command that serves it}, with `$drafter`, `$target` and `$depth` in it.
-    recognises(config.json) -> whether a directory is of this layout.
-    read(config, tensors, shared, taps_below, folder) -> head; raises UserError for whatever is missing, unknown or of another target.
-    write(head, dtype, serving) -> (config.json, tensors). The first layout of a head is the one that drafters are kept in; it needs no serving.
-    marks: names of tensors that no other layout has, whatever the configuration says.
-    described: whether the engines want the verifier named in config.json, so that an export is given `Serving`.
+    head: its class. engines: {name for `export --to`: command that serves it}, with `$drafter`, `$target` and `$depth`
+    in it. recognises(config.json) -> whether a directory is of this layout. read(config, tensors, shared, taps_below,
+    folder) -> head; raises UserError for whatever is missing, unknown or of another target. write(head, dtype, serving)
+    -> (config.json, tensors). The first layout of a head is the one that drafters are kept in; it needs no serving.
+    marks: names of tensors that no other layout has, whatever the configuration says. described: whether the engines
+    want the verifier named in config.json, so that an export is given `Serving`.
     """
 
     head: type
@@ -73,23 +77,38 @@ class Stored:
 
     @property
     def serving(self) -> Serving | None:
-        """What the directory tells an engine; None where the layout says nothing of it. Raises UserError for a key that engines need."""
+        """What the directory tells an engine; None where the layout says nothing of it. Raises UserError for a key that
+        engines need.
+        """
         if "base_model_name_or_path" in self.config:  # Arctic
-            return Serving(self.config["base_model_name_or_path"], (self.config.get("base_model_archs") or [""])[0], self.config.get("n_predict", 1))
+            return Serving(
+                self.config["base_model_name_or_path"],
+                (self.config.get("base_model_archs") or [""])[0],
+                self.config.get("n_predict", 1),
+            )
         if "speculators_config" not in self.config:
             return None
         try:
             described = self.config["speculators_config"]
             verifier = described["verifier"]
-            return Serving(verifier["name_or_path"], (verifier.get("architectures") or [""])[0], described["proposal_methods"][0]["speculative_tokens"])
+            return Serving(
+                verifier["name_or_path"],
+                (verifier.get("architectures") or [""])[0],
+                described["proposal_methods"][0]["speculative_tokens"],
+            )
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{self.folder}/config.json: speculators_config: {error.args[0]}: missing") from None
 
     def shared(self) -> Shared:
-        """Without a target: the embedding stored here, or zeros (without memory) of the target's shape, for work that does not look at it."""
+        """Without a target: the embedding stored here, or zeros (without memory) of the target's shape, for work that
+        does not look at it.
+        """
         flat = {**self.config.get("transformer_layer_config", {}), **self.config}
         try:
-            shape = flat["vocab_size"], flat.get("target_hidden_size") or flat.get("input_hidden_dim") or flat["hidden_size"]
+            shape = (
+                flat["vocab_size"],
+                flat.get("target_hidden_size") or flat.get("input_hidden_dim") or flat["hidden_size"],
+            )
         except KeyError as error:
             raise UserError(f"{self.folder}/config.json: {error.args[0]}: missing") from None
         own = self.tensors.get("embed_tokens.weight")
@@ -97,7 +116,9 @@ class Stored:
 
 
 def read_files(folder: Path, pickle: bool = False) -> Stored:
-    """config.json, draftsmith.json and all *.safetensors of a directory; with `pickle` also pytorch_model.bin, as tensors only."""
+    """config.json, draftsmith.json and all *.safetensors of a directory; with `pickle` also pytorch_model.bin, as
+    tensors only.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: config.json is missing; expected a drafter directory")
     config = read_json(folder / "config.json")
@@ -105,7 +126,10 @@ def read_files(folder: Path, pickle: bool = False) -> Stored:
     files, tensors = sorted(folder.glob("*.safetensors")), {}
     if not files and (folder / "pytorch_model.bin").is_file():
         if not pickle:
-            raise UserError(f"{folder}: found pytorch_model.bin (a pickle), expected model.safetensors; draftsmith import --pickle converts it")
+            raise UserError(
+                f"{folder}: found pytorch_model.bin (a pickle), expected model.safetensors; draftsmith import "
+                f"--pickle converts it"
+            )
         files = [folder / "pytorch_model.bin"]
     elif not files:
         raise UserError(f"{folder}: model.safetensors is missing; expected a drafter directory")
@@ -127,23 +151,38 @@ def read_json(file: Path) -> dict:
     return document
 
 
-def check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], place: str, kinds: dict[str, torch.dtype] = {}) -> None:
-    """Raises UserError with the differences between found and expected keys, shapes and dtypes; keys outside `kinds` must be floating."""
+def check_tensors(
+    tensors: Tensors, shapes: dict[str, tuple[int, ...]], place: str, kinds: dict[str, torch.dtype] = {}
+) -> None:
+    """Raises UserError with the differences between found and expected keys, shapes and dtypes; keys outside `kinds`
+    must be floating.
+    """
     differences = [f"{k}: missing" for k in sorted(shapes.keys() - tensors.keys())]
     differences += [f"{k}: unknown key" for k in sorted(tensors.keys() - shapes.keys())]
-    differences += [f"{k}: found {tuple(tensors[k].shape)}, expected {shape}" for k, shape in shapes.items()
-                    if k in tensors and tuple(tensors[k].shape) != shape]
-    differences += [f"{k}: found {v.dtype}, expected {kinds.get(k, 'a floating type')}" for k, v in tensors.items()
-                    if (v.dtype != kinds[k] if k in kinds else not v.is_floating_point())]
+    differences += [
+        f"{k}: found {tuple(tensors[k].shape)}, expected {shape}"
+        for k, shape in shapes.items()
+        if k in tensors and tuple(tensors[k].shape) != shape
+    ]
+    differences += [
+        f"{k}: found {v.dtype}, expected {kinds.get(k, 'a floating type')}"
+        for k, v in tensors.items()
+        if (v.dtype != kinds[k] if k in kinds else not v.is_floating_point())
+    ]
     if differences:
         more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-        raise UserError(f"{place}: {len(differences)} of {len(shapes)} expected keys differ: {'; '.join(differences[:SHOWN])}{more}"
-                        if len(differences) > 1 else f"{place}: {differences[0]}")
+        raise UserError(
+            f"{place}: {len(differences)} of {len(shapes)} expected keys differ: {'; '.join(differences[:SHOWN])}{more}"
+            if len(differences) > 1
+            else f"{place}: {differences[0]}"
+        )
 
 
 @contextmanager
 def written(folder: Path, config: dict, tensors: Tensors, about: dict) -> Iterator[Path]:
-    """Yields the new directory, hidden beside its place; after the block it takes the place of `folder`. An exception leaves all as it was."""
+    """Yields the new directory, hidden beside its place; after the block it takes the place of `folder`. An exception
+    leaves all as it was.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"

@@ -15,12 +15,17 @@ SAFE_FILES = ("*.safetensors", "*.json")
 
 
 def fetch(place: str | Path, files: Sequence[str] = SAFE_FILES) -> Path:
-    """The directory behind a place. Of a Hub repository only `files` are downloaded (cached, resumed). Raises UserError in one line."""
+    """The directory behind a place. Of a Hub repository only `files` are downloaded (cached, resumed). Raises UserError
+    in one line.
+    """
     folder = Path(locate(place))
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(str(place)):
-        raise UserError(f"{place}: no such directory; expected a drafter directory, a Hub id (USER/NAME or USER/NAME@REVISION) or bundled:NAME")
+        raise UserError(
+            f"{place}: no such directory; expected a drafter directory, a Hub id (USER/NAME or USER/NAME@REVISION) "
+            f"or bundled:NAME"
+        )
     name, _, revision = str(place).partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))

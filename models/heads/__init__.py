@@ -2,9 +2,11 @@
 
 A head's class has
     name                       as recipes and directories call it
-    Shape, Objective           dataclasses: the keys of the recipe's sections `head` and `objective`. Objective.steps: drafted steps that are
+    Shape, Objective           dataclasses: the keys of the recipe's sections `head` and `objective`. Objective.steps:
+                               drafted steps that are
                                trained; Objective.weights: the weight of each step in the loss
-    Config                     its shapes; Config.for_target(text config, **Shape) raises UserError for targets it cannot draft for
+    Config                     its shapes; Config.for_target(text config, **Shape) raises UserError for targets it
+                               cannot draft for
     tables                     parts of the names of matrices with one row a token (embeddings, output heads)
     (config, shared, ids)      its constructor: `Shared` of the target, the draft vocabulary (None = all)
     start_from(target)         starts from the target's weights where that helps
@@ -24,5 +26,21 @@ from draftsmith.models.heads.owl import OwlConfig, OwlHead, OwlObjective
 
 HEADS = {head.name: head for head in (Eagle3Head, EagleHead, HivisHead, OwlHead, DreamHead)}
 
-__all__ = ["HEADS", "DreamConfig", "DreamHead", "DreamObjective", "EagleConfig", "EagleHead", "EagleObjective",
-           "Eagle3Config", "Eagle3Head", "Eagle3Objective", "HivisConfig", "HivisHead", "HivisObjective", "OwlConfig", "OwlHead", "OwlObjective"]
+__all__ = [
+    "HEADS",
+    "DreamConfig",
+    "DreamHead",
+    "DreamObjective",
+    "EagleConfig",
+    "EagleHead",
+    "EagleObjective",
+    "Eagle3Config",
+    "Eagle3Head",
+    "Eagle3Objective",
+    "HivisConfig",
+    "HivisHead",
+    "HivisObjective",
+    "OwlConfig",
+    "OwlHead",
+    "OwlObjective",
+]

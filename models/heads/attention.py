@@ -1,9 +1,11 @@
-"""Causal attention of some rows within packed documents, in memory linear in the length, with the log-sum-exp that merging needs.
+"""Causal attention of some rows within packed documents, in memory linear in the length, with the log-sum-exp that
+merging needs.
 
 Two kernels, each a pair `forward(query, key, value, strips, scale) -> out, lse` and
-`backward(grad, query, key, value, out, lse, strips, scale, d_key, d_value) -> d_query`, which adds to d_key and d_value. query, out [P, H, D] and
-lse [P, H] are the rows that are trained on, ascending; key, value [T, H, D] (repeated to the query heads) all rows. A caller that merges the
-result with other scores passes its merged `out` and `lse` to `backward` and gets the gradients of this part of the merged attention exactly.
+`backward(grad, query, key, value, out, lse, strips, scale, d_key, d_value) -> d_query`, which adds to d_key and
+d_value. query, out [P, H, D] and lse [P, H] are the rows that are trained on, ascending; key, value [T, H, D] (repeated
+to the query heads) all rows. A caller that merges the result with other scores passes its merged `out` and `lse` to
+`backward` and gets the gradients of this part of the merged attention exactly.
 """
 
 from typing import NamedTuple
@@ -17,8 +19,9 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Strip(NamedTuple):
-    """Queries first .. last - 1 of P, which stand at rows at .. at + last - first - 1 of T; they see their document's rows from `start` up to
-    their own."""
+    """Queries first .. last - 1 of P, which stand at rows at .. at + last - first - 1 of T; they see their document's
+    rows from `start` up to their own.
+    """
 
     first: int
     last: int
@@ -32,7 +35,9 @@ class Strip(NamedTuple):
 
 
 def strips_of(packing: Packing, rows: torch.Tensor, block: int) -> list[Strip]:
-    """Unbroken runs of the rows that are trained on (`rows` [P] of the packed row, ascending, on the CPU), cut into blocks of at most `block`."""
+    """Unbroken runs of the rows that are trained on (`rows` [P] of the packed row, ascending, on the CPU), cut into
+    blocks of at most `block`.
+    """
     starts = rows - packing.positions[rows]
     breaks = ((rows.diff() != 1) | (starts.diff() != 0)).nonzero().flatten() + 1
     borders, strips = sorted({0, *breaks.tolist(), len(rows)}), []  # one border where there are no rows
@@ -48,8 +53,9 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 
 
 class FlashOnCPU:
-    """torch's flash kernel for CPUs. It computes whole blocks of 512 keys, so that a strip's keys are given in two pieces: those before the
-    strip, seen by all its rows, and the strip's own, seen causally."""
+    """torch's flash kernel for CPUs. It computes whole blocks of 512 keys, so that a strip's keys are given in two
+    pieces: those before the strip, seen by all its rows, and the strip's own, seen causally.
+    """
 
     block = 128
 
@@ -60,15 +66,23 @@ class FlashOnCPU:
 
     @classmethod
     def forward(cls, query, key, value, strips, scale):
-        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        out, lse = (
+            torch.empty_like(query),
+            query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32)),
+        )
         query, key, value, whole, total = (_heads_first(x) for x in (query, key, value, out, lse))
         for strip in strips:
             mine = slice(strip.first, strip.last)
-            found = [_flash(query[:, :, mine], key[:, :, a:b], value[:, :, a:b], 0.0, causal, scale=scale) for a, b, causal in cls._pieces(strip)]
+            found = [
+                _flash(query[:, :, mine], key[:, :, a:b], value[:, :, a:b], 0.0, causal, scale=scale)
+                for a, b, causal in cls._pieces(strip)
+            ]
             o, s = found[0]
             if len(found) == 2:
                 both = torch.logaddexp(s, found[1][1])
-                o = o.mul_((s - both).exp_()[..., None]).addcmul_(found[1][0], (found[1][1] - both).exp_()[..., None].to(o.dtype))
+                o = o.mul_((s - both).exp_()[..., None]).addcmul_(
+                    found[1][0], (found[1][1] - both).exp_()[..., None].to(o.dtype)
+                )
                 s = both
             whole[:, :, mine], total[:, :, mine] = o, s
         return out, lse
@@ -96,19 +110,26 @@ class Blocks:
     @staticmethod
     def _scores(query, key, strip, scale):
         """[H, rows, keys] fp32 or better, -inf where a row must not see a key."""
-        scores = torch.einsum("qhd,khd->hqk", query[strip.first:strip.last], key[strip.start:strip.stop])
+        scores = torch.einsum("qhd,khd->hqk", query[strip.first : strip.last], key[strip.start : strip.stop])
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
         keys = torch.arange(strip.start, strip.stop, device=query.device)
-        return scores.masked_fill_(keys > torch.arange(strip.at, strip.stop, device=query.device)[:, None], float("-inf"))
+        return scores.masked_fill_(
+            keys > torch.arange(strip.at, strip.stop, device=query.device)[:, None], float("-inf")
+        )
 
     @classmethod
     def forward(cls, query, key, value, strips, scale):
-        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        out, lse = (
+            torch.empty_like(query),
+            query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32)),
+        )
         for strip in strips:
             scores, mine = cls._scores(query, key, strip, scale), slice(strip.first, strip.last)
             total = scores.logsumexp(-1)
             lse[mine] = total.T
-            out[mine] = torch.einsum("hqk,khd->qhd", (scores - total[..., None]).exp().to(value.dtype), value[strip.start:strip.stop])
+            out[mine] = torch.einsum(
+                "hqk,khd->qhd", (scores - total[..., None]).exp().to(value.dtype), value[strip.start : strip.stop]
+            )
         return out, lse
 
     @classmethod
@@ -136,7 +157,9 @@ class _Merged(torch.autograd.Function):
     def forward(ctx, query, key, value, keys, values, strips, kernel, scale):
         group = (keys.size(2), query.size(1) // keys.size(2))
         out, lse = kernel.forward(query, key, value, strips, scale)
-        scores = torch.linalg.vecdot(query.unflatten(1, group), keys[:, :, :, None]).flatten(2).mul_(scale).to(lse.dtype)
+        scores = (
+            torch.linalg.vecdot(query.unflatten(1, group), keys[:, :, :, None]).flatten(2).mul_(scale).to(lse.dtype)
+        )
         scores = torch.cat([lse[None], scores])
         lse = scores.logsumexp(0)
         weights = scores.sub_(lse).exp_().to(query.dtype)[..., None]
@@ -149,7 +172,10 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (query, key, value, keys, values, weights, out, lse), (strips, kernel, scale, group) = ctx.saved_tensors, ctx.arguments
+        (query, key, value, keys, values, weights, out, lse), (strips, kernel, scale, group) = (
+            ctx.saved_tensors,
+            ctx.arguments,
+        )
         grad, d_key, d_value = grad.contiguous(), torch.zeros_like(key), torch.zeros_like(value)
         d_query = kernel.backward(grad, query, key, value, out, lse, strips, scale, d_key, d_value)
         grouped, pulled, shares = query.unflatten(1, group), grad.unflatten(1, group), weights[1:].unflatten(2, group)
@@ -160,6 +186,8 @@ class _Merged(torch.autograd.Function):
 
 
 def merged_attention(query, key, value, keys, values, strips: list[Strip], kernel, scale: float) -> torch.Tensor:
-    """Attention [P, H, D] of the rows that are trained on over their documents' rows (query [P, H, D]; key, value [T, H, D]) and over n more
-    keys that each row alone sees (keys, values [n, P, H_kv, D]); one softmax over both, differentiable in all five."""
+    """Attention [P, H, D] of the rows that are trained on over their documents' rows (query [P, H, D]; key, value [T,
+    H, D]) and over n more keys that each row alone sees (keys, values [n, P, H_kv, D]); one softmax over both,
+    differentiable in all five.
+    """
     return _Merged.apply(query, key, value, keys, values, strips, kernel, scale)

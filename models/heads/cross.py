@@ -1,7 +1,9 @@
-"""A decoder layer that attends to the target's states instead of to its own rows (DREAM), and masked attention for rows that may see nothing.
+"""A decoder layer that attends to the target's states instead of to its own rows (DREAM), and masked attention for rows
+that may see nothing.
 
-Keys and values come from states as they are, without another norm and without positions; queries and keys are normalised per head; both
-residual branches stand behind gates tanh(g), g = 0 at first: then the layer passes its input on.
+Keys and values come from states as they are, without another norm and without positions; queries and keys are
+normalised per head; both residual branches stand behind gates tanh(g), g = 0 at first: then the layer passes its input
+on.
 """
 
 import torch
@@ -11,21 +13,34 @@ from torch import nn
 from draftsmith.models.heads.layer import MLP
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
-    """query [B, T, H, D]; keys, values [B, H_kv, S, D]; seen [B, T, S] bool -> [B, T, H, D], zero where a row sees nothing (a softmax over
-    finite masks would mix all keys, those of the future too)."""
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """query [B, T, H, D]; keys, values [B, H_kv, S, D]; seen [B, T, S] bool -> [B, T, H, D], zero where a row sees
+    nothing (a softmax over finite masks would mix all keys, those of the future too).
+    """
     if seen.size(-1) == 0:
         return torch.zeros_like(query)
     some = seen.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=(seen | ~some)[:, None], scale=scale,
-                                         enable_gqa=query.size(2) != keys.size(1))
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        keys,
+        values,
+        attn_mask=(seen | ~some)[:, None],
+        scale=scale,
+        enable_gqa=query.size(2) != keys.size(1),
+    )
     return out.transpose(1, 2).masked_fill(~some[..., None], 0)
 
 
 class CrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)

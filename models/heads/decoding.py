@@ -1,9 +1,9 @@
-"""Drafting with a head of one decoder layer that reads its own output back: committed rows in a cache and trees grown behind them, or trees
-hung at inner positions of one packed row.
+"""Drafting with a head of one decoder layer that reads its own output back: committed rows in a cache and trees grown
+behind them, or trees hung at inner positions of one packed row.
 
-Such a head has `layer` (heads/layer.py), `first(hidden) -> H` for the target's states, `enter(tokens, H, step) -> (residual base, attention
-input)`, step being 0 for rows of the target's own states and k for nodes k levels below the root, and `angles(positions)`; a row's output is
-the H of its children.
+Such a head has `layer` (heads/layer.py), `first(hidden) -> H` for the target's states, `enter(tokens, H, step) ->
+(residual base, attention input)`, step being 0 for rows of the target's own states and k for nodes k levels below the
+root, and `angles(positions)`; a row's output is the H of its children.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +18,10 @@ from draftsmith.models.slots import SlotCache
 
 @dataclass
 class Context:
-    """Committed rows of B requests. `cache` holds the keys and values of complete rows; `pending` are features whose rows wait
-    for the next token (the last one waits for the root). shift [B]: how far positions of rows from the last one on lie ahead of slots."""
+    """Committed rows of B requests. `cache` holds the keys and values of complete rows; `pending` are features whose
+    rows wait for the next token (the last one waits for the root). shift [B]: how far positions of rows from the last
+    one on lie ahead of slots.
+    """
 
     cache: SlotCache
     pending: Features | None
@@ -32,8 +34,9 @@ class Context:
 
 
 def prefill(head, features: Features, places: torch.Tensor | None = None) -> Context:
-    """Keys and values of all rows whose next token is known; the last row of each request stays pending. places [B, S]: positions of the rows
-    where they are not 0, 1, ...; rows behind the last go on from it."""
+    """Keys and values of all rows whose next token is known; the last row of each request stays pending. places [B, S]:
+    positions of the rows where they are not 0, 1, ...; rows behind the last go on from it.
+    """
     attention, batch, width = head.layer.self_attn, *features.tokens.shape
     dtype, device = attention.o_proj.weight.dtype, features.hidden.device
     cache = SlotCache(1, batch, attention.kv_heads, width + 64, attention.head_dim, dtype, device)
@@ -52,8 +55,9 @@ def prefill(head, features: Features, places: torch.Tensor | None = None) -> Con
 
 @dataclass(frozen=True)
 class Beam:
-    """Expanded nodes of B trees. hidden [B, k, h]: layer outputs of the last level; seen [B, k, nodes]: which expanded nodes each
-    of them sees (itself included); depth: levels drafted so far."""
+    """Expanded nodes of B trees. hidden [B, k, h]: layer outputs of the last level; seen [B, k, nodes]: which expanded
+    nodes each of them sees (itself included); depth: levels drafted so far.
+    """
 
     context: Context
     hidden: torch.Tensor | None = None
@@ -62,19 +66,23 @@ class Beam:
 
 
 def expand(head, beam: Beam | Hung, tokens: torch.Tensor, parents: torch.Tensor) -> tuple[torch.Tensor, Beam | Hung]:
-    """tokens, parents [B, k] (rows of the last level) -> layer outputs [B, k, h], the beam of this level. The first level is the root, which
-    also completes the pending rows of a context; these stay."""
+    """tokens, parents [B, k] (rows of the last level) -> layer outputs [B, k, h], the beam of this level. The first
+    level is the root, which also completes the pending rows of a context; these stay.
+    """
     if isinstance(beam, Hung):
         return _grow_hung(head, beam, tokens, parents)
     return _commit_root(head, beam.context, tokens) if beam.depth == 0 else _grow(head, beam, tokens, parents)
 
 
 def hang(head, features: TrainingFeatures, at: torch.Tensor, places: torch.Tensor | None = None) -> Hung:
-    """A beam of P roots at packed indices at [P], each at least 1 inside its document; root p sees features of its document before at[p] only.
-    places [T]: positions of the rows where they are not 0, 1, ... in each document."""
+    """A beam of P roots at packed indices at [P], each at least 1 inside its document; root p sees features of its
+    document before at[p] only. places [T]: positions of the rows where they are not 0, 1, ... in each document.
+    """
     hidden = head.first(features.hidden)
     places = (features.packing.positions if places is None else places).to(hidden.device)
-    _, u = head.enter(features.tokens.roll(-1), hidden, 0)  # a document's last row meets the next one's first token; no root sees it
+    _, u = head.enter(
+        features.tokens.roll(-1), hidden, 0
+    )  # a document's last row meets the next one's first token; no root sees it
     row = head.layer.self_attn.key_value(u, *head.angles(places))
     return replace(Hung.at(features.packing, at, row, hidden), positions=places[at.to(hidden.device) - 1])
 
@@ -83,7 +91,9 @@ def _grow_hung(head, beam: Hung, tokens, parents):
     attention, rows = head.layer.self_attn, torch.arange(len(tokens), device=tokens.device)[:, None]
     base, u = head.enter(tokens, beam.hidden[rows, parents], beam.depth)
     cos, sin = head.angles(beam.positions[:, None])
-    attended, own, seen = beam.attend(attention.query(u, cos, sin), *attention.key_value(u, cos, sin), parents, attention.scale)
+    attended, own, seen = beam.attend(
+        attention.query(u, cos, sin), *attention.key_value(u, cos, sin), parents, attention.scale
+    )
     output = head.layer.finish(base, attended)
     return output, replace(beam, hidden=output, own=own, seen=seen, positions=beam.positions + 1, depth=beam.depth + 1)
 
@@ -91,7 +101,9 @@ def _grow_hung(head, beam: Hung, tokens, parents):
 def _commit_root(head, context: Context, root):
     pending, cache = context.pending, context.cache
     if pending is None:
-        raise RuntimeError("this context has no pending row: a root was already expanded and nothing was observed since")
+        raise RuntimeError(
+            "this context has no pending row: a root was already expanded and nothing was observed since"
+        )
     batch, width = pending.tokens.shape
     last = (pending.lengths - 1)[:, None]
     following = torch.cat([pending.tokens[:, 1:], root], 1).scatter(1, last, root)
@@ -125,6 +137,12 @@ def _attend(head, hidden, tokens, positions, step: int, cache: SlotCache, seen):
     cos, sin = head.angles(positions)
     key, value = attention.key_value(u, cos, sin)
     keys, values = cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
-    attended = F.scaled_dot_product_attention(attention.query(u, cos, sin).transpose(1, 2), keys, values, attn_mask=seen[:, None],
-                                              scale=attention.scale, enable_gqa=attention.heads != attention.kv_heads)
+    attended = F.scaled_dot_product_attention(
+        attention.query(u, cos, sin).transpose(1, 2),
+        keys,
+        values,
+        attn_mask=seen[:, None],
+        scale=attention.scale,
+        enable_gqa=attention.heads != attention.kv_heads,
+    )
     return head.layer.finish(base, attended.transpose(1, 2))

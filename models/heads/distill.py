@@ -1,10 +1,13 @@
-"""What a head learns from the target: soft cross-entropy over the draft vocabulary, fused with the head's output matrix.
+"""What a head learns from the target: soft cross-entropy over the draft vocabulary, fused with the head's output
+matrix.
 
-For output states x (after the head's last norm), output matrix W, teacher probabilities p over the draft vocabulary and row weights w:
+For output states x (after the head's last norm), output matrix W, teacher probabilities p over the draft vocabulary and
+row weights w:
 
     z = W x,  loss = sum_n w_n (logsumexp(z_n) - <p_n, z_n>),  d loss / d z_n = w_n (softmax(z_n) - p_n).
 
-The gradient needs nothing from later layers, so that the forward pass computes it chunk by chunk and no [rows, Vd] tensor is kept.
+The gradient needs nothing from later layers, so that the forward pass computes it chunk by chunk and no [rows, Vd]
+tensor is kept.
 """
 
 from dataclasses import dataclass
@@ -18,8 +21,9 @@ CHUNK = 2**20  # elements of one [rows, Vd] chunk: it stays in a processor's cac
 
 @dataclass(frozen=True)
 class Lesson:
-    """The teacher at P tokens: probs [P, Vd] over the draft vocabulary (renormalised), choice [P] its most probable draft index,
-    covered [P] bool: the target's own argmax over V can be drafted."""
+    """The teacher at P tokens: probs [P, Vd] over the draft vocabulary (renormalised), choice [P] its most probable
+    draft index, covered [P] bool: the target's own argmax over V can be drafted.
+    """
 
     probs: torch.Tensor
     choice: torch.Tensor
@@ -46,7 +50,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
         (steps, count, _), size = states.shape, max(64, CHUNK // weight.size(0))
         losses, right = scale.new_zeros(steps, count), torch.zeros(steps, count, dtype=torch.bool, device=states.device)
         grad_states = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            if ctx.needs_input_grad[1]
+            else None
+        )
         scale = scale[..., None].to(states.dtype)
         for k in range(steps):
             for start in range(0, count - k, size):
@@ -81,10 +89,11 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def soft_cross_entropy(states: torch.Tensor, weight: torch.Tensor, lesson: Lesson, scale: torch.Tensor):
-    """states [K, P, h], weight [Vd, h], scale [K, P] fp32 row weights; row i of step k is taught what the lesson says of token i + k.
+    """states [K, P, h], weight [Vd, h], scale [K, P] fp32 row weights; row i of step k is taught what the lesson says
+    of token i + k.
 
-    -> (loss, cross-entropy [K, P], whether the most probable draft token is the teacher's [K, P] bool). Tokens whose argmax cannot be drafted
-    count nothing and are never right; the last k rows of step k have nothing to be taught.
+    -> (loss, cross-entropy [K, P], whether the most probable draft token is the teacher's [K, P] bool). Tokens whose
+    argmax cannot be drafted count nothing and are never right; the last k rows of step k have nothing to be taught.
     """
     return _SoftCrossEntropy.apply(states, weight, lesson, scale)
 
@@ -93,8 +102,8 @@ def chain_walk(packing: Packing, leading: list[int]) -> tuple[int, int]:
     """The greedy chain decoding that per-row results predict: leading [T] = leading right steps of the round at row t.
 
     In every stretch that the target wrote, the first root is its first token; a round moves the root by leading + 1.
-    Returns (tokens emitted, rounds); their ratio is the predicted chain tau (averages over all rows would be biased: rounds start after
-    hard tokens).
+    Returns (tokens emitted, rounds); their ratio is the predicted chain tau (averages over all rows would be biased:
+    rounds start after hard tokens).
     """
     tokens = rounds = 0
     written, positions = packing.written.tolist(), packing.positions.tolist()
@@ -103,7 +112,10 @@ def chain_walk(packing: Packing, leading: list[int]) -> tuple[int, int]:
         if not written[at]:
             at += 1
             continue
-        root, last = max(at, at - positions[at] + 1), at + written[at] - 1  # a document's first token has no row before it
+        root, last = (
+            max(at, at - positions[at] + 1),
+            at + written[at] - 1,
+        )  # a document's first token has no row before it
         tokens += max(last - root, 0)
         while root < last:
             root += min(leading[root - 1], last - root - 1) + 1
@@ -113,11 +125,12 @@ def chain_walk(packing: Packing, leading: list[int]) -> tuple[int, int]:
 
 
 def tally(packing: Packing, parts: torch.Tensor, right: torch.Tensor, losses: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a head's `loss` reports beside it, sums that add up over packed rows, from results of `packing.rows` at K steps: parts [K, P] which
-    of them take part, right [K, P] which agree with the target, losses [K, P].
+    """What a head's `loss` reports beside it, sums that add up over packed rows, from results of `packing.rows` at K
+    steps: parts [K, P] which of them take part, right [K, P] which agree with the target, losses [K, P].
 
-    {"rows", "right", "tried", "kept", "loss": [K], "walk": [2]}: of the `rows` of step k, `right` ones agree with the target; all earlier steps
-    were right in `tried`, and step k too in `kept`; `walk` is (tokens, rounds) of the greedy chain that this predicts.
+    {"rows", "right", "tried", "kept", "loss": [K], "walk": [2]}: of the `rows` of step k, `right` ones agree with the
+    target; all earlier steps were right in `tried`, and step k too in `kept`; `walk` is (tokens, rounds) of the greedy
+    chain that this predicts.
     """
     right = right & parts
     alive = right.cumprod(0).bool()  # right so far
@@ -126,4 +139,5 @@ def tally(packing: Packing, parts: torch.Tensor, right: torch.Tensor, losses: to
     leading[packing.rows] = alive.sum(0).cpu()
     sums = {"rows": parts, "right": right, "tried": before, "kept": alive, "loss": losses * parts}
     return {name: value.sum(1).float() for name, value in sums.items()} | {
-        "walk": torch.tensor(chain_walk(packing, leading.tolist()), dtype=torch.float32, device=parts.device)}
+        "walk": torch.tensor(chain_walk(packing, leading.tolist()), dtype=torch.float32, device=parts.device)
+    }

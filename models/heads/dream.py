@@ -1,22 +1,31 @@
-"""The DREAM head (arXiv 2505.19201) for vision-language targets: three blocks over embeddings, the middle one attending to the target's states.
+"""The DREAM head (arXiv 2505.19201) for vision-language targets: three blocks over embeddings, the middle one attending
+to the target's states.
 
-    x1 = block 0 (self-attention, no norm before it) of the embeddings e;   x2 = gated cross-attention of x1 to the target's last states s;
+    x1 = block 0 (self-attention, no norm before it) of the embeddings e;   x2 = gated cross-attention of x1 to the
+        target's last states s;
     x3 = block 2 (self-attention) of x2;   s' = norm(x3), and the target's frozen output head on it.
 
-No shift: row i consumes e_i and states strictly before i and predicts s_i, hence token i + 1. In a `Packing` row t is the round whose root is
-x_{t+1}: DREAM's row t + 1. Each row brings one key of its own into the cross-attention, the state of the row before it, so that a tree node
-brings its parent's, the head's own where the target's is not there yet.
+No shift: row i consumes e_i and states strictly before i and predicts s_i, hence token i + 1. In a `Packing` row t is
+the round whose root is x_{t+1}: DREAM's row t + 1. Each row brings one key of its own into the cross-attention, the
+state of the row before it, so that a tree node brings its parent's, the head's own where the target's is not there yet.
 
 Where the paper and the authors' code differ (and where both fail), this is:
-    the middle state       per token, output of the layer, layers 1 .. 40 %, by default (`middle_*` choose otherwise); supervises block 0
-    weights                0.2 feature, 0.2 middle, 1.0 KL, each a mean over the taught tokens; KL(target || draft) summed over the vocabulary
-    compression            on, 0.75: of the visual rows those with the most attention in the target's last layer, over all images of a prompt
-                           Chosen for every prompt, in training too: each answer of a conversation with images is a row of its own there
+    the middle state       per token, output of the layer, layers 1 .. 40 %, by default (`middle_*` choose otherwise);
+                           supervises block 0
+    weights                0.2 feature, 0.2 middle, 1.0 KL, each a mean over the taught tokens; KL(target || draft)
+                           summed over the vocabulary
+    compression            on, 0.75: of the visual rows those with the most attention in the target's last layer, over
+                           all images of a prompt
+                           Chosen for every prompt, in training too: each answer of a conversation with images is a row
+                               of its own there
     compressed are         embeddings and queries; keys and values of the cross-attention are all rows'
     tree mask              in the cross-attention too: siblings are not seen
-    row 0, padding         a row without a state before it gets 0 from the cross-attention, not a mean of the future; padding is never seen
-    positions              places in the whole sequence ("original"), so that a head works at every ratio; "compact" numbers the kept rows
-    second pass            over the head's own states (one of the authors' scripts, KL only; not the paper): `steps` above 1, as drafting has them
+    row 0, padding         a row without a state before it gets 0 from the cross-attention, not a mean of the future;
+                           padding is never seen
+    positions              places in the whole sequence ("original"), so that a head works at every ratio; "compact"
+                           numbers the kept rows
+    second pass            over the head's own states (one of the authors' scripts, KL only; not the paper): `steps`
+                           above 1, as drafting has them
     depth                  of a tree policy counts drafted levels, as for all heads
 """
 
@@ -63,8 +72,10 @@ class LastLayer(Layer):
 
 @dataclass
 class Context:
-    """Committed rows of B requests: `own` caches keys and values of the kept rows in blocks 0 and 2; `cross` those of the states, one for each
-    row but the first; `pending` states wait for the token behind them; skipped [B] is what positions are more than numbers of kept rows."""
+    """Committed rows of B requests: `own` caches keys and values of the kept rows in blocks 0 and 2; `cross` those of
+    the states, one for each row but the first; `pending` states wait for the token behind them; skipped [B] is what
+    positions are more than numbers of kept rows.
+    """
 
     own: SlotCache
     cross: SlotCache
@@ -80,8 +91,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Beam:
-    """Trees of a context: hidden [B, k, h] the head's states at the last level, seen [B, k, nodes] which expanded nodes each of them sees
-    (itself included), depth the levels drafted so far."""
+    """Trees of a context: hidden [B, k, h] the head's states at the last level, seen [B, k, nodes] which expanded nodes
+    each of them sees (itself included), depth the levels drafted so far.
+    """
 
     context: Context
     hidden: torch.Tensor | None = None
@@ -91,14 +103,18 @@ class Beam:
 
 @dataclass(frozen=True)
 class Grove:
-    """Trees hung in a packed row: one `Hung` for each block. hidden [P, k, h]: states that the next nodes go on from."""
+    """Trees hung in a packed row: one `Hung` for each block. hidden [P, k, h]: states that the next nodes go on
+    from.
+    """
 
     blocks: tuple[Hung, Hung, Hung]
     hidden: torch.Tensor
 
 
 class DreamHead(nn.Module):
-    """shared: the target's embedding and output head (neither trained nor saved); ids [V] int64 is all of its vocabulary."""
+    """shared: the target's embedding and output head (neither trained nor saved); ids [V] int64 is all of its
+    vocabulary.
+    """
 
     name, Shape, Objective, Config = "dream", DreamShape, DreamObjective, DreamConfig
     tables = ()
@@ -107,7 +123,9 @@ class DreamHead(nn.Module):
         super().__init__()
         self.config, self.shared = config, Shared(shared.embedding.detach(), shared.project, shared.scale)
         device = shared.embedding.device
-        self.register_buffer("ids", torch.arange(config.vocab_size, device=device) if ids is None else ids.to(device), persistent=False)
+        self.register_buffer(
+            "ids", torch.arange(config.vocab_size, device=device) if ids is None else ids.to(device), persistent=False
+        )
         self.layers = nn.ModuleList([FirstLayer(config), CrossLayer(config), LastLayer(config)])
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._rope = frequencies(config, device)  # no buffer: fp32 frequencies must survive casts of the module
@@ -154,11 +172,15 @@ class DreamHead(nn.Module):
 
     @staticmethod
     def _self_block(layer: Layer, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor]):
-        """All kept rows x [n, h] of one document through block 0 or 2 -> (output [n, h], keys and values [n, H_kv, D])."""
+        """All kept rows x [n, h] of one document through block 0 or 2 -> (output [n, h], keys and values [n, H_kv,
+        D]).
+        """
         u = layer.enter(x)
         pair, attention = layer.self_attn.key_value(u, *turned), layer.self_attn
         query, keys, values = (y.transpose(0, 1)[None] for y in (attention.query(u, *turned), *pair))
-        attended = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=attention.scale, enable_gqa=query.size(1) != keys.size(1))
+        attended = F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=attention.scale, enable_gqa=query.size(1) != keys.size(1)
+        )
         return layer.finish(x, attended[0].transpose(0, 1)), pair
 
     # Training
@@ -169,26 +191,40 @@ class DreamHead(nn.Module):
         for start, stop in zip(features.packing.borders, features.packing.borders[1:]):
             mine = slice(start, stop)
             visual, columns = (None if x is None else x[mine] for x in (features.visual, features.columns))
-            kept = kept_rows(torch.ones(stop - start, dtype=torch.bool, device=states.device), visual, columns, self.config.keep_ratio)
+            kept = kept_rows(
+                torch.ones(stop - start, dtype=torch.bool, device=states.device),
+                visual,
+                columns,
+                self.config.keep_ratio,
+            )
             found.append(self._rows(embedded[mine], states[mine], kept))
         return found
 
     def unroll(self, features: TrainingFeatures, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For every step k < steps: (rows [P_k] of `packing.rows` that take part, the head's states [P_k, h] that predict token row + 2 + k)."""
+        """For every step k < steps: (rows [P_k] of `packing.rows` that take part, the head's states [P_k, h] that
+        predict token row + 2 + k).
+        """
         return features.packing.rounds(self._unroll(features, steps)[0])
 
     def _unroll(self, features: TrainingFeatures, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's states [K, P, h] of the rounds with roots at `packing.rows + 1` and block 0's outputs [P, h] at the roots.
+        """The head's states [K, P, h] of the rounds with roots at `packing.rows + 1` and block 0's outputs [P, h] at
+        the roots.
 
-        Step k is the k-th token behind the root. Block 0 reads embeddings alone: its outputs are those of the rows there. In the others a step
-        sees what is there without it, the target's states before the root and block 2's rows up to it, and beside that what drafting adds: the
-        states of the steps before it, detached, and block 2's rows of steps 1 .. k. Where a row takes no part in a step its output means nothing.
+        Step k is the k-th token behind the root. Block 0 reads embeddings alone: its outputs are those of the rows
+        there. In the others a step sees what is there without it, the target's states before the root and block 2's
+        rows up to it, and beside that what drafting adds: the states of the steps before it, detached, and block 2's
+        rows of steps 1 .. k. Where a row takes no part in a step its output means nothing.
         """
         rows = Rows.joined(self._documents(features))
         _, cross, last = self.layers
         kept, device, kernel = rows.kept.cpu(), features.hidden.device, kernel_for(features.hidden.device)
-        number = kept.cumsum(0)[features.packing.rows + 1] - 1  # of the roots among the kept rows; tokens that the target wrote are kept
-        strips = (strips_of(features.packing, features.packing.rows, kernel.block), strips_of(features.packing.select(kept), number, kernel.block))
+        number = (
+            kept.cumsum(0)[features.packing.rows + 1] - 1
+        )  # of the roots among the kept rows; tokens that the target wrote are kept
+        strips = (
+            strips_of(features.packing, features.packing.rows, kernel.block),
+            strips_of(features.packing.select(kept), number, kernel.block),
+        )
         number = number.to(device)
         states, inner = ([last.self_attn.repeat(x, 1) for x in pair] for pair in rows.pairs[1:])
         none = rows.pairs[0][0].new_zeros(0, len(number), *rows.pairs[0][0].shape[1:])
@@ -198,29 +234,43 @@ class DreamHead(nn.Module):
             x = rows.x2[at]
             if k > 0:
                 drafted = appended(drafted, cross.cross_attn.key_value(outputs[-1].detach()))
-                x = cross.finish(rows.x1[at], merged_attention(cross.query(rows.x1[at]), *states, *drafted, strips[0], kernel, cross.cross_attn.scale))
+                x = cross.finish(
+                    rows.x1[at],
+                    merged_attention(
+                        cross.query(rows.x1[at]), *states, *drafted, strips[0], kernel, cross.cross_attn.scale
+                    ),
+                )
             u = last.enter(x)
             if k > 0:
                 own = appended(own, last.self_attn.key_value(u, *turned))
-            attended = merged_attention(last.self_attn.query(u, *turned).contiguous(), *inner, *own, strips[1], kernel, last.self_attn.scale)
+            attended = merged_attention(
+                last.self_attn.query(u, *turned).contiguous(), *inner, *own, strips[1], kernel, last.self_attn.scale
+            )
             outputs.append(self.norm(last.finish(x, attended)))
         return torch.stack(outputs), rows.x1[number]
 
     def loss(self, features: TrainingFeatures, objective: DreamObjective, counts: list[float] | None = None):
-        """Mean over each step's taught rows i (`packing.rows + 1 + k`), s' and x1 the head's, s and m the target's last and chosen middle state:
+        """Mean over each step's taught rows i (`packing.rows + 1 + k`), s' and x1 the head's, s and m the target's last
+        and chosen middle state:
 
-        loss = sum_k 1 / counts[k] sum_i ( kl_weight KL(p(s) || p(s')) + [k = 0] (feature_weight SmoothL1(s', s) + middle_weight SmoothL1(x1, m)) ),
+        loss = sum_k 1 / counts[k] sum_i ( kl_weight KL(p(s) || p(s')) + [k = 0] (feature_weight SmoothL1(s', s) +
+        middle_weight SmoothL1(x1, m)) ),
 
-        SmoothL1 (beta 1) a mean over the h numbers, KL summed over the vocabulary, p the target's frozen output head. counts: what to divide by
-        where several packed rows make one batch. Features without a middle state (those that time a step) have no such term.
-        Returns (loss, sums as `tally` has them, "feature" and "middle" [1], "kl" [K]: each loss alone).
+        SmoothL1 (beta 1) a mean over the h numbers, KL summed over the vocabulary, p the target's frozen output head.
+        counts: what to divide by where several packed rows make one batch. Features without a middle state (those that
+        time a step) have no such term. Returns (loss, sums as `tally` has them, "feature" and "middle" [1], "kl" [K]:
+        each loss alone).
         """
         packing, teacher, device, steps = features.packing, features.teacher, features.tokens.device, objective.steps
         rows = packing.rows.to(device)
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
         if len(rows) == 0:
             none = torch.zeros(steps, device=device)
-            sums = tally(packing, parts, parts, torch.zeros(steps, 0, device=device)) | {"feature": none[:1], "middle": none[:1], "kl": none}
+            sums = tally(packing, parts, parts, torch.zeros(steps, 0, device=device)) | {
+                "feature": none[:1],
+                "middle": none[:1],
+                "kl": none,
+            }
             return sum(p.sum() * 0.0 for p in self.parameters()), sums
         states, first = self._unroll(self._noisy(features, objective.noise), steps)
         wide = torch.promote_types(states.dtype, torch.float32)
@@ -228,11 +278,16 @@ class DreamHead(nn.Module):
         middle = torch.zeros_like(feature)
         if features.middle is not None:
             middle = F.smooth_l1_loss(first.to(wide), features.middle[rows + 1].to(wide), reduction="none").mean(-1)
-        kl, rank = taught_by(states, teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1, kl=True))
+        kl, rank = taught_by(
+            states, teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1, kl=True)
+        )
         kl = kl * parts
         losses = objective.kl_weight * kl
         losses[0] += objective.feature_weight * feature + objective.middle_weight * middle
-        sums = {name: value.detach().sum(-1).reshape(-1) for name, value in (("feature", feature), ("middle", middle), ("kl", kl))}
+        sums = {
+            name: value.detach().sum(-1).reshape(-1)
+            for name, value in (("feature", feature), ("middle", middle), ("kl", kl))
+        }
         divisors = torch.tensor([max(n, 1) for n in counts or packing.counts(steps)], device=device)
         return (losses.sum(1) / divisors).sum(), tally(packing, parts, rank == 0, losses.detach()) | sums
 
@@ -247,7 +302,9 @@ class DreamHead(nn.Module):
     # Decoding
 
     def prefill(self, features: Features) -> Context:
-        """Keys and values of all rows of the prompts; the last state of each stays pending, as the key that the root brings."""
+        """Keys and values of all rows of the prompts; the last state of each stays pending, as the key that the root
+        brings.
+        """
         (batch, width), device, c = features.tokens.shape, features.hidden.device, self.config
         embedded, states = self._split(features.hidden)
         shape = (batch, c.num_key_value_heads, width + 64, c.head_dim, states.dtype, device)
@@ -261,14 +318,20 @@ class DreamHead(nn.Module):
             pairs = self._rows(embedded[b, :count], states[b, :count], kept).pairs
             n = own.lengths[b] = int(kept.sum())
             skipped[b] = count - n if c.positions == "original" else 0
-            for layer, pair, stop in ((own.layers[0], pairs[0], n), (cross.layers[0], pairs[1], count - 1), (own.layers[1], pairs[2], n)):
+            for layer, pair, stop in (
+                (own.layers[0], pairs[0], n),
+                (cross.layers[0], pairs[1], count - 1),
+                (own.layers[1], pairs[2], n),
+            ):
                 layer.keys[b, :, :stop], layer.values[b, :, :stop] = (x[:stop].transpose(0, 1) for x in pair)
         rows, last = torch.arange(batch, device=device)[:, None], (features.lengths - 1)[:, None]
         pending = Features(features.tokens[rows, last], features.hidden[rows, last], torch.ones_like(features.lengths))
         return Context(own, cross, skipped, pending)
 
     def extend(self, context: Context, features: Features) -> None:
-        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root, with the target's states."""
+        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root, with the
+        target's states.
+        """
         context.pending = features
 
     def roots(self, context: Context) -> Beam:
@@ -276,8 +339,9 @@ class DreamHead(nn.Module):
         return Beam(context)
 
     def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Grove:
-        """A beam of P roots at the packed indices `at` [P] (each at least 1 inside its document, no piece of an image), with the states of its
-        document's rows before."""
+        """A beam of P roots at the packed indices `at` [P] (each at least 1 inside its document, no piece of an image),
+        with the states of its document's rows before.
+        """
         device, rows = features.hidden.device, Rows.joined(self._documents(features))
         mine, at = rows.kept.cpu(), at.cpu()
         number = mine.cumsum(0)[at] - 1  # of the root among the kept rows
@@ -286,27 +350,44 @@ class DreamHead(nn.Module):
         turns = rows.positions[number.to(device)]
         _, states = self._split(features.hidden)
         hidden = states[at.to(device) - 1][:, None]
-        inner = [span._replace(stop=span.stop + 1) for span in spans_of(features.packing.select(mine), number)]  # a root sees the kept rows right up to it
+        inner = [
+            span._replace(stop=span.stop + 1) for span in spans_of(features.packing.select(mine), number)
+        ]  # a root sees the kept rows right up to it
         own = [self._hung(row, inner, number.to(device), hidden, turns) for row in (rows.pairs[0], rows.pairs[2])]
-        cross = Hung.at(features.packing, at, rows.pairs[1], states)  # the state right before a root is the key that the root itself brings
+        cross = Hung.at(
+            features.packing, at, rows.pairs[1], states
+        )  # the state right before a root is the key that the root itself brings
         return Grove((own[0], cross, own[1]), hidden)
 
     @staticmethod
     def _hung(row, spans, limit, hidden, positions) -> Hung:
         none = row[0].new_zeros(len(limit), 0, *row[0].shape[1:])
-        return Hung(row, spans, limit, hidden, (none, none), torch.zeros(len(limit), 1, 0, dtype=torch.bool, device=limit.device), positions)
+        return Hung(
+            row,
+            spans,
+            limit,
+            hidden,
+            (none, none),
+            torch.zeros(len(limit), 1, 0, dtype=torch.bool, device=limit.device),
+            positions,
+        )
 
     def expand(self, beam: Beam | Grove, tokens: torch.Tensor, parents: torch.Tensor):
-        """tokens [B, k], parents [B, k] (rows of the last expand) -> log-probs [B, k, V] fp32, beam. The first call consumes the roots [B, 1]."""
+        """tokens [B, k], parents [B, k] (rows of the last expand) -> log-probs [B, k, V] fp32, beam. The first call
+        consumes the roots [B, 1].
+        """
         if isinstance(beam, Grove):
             output, beam = self._grow_hung(beam, tokens, parents)
         else:
-            output, beam = self._commit_root(beam.context, tokens) if beam.depth == 0 else self._grow(beam, tokens, parents)
+            output, beam = (
+                self._commit_root(beam.context, tokens) if beam.depth == 0 else self._grow(beam, tokens, parents)
+            )
         return torch.log_softmax(self.logits(output).float(), -1), beam
 
     def _through(self, tokens, hidden, positions, attentions):
-        """New rows through the blocks: tokens and positions [B, T], hidden [B, T, h] the states right before them; attentions: for each block
-        what attends(query [B, T, H, D], key, value [B, T, H_kv, D]) -> [B, T, H, D]."""
+        """New rows through the blocks: tokens and positions [B, T], hidden [B, T, h] the states right before them;
+        attentions: for each block what attends(query [B, T, H, D], key, value [B, T, H_kv, D]) -> [B, T, H, D].
+        """
         x, turned = self.embed(tokens), self.angles(positions)
         for layer, attends in zip(self.layers, attentions):
             if isinstance(layer, CrossLayer):
@@ -318,19 +399,26 @@ class DreamHead(nn.Module):
         return self.norm(x)
 
     def _cached(self, context: Context, visible: tuple[torch.Tensor, torch.Tensor]):
-        """The three blocks' attention over caches that are placed; visible: what new rows see [B, T, slots] of `own` and of `cross`."""
+        """The three blocks' attention over caches that are placed; visible: what new rows see [B, T, slots] of `own`
+        and of `cross`.
+        """
+
         def over(layer, seen):
             def attends(query, key, value):
                 keys, values = layer.update(key.transpose(1, 2), value.transpose(1, 2))
                 return attend(query, keys, values, seen, self.config.head_dim**-0.5)
+
             return attends
+
         own, cross = context.own.layers, context.cross.layers
         return [over(own[0], visible[0]), over(cross[0], visible[1]), over(own[1], visible[0])]
 
     def _commit_root(self, context: Context, root: torch.Tensor):
         pending, caches = context.pending, (context.own, context.cross)
         if pending is None:
-            raise RuntimeError("this context has no pending row: a root was already expanded and nothing was observed since")
+            raise RuntimeError(
+                "this context has no pending row: a root was already expanded and nothing was observed since"
+            )
         batch, width = pending.tokens.shape
         last, steps = (pending.lengths - 1)[:, None], torch.arange(width, device=root.device)
         following = torch.cat([pending.tokens[:, 1:], root], 1).scatter(1, last, root)
@@ -338,8 +426,12 @@ class DreamHead(nn.Module):
         visible = []
         for cache in caches:
             cache.place(width)
-            visible.append(torch.arange(cache.visible, device=root.device) <= (cache.lengths[:, None] + steps)[..., None])
-        output = self._through(following, self._split(pending.hidden)[1], positions, self._cached(context, tuple(visible)))
+            visible.append(
+                torch.arange(cache.visible, device=root.device) <= (cache.lengths[:, None] + steps)[..., None]
+            )
+        output = self._through(
+            following, self._split(pending.hidden)[1], positions, self._cached(context, tuple(visible))
+        )
         for cache in caches:
             cache.lengths = cache.lengths + pending.lengths
         context.pending = None
@@ -353,7 +445,9 @@ class DreamHead(nn.Module):
         seen, visible = torch.cat([beam.seen[rows, parents], itself], -1), []
         for cache in (context.own, context.cross):
             cache.place(new, offset=before)
-            committed = (torch.arange(cache.visible, device=tokens.device) < cache.lengths[:, None])[:, None].repeat(1, new, 1)
+            committed = (torch.arange(cache.visible, device=tokens.device) < cache.lengths[:, None])[:, None].repeat(
+                1, new, 1
+            )
             slots = cache.lengths[:, None] + torch.arange(before + new, device=tokens.device)
             visible.append(committed.scatter_(2, slots[:, None].expand(-1, new, -1), seen))
         positions = (context.skipped + context.own.lengths + beam.depth - 1)[:, None].expand(-1, new)
@@ -368,7 +462,9 @@ class DreamHead(nn.Module):
                 attended, own, seen = block.attend(query, key, value, parents, self.config.head_dim**-0.5)
                 grown.append(replace(block, own=own, seen=seen, positions=block.positions + 1))
                 return attended
+
             return attends
+
         positions = beam.blocks[0].positions[:, None].expand(-1, tokens.size(1))
         output = self._through(tokens, beam.hidden[rows, parents], positions, [over(block) for block in beam.blocks])
         return output, Grove(tuple(grown), output)

@@ -1,4 +1,6 @@
-"""What a recipe says of the DREAM head and its training, and its shapes; see heads/dream.py for what the choices mean."""
+"""What a recipe says of the DREAM head and its training, and its shapes; see heads/dream.py for what the choices
+mean.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,8 +13,10 @@ from draftsmith.models.heads.layer import rope_of
 
 @dataclass(frozen=True)
 class DreamShape:
-    """What a recipe may choose of a head. intermediate_size: None = the target's; keep_ratio: share of the visual rows that feed it; positions: of
-    its rows once some are dropped; middle_*: `Middle`, layers first .. last - 1 compete (None: from 1, to 40 % of the target's less one)."""
+    """What a recipe may choose of a head. intermediate_size: None = the target's; keep_ratio: share of the visual rows
+    that feed it; positions: of its rows once some are dropped; middle_*: `Middle`, layers first .. last - 1 compete
+    (None: from 1, to 40 % of the target's less one).
+    """
 
     intermediate_size: Annotated[int, Gt(0)] | None
     keep_ratio: Annotated[float, Gt(0), Le(1)]
@@ -25,9 +29,10 @@ class DreamShape:
 
 @dataclass(frozen=True)
 class DreamObjective:
-    """steps: drafted steps that are trained, each of weight 1 (paper: 1; deeper levels of a tree then use the head's own states, which it never saw in
-    training); the weights of the three losses (paper: 0.2, 0.2, 1.0), the first two at step 0 alone; noise: width of the uniform noise on the
-    target's states in a document of 512 tokens (0.2)."""
+    """steps: drafted steps that are trained, each of weight 1 (paper: 1; deeper levels of a tree then use the head's
+    own states, which it never saw in training); the weights of the three losses (paper: 0.2, 0.2, 1.0), the first two
+    at step 0 alone; noise: width of the uniform noise on the target's states in a document of 512 tokens (0.2).
+    """
 
     steps: Annotated[int, Gt(0)]
     feature_weight: Annotated[float, Ge(0)]
@@ -42,7 +47,9 @@ class DreamObjective:
 
 @dataclass(frozen=True)
 class DreamConfig:
-    """Shapes of a head; it drafts all of the target's vocabulary. Decoding needs keep_ratio and positions as they were in training."""
+    """Shapes of a head; it drafts all of the target's vocabulary. Decoding needs keep_ratio and positions as they were
+    in training.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -61,22 +68,45 @@ class DreamConfig:
     middle_feature: str
 
     @classmethod
-    def for_target(cls, config, intermediate_size: int | None = None, keep_ratio: float = 0.75, positions: str = "original",
-                   middle_granularity: str = "token", middle_first: int | None = None, middle_last: int | None = None,
-                   middle_feature: str = "output") -> "DreamConfig":
-        """A head for a target's text config: its widths and its rope. Raises UserError for a target without rope and for layers it lacks."""
+    def for_target(
+        cls,
+        config,
+        intermediate_size: int | None = None,
+        keep_ratio: float = 0.75,
+        positions: str = "original",
+        middle_granularity: str = "token",
+        middle_first: int | None = None,
+        middle_last: int | None = None,
+        middle_feature: str = "output",
+    ) -> "DreamConfig":
+        """A head for a target's text config: its widths and its rope. Raises UserError for a target without rope and
+        for layers it lacks.
+        """
         layers = config.num_hidden_layers
         first = min(1, layers - 1) if middle_first is None else middle_first
         last = max(first + 1, int(0.4 * layers) - 1) if middle_last is None else middle_last
         if not 0 <= first < last <= layers:
-            raise UserError(f"head.middle_first, head.middle_last: found {first}, {last}, expected 0 <= first < last <= the target's {layers} layers")
+            raise UserError(
+                f"head.middle_first, head.middle_last: found {first}, {last}, expected 0 <= first < last <= the "
+                f"target's {layers} layers"
+            )
         return cls(
-            hidden_size=config.hidden_size, intermediate_size=intermediate_size or config.intermediate_size,
-            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
+            hidden_size=config.hidden_size,
+            intermediate_size=intermediate_size or config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6), rope_parameters=rope_of(config, "dream"),
-            max_position_embeddings=config.max_position_embeddings, vocab_size=config.vocab_size, keep_ratio=keep_ratio, positions=positions,
-            middle_granularity=middle_granularity, middle_first=first, middle_last=last, middle_feature=middle_feature)
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+            rope_parameters=rope_of(config, "dream"),
+            max_position_embeddings=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            keep_ratio=keep_ratio,
+            positions=positions,
+            middle_granularity=middle_granularity,
+            middle_first=first,
+            middle_last=last,
+            middle_feature=middle_feature,
+        )
 
     @property
     def columns(self) -> bool:
@@ -90,4 +120,8 @@ class DreamConfig:
     @property
     def saved_per_row(self) -> int:
         """Numbers that training keeps for each row: inputs of the products, norms and rotations of three blocks."""
-        return 24 * self.hidden_size + 12 * self.intermediate_size + (9 * self.num_attention_heads + 12 * self.num_key_value_heads) * self.head_dim
+        return (
+            24 * self.hidden_size
+            + 12 * self.intermediate_size
+            + (9 * self.num_attention_heads + 12 * self.num_key_value_heads) * self.head_dim
+        )

@@ -1,8 +1,8 @@
 """The EAGLE-3 head (Li et al., 2025): one widened decoder layer over fused low/mid/high features of the target.
 
 Row t consumes the target's features at x_t and the embedding of x_{t+1} and predicts x_{t+2}. The layer input is
-`[input_layernorm(embedding), hidden_norm(H)]`; the residual base is the un-normalised H; the pre-norm output is the next step's H
-(training-time test). Embeddings are the target's, frozen; no bias anywhere; the rope is the target's.
+`[input_layernorm(embedding), hidden_norm(H)]`; the residual base is the un-normalised H; the pre-norm output is the
+next step's H (training-time test). Embeddings are the target's, frozen; no bias anywhere; the rope is the target's.
 """
 
 from dataclasses import dataclass
@@ -62,16 +62,22 @@ class Eagle3Config:
     taps: tuple[int, ...]
 
     @classmethod
-    def for_target(cls, config, intermediate_size: int | None = None, draft_vocab_size: int | None = None) -> "Eagle3Config":
+    def for_target(
+        cls, config, intermediate_size: int | None = None, draft_vocab_size: int | None = None
+    ) -> "Eagle3Config":
         """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3).
 
         Raises UserError below 7 layers, without such a rope, and for more draft tokens than the target has.
         """
         if (draft_vocab_size or 0) > config.vocab_size:
-            raise UserError(f"head.draft_vocab_size: found {draft_vocab_size}, expected at most the target's {config.vocab_size}")
+            raise UserError(
+                f"head.draft_vocab_size: found {draft_vocab_size}, expected at most the target's {config.vocab_size}"
+            )
         layers = config.num_hidden_layers
         if layers < 7:
-            raise UserError(f"eagle3: found a target of {layers} layers, expected at least 7 (taps 2, n // 2, n - 3 must differ)")
+            raise UserError(
+                f"eagle3: found a target of {layers} layers, expected at least 7 (taps 2, n // 2, n - 3 must differ)"
+            )
         return cls(
             hidden_size=config.hidden_size,
             intermediate_size=intermediate_size or config.intermediate_size,
@@ -88,8 +94,14 @@ class Eagle3Config:
 
     @property
     def saved_per_row(self) -> int:
-        """Numbers that training keeps for each row and step (what the forward of `unroll` keeps and its backward adds)."""
-        return 10 * self.hidden_size + 5 * self.intermediate_size + (3 * self.num_attention_heads + 4 * self.num_key_value_heads) * self.head_dim
+        """Numbers that training keeps for each row and step (what the forward of `unroll` keeps and its backward
+        adds).
+        """
+        return (
+            10 * self.hidden_size
+            + 5 * self.intermediate_size
+            + (3 * self.num_attention_heads + 4 * self.num_key_value_heads) * self.head_dim
+        )
 
 
 class WideLayer(Layer):
@@ -121,20 +133,25 @@ class Eagle3Head(nn.Module):
         self.midlayer = WideLayer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self._rope = frequencies(config, embedding.device)  # no buffer: fp32 frequencies must survive casts of the module
+        self._rope = frequencies(
+            config, embedding.device
+        )  # no buffer: fp32 frequencies must survive casts of the module
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02 if module is not self.fc else self.fc.in_features**-0.5)
 
     @torch.no_grad()
     def start_from(self, target) -> None:
-        """Starts the output head from the target's own rows and final norm; both are trained on (fresh starts learn slower)."""
+        """Starts the output head from the target's own rows and final norm; both are trained on (fresh starts learn
+        slower).
+        """
         self.lm_head.weight.copy_(target.head.weight[self.ids])
         norm = getattr(target.body, "norm", None)
         if norm is not None and norm.weight.shape == self.norm.weight.shape:
             signs = torch.ones_like(norm.weight)
             signs[1::2] = -1
-            # The factor that the norm applies, not what it stores: some families store it less one (Gemma), some have a bias as well
+            # The factor that the norm applies, not what it stores: some families store it less one (Gemma), some have a
+            # bias as well
             self.norm.weight.copy_((norm(signs) - norm(-signs)) * signs / 2)
 
     @property
@@ -180,12 +197,16 @@ class Eagle3Head(nn.Module):
     def _unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
         """Layer outputs [K, P, h] of all `packing.rows` at all steps; where a row takes no part they mean nothing.
 
-        The attention's input is `[embedding, H]`; a token's embedding is the same in every step, so that its half of the projections is
-        computed once.
+        The attention's input is `[embedding, H]`; a token's embedding is the same in every step, so that its half of
+        the projections is computed once.
         """
         attention, layer, packing = self.midlayer.self_attn, self.midlayer, features.packing
         device, last = features.tokens.device, len(features.tokens) - 1
-        rows, positions, ahead = packing.rows.to(device), packing.positions.to(device), torch.arange(steps, device=device)[:, None]
+        rows, positions, ahead = (
+            packing.rows.to(device),
+            packing.positions.to(device),
+            torch.arange(steps, device=device)[:, None],
+        )
         hidden, queries = self.first(features.hidden), attention.heads * attention.head_dim
         for_embedding, for_hidden = attention.weight().split(hidden.size(-1), 1)
         embedded = F.linear(layer.input_layernorm(self._embed(features.tokens)), for_embedding)
@@ -193,20 +214,35 @@ class Eagle3Head(nn.Module):
         key0, value0 = whole.unflatten(-1, (-1, attention.head_dim)).chunk(2, 1)
         key0, value0 = attention.repeat(turn(key0, *self.angles(positions)), 1), attention.repeat(value0, 1)
         kernel = kernel_for(device)
-        plan = Plan(rows, (rows + 1 + ahead).clamp(max=last), *self.angles(positions[rows] + ahead), strips_of(packing, packing.rows, kernel.block), kernel,
-                    attention.scale, (attention.heads, attention.kv_heads), self.config.rms_norm_eps)
+        plan = Plan(
+            rows,
+            (rows + 1 + ahead).clamp(max=last),
+            *self.angles(positions[rows] + ahead),
+            strips_of(packing, packing.rows, kernel.block),
+            kernel,
+            attention.scale,
+            (attention.heads, attention.kv_heads),
+            self.config.rms_norm_eps,
+        )
         mlp = layer.mlp
-        weights = (for_hidden, layer.hidden_norm.weight, matrix(attention.o_proj), layer.post_attention_layernorm.weight,
-                   torch.cat([matrix(mlp.gate_proj), matrix(mlp.up_proj)]), matrix(mlp.down_proj))
+        weights = (
+            for_hidden,
+            layer.hidden_norm.weight,
+            matrix(attention.o_proj),
+            layer.post_attention_layernorm.weight,
+            torch.cat([matrix(mlp.gate_proj), matrix(mlp.up_proj)]),
+            matrix(mlp.down_proj),
+        )
         return unroll(hidden, embedded, key0, value0, weights, plan)
 
     def loss(self, features: TrainingFeatures, objective: Eagle3Objective, counts: list[float] | None = None):
-        """Soft cross-entropy against the target restricted to the draft vocabulary (EAGLE-3), mean over each step's rows:
+        """Soft cross-entropy against the target restricted to the draft vocabulary (EAGLE-3), mean over each step's
+        rows:
 
-        loss = sum_k decay^k / counts[k] sum_rows ( logsumexp(z) - <p, z> ), p = softmax(teacher[ids]) at x_{t+1+k}; rows whose teacher argmax
-        lies outside the draft vocabulary give no gradient and count as misses. counts: what to divide by where several packed rows make one
-        batch; by default this one's own rows per step.
-        Returns (loss, sums as `tally` has them).
+        loss = sum_k decay^k / counts[k] sum_rows ( logsumexp(z) - <p, z> ), p = softmax(teacher[ids]) at x_{t+1+k};
+        rows whose teacher argmax lies outside the draft vocabulary give no gradient and count as misses. counts: what
+        to divide by where several packed rows make one batch; by default this one's own rows per step. Returns (loss,
+        sums as `tally` has them).
         """
         packing, device, steps = features.packing, features.tokens.device, objective.steps
         rows, here = packing.rows, packing.counts(steps)
@@ -215,8 +251,12 @@ class Eagle3Head(nn.Module):
             return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, none.bool(), none.bool(), none)
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
         lesson = teach(features.teacher, self.ids)
-        shares = torch.tensor([weight / max(n, 1) for weight, n in zip(objective.weights, counts or here)], device=device)
-        total, losses, right = soft_cross_entropy(self.norm(self._unroll(features, steps)), matrix(self.lm_head), lesson, parts * shares[:, None])
+        shares = torch.tensor(
+            [weight / max(n, 1) for weight, n in zip(objective.weights, counts or here)], device=device
+        )
+        total, losses, right = soft_cross_entropy(
+            self.norm(self._unroll(features, steps)), matrix(self.lm_head), lesson, parts * shares[:, None]
+        )
         return total, tally(packing, parts, right, losses)
 
     # Decoding
@@ -234,11 +274,15 @@ class Eagle3Head(nn.Module):
         return Beam(context)
 
     def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Hung:
-        """A beam of P roots at packed indices at [P], each at least 1 inside its document: root p is tokens[at[p]] (whatever `expand` is given
-        first) and sees features of its document before at[p] only, as in decoding. With gradient where it is enabled."""
+        """A beam of P roots at packed indices at [P], each at least 1 inside its document: root p is tokens[at[p]]
+        (whatever `expand` is given first) and sees features of its document before at[p] only, as in decoding. With
+        gradient where it is enabled.
+        """
         return decoding.hang(self, features, at)
 
-    def expand(self, beam: Beam | Hung, tokens: torch.Tensor, parents: torch.Tensor) -> tuple[torch.Tensor, Beam | Hung]:
+    def expand(
+        self, beam: Beam | Hung, tokens: torch.Tensor, parents: torch.Tensor
+    ) -> tuple[torch.Tensor, Beam | Hung]:
         """tokens [B, k] (target ids), parents [B, k] (rows of the last expand) -> log-probs [B, k, Vd] fp32, beam.
 
         The first call consumes the root tokens [B, 1]; it also completes the pending rows, which stay.

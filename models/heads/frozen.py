@@ -1,13 +1,16 @@
-"""What a head learns from the target where its output head is the target's own, frozen: cross-entropies over all of the vocabulary.
+"""What a head learns from the target where its output head is the target's own, frozen: cross-entropies over all of the
+vocabulary.
 
 For output states x, z = project(x), teacher probabilities q, its k most probable tokens T, and weights a, b:
 
-    loss = a (lse(z) - <q, z>) + b sum_{v in T} q_v (lse(z) - z_v) = s lse(z) - <c, z>,   c = a q + b q_T,  s = a + b sum_T q_v,
+    loss = a (lse(z) - <q, z>) + b sum_{v in T} q_v (lse(z) - z_v) = s lse(z) - <c, z>,   c = a q + b q_T,  s = a + b
+        sum_T q_v,
     d loss / d z = s softmax(z) - c,
 
 less a times the entropy of q, a constant, where the first term is to be KL(q || softmax(z)),
-and `project` is pulled back as it is (it may have a soft cap, and its weights may be spread over processes). All of it happens in the forward
-pass, some tokens at a time, each teacher row once for all steps, so that no [rows, V] tensor is kept.
+and `project` is pulled back as it is (it may have a soft cap, and its weights may be spread over processes). All of it
+happens in the forward pass, some tokens at a time, each teacher row once for all steps, so that no [rows, V] tensor is
+kept.
 """
 
 from collections.abc import Callable
@@ -20,8 +23,9 @@ from draftsmith.models.heads.distill import CHUNK
 
 
 class Weights(NamedTuple):
-    """ce: of the cross-entropy (a); top: of its part over the `k` most probable tokens (b), not renormalised; kl: whether the target's entropy
-    is taken off the first."""
+    """ce: of the cross-entropy (a); top: of its part over the `k` most probable tokens (b), not renormalised; kl:
+    whether the target's entropy is taken off the first.
+    """
 
     ce: float
     top: float
@@ -37,7 +41,7 @@ class _Taught(torch.autograd.Function):
         rank = torch.full((steps, count), vocab, device=states.device)
         grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, count, size):
-            logits = teacher.project(teacher.final[start:start + size], None).to(losses.dtype)
+            logits = teacher.project(teacher.final[start : start + size], None).to(losses.dtype)
             choice, probs = logits.argmax(-1, keepdim=True), logits.softmax(-1)
             constant = weights.ce * torch.xlogy(probs, probs).sum(-1) if weights.kl else torch.zeros_like(logits[:, 0])
             taught, total = _weighted(probs, weights)
@@ -52,7 +56,9 @@ class _Taught(torch.autograd.Function):
                 z = out.detach().to(losses.dtype)
                 top, student = z.amax(-1), z.softmax(-1)
                 rank[k, first:stop] = (z > z.gather(-1, choice[mine])).sum(-1)
-                losses[k, first:stop] = total[mine] * (top - student.amax(-1).log()) - torch.linalg.vecdot(taught[mine], z) + constant[mine]
+                losses[k, first:stop] = (
+                    total[mine] * (top - student.amax(-1).log()) - torch.linalg.vecdot(taught[mine], z) + constant[mine]
+                )
                 if grads is not None:
                     slope = student.mul_(total[mine, None]).sub_(taught[mine]).to(out.dtype)
                     grads[k, first:stop] = torch.autograd.grad(out, x, slope)[0]
@@ -62,7 +68,7 @@ class _Taught(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        grads, = ctx.saved_tensors
+        (grads,) = ctx.saved_tensors
         return (grads * grad[..., None]).to(grads.dtype), None, None, None, None
 
 
@@ -75,10 +81,13 @@ def _weighted(probs: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torc
     return taught, weights.ce + weights.top * top.values.sum(-1)
 
 
-def taught_by(states: torch.Tensor, teacher: Teacher, project: Callable, vocab: int, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """states [K, P, h], after which stands `project` to `vocab` tokens; row i of step k is taught what the teacher says of its token i + k.
+def taught_by(
+    states: torch.Tensor, teacher: Teacher, project: Callable, vocab: int, weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """states [K, P, h], after which stands `project` to `vocab` tokens; row i of step k is taught what the teacher says
+    of its token i + k.
 
-    -> (losses [K, P] fp32, differentiable in the states; how many tokens are more probable than the target's own first choice [K, P] int64). The
-    last k rows of step k have nothing to be taught: 0 and `vocab`.
+    -> (losses [K, P] fp32, differentiable in the states; how many tokens are more probable than the target's own first
+    choice [K, P] int64). The last k rows of step k have nothing to be taught: 0 and `vocab`.
     """
     return _Taught.apply(states, teacher, project, vocab, weights)

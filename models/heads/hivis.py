@@ -1,11 +1,14 @@
-"""The HiViS head (arXiv 2509.23928): EAGLE-1's layer over text rows only, with a learned vector for every drafting step.
+"""The HiViS head (arXiv 2509.23928): EAGLE-1's layer over text rows only, with a learned vector for every drafting
+step.
 
-Visual tokens are hidden from the drafter; images reach it through the target's features at text rows, which have attended to them. `fc` joins
-[embedding, feature, r_k], r_k one row of `residual` for all rows of step k, hence W_r r_k + b is a bias of its own for each step. Rows of the
-target's own features have r_0, nodes k levels below the root r_k, and deeper ones than were trained the last r.
+Visual tokens are hidden from the drafter; images reach it through the target's features at text rows, which have
+attended to them. `fc` joins [embedding, feature, r_k], r_k one row of `residual` for all rows of step k, hence W_r r_k
++ b is a bias of its own for each step. Rows of the target's own features have r_0, nodes k levels below the root r_k,
+and deeper ones than were trained the last r.
 
-Stage 1 trains one step, stage 2 several, which is HASS over the head's own detached features: keys and values of step k have r_k as well. Keys
-out of sight weigh nothing (-inf), as in drafting; the authors' code gives them score 0 and is not copied in that.
+Stage 1 trains one step, stage 2 several, which is HASS over the head's own detached features: keys and values of step k
+have r_k as well. Keys out of sight weigh nothing (-inf), as in drafting; the authors' code gives them score 0 and is
+not copied in that.
 """
 
 from dataclasses import dataclass
@@ -22,15 +25,17 @@ from draftsmith.models.heads.decoding import Context
 from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.hung import Hung
 
-ALIVE = 5  # a round goes on while the target's choice is among so many of the head's most probable tokens (the authors' code)
+# a round goes on while the target's choice is among so many of the head's most probable tokens (the authors' code)
+ALIVE = 5
 
 
 @dataclass(frozen=True)
 class HivisShape:
-    """What a recipe may choose of a head. intermediate_size: None = the target's; qkv_bias: whether queries, keys and values have a bias, as the
-    target's have in the authors' heads; residuals: steps with a vector of their own; positions: "compact" counts the rows that are kept,
-    "original" leaves gaps where images were; drop_ids: token ids hidden beside the visual tokens (markers around images) in what the target
-    did not write."""
+    """What a recipe may choose of a head. intermediate_size: None = the target's; qkv_bias: whether queries, keys and
+    values have a bias, as the target's have in the authors' heads; residuals: steps with a vector of their own;
+    positions: "compact" counts the rows that are kept, "original" leaves gaps where images were; drop_ids: token ids
+    hidden beside the visual tokens (markers around images) in what the target did not write.
+    """
 
     intermediate_size: Annotated[int, Gt(0)] | None
     qkv_bias: bool
@@ -41,8 +46,9 @@ class HivisShape:
 
 @dataclass(frozen=True)
 class HivisObjective(EagleObjective):
-    """EAGLE's, and mask: "none" trains every step on all of its rows, "path" only while at each earlier step of the round the target's choice was
-    among the head's five most probable tokens."""
+    """EAGLE's, and mask: "none" trains every step on all of its rows, "path" only while at each earlier step of the
+    round the target's choice was among the head's five most probable tokens.
+    """
 
     mask: Literal["none", "path"]
 
@@ -57,9 +63,18 @@ class HivisConfig(EagleConfig):
     drop_ids: tuple[int, ...] = ()
 
     @classmethod
-    def for_target(cls, config, intermediate_size: int | None = None, qkv_bias: bool = False, residuals: int = 1, positions: str = "compact",
-                   drop_ids=()) -> "HivisConfig":
-        """A head for a target's text config. Raises UserError for a target without rope, and for ids that are none of its tokens."""
+    def for_target(
+        cls,
+        config,
+        intermediate_size: int | None = None,
+        qkv_bias: bool = False,
+        residuals: int = 1,
+        positions: str = "compact",
+        drop_ids=(),
+    ) -> "HivisConfig":
+        """A head for a target's text config. Raises UserError for a target without rope, and for ids that are none of
+        its tokens.
+        """
         if wrong := [i for i in drop_ids if not 0 <= i < config.vocab_size]:
             raise UserError(f"head.drop_ids: found {wrong[0]}, expected ids below the target's {config.vocab_size}")
         base = EagleConfig.for_target(config, intermediate_size, True)

@@ -1,8 +1,9 @@
-"""Trees hung at inner positions of one packed row: the attention of a one-layer head that drafts at many places of a text at once.
+"""Trees hung at inner positions of one packed row: the attention of a one-layer head that drafts at many places of a
+text at once.
 
-The row's own keys and values are computed once and shared by all roots; a root sees its document's rows before its own, a node sees those and its
-ancestors. Roots are taken a few neighbours at a time, so that scores are [roots, heads, nodes, prefix] of one document and never of the
-whole row. Plain operations, differentiable in everything.
+The row's own keys and values are computed once and shared by all roots; a root sees its document's rows before its own,
+a node sees those and its ancestors. Roots are taken a few neighbours at a time, so that scores are [roots, heads,
+nodes, prefix] of one document and never of the whole row. Plain operations, differentiable in everything.
 """
 
 from dataclasses import dataclass
@@ -28,15 +29,21 @@ def spans_of(packing: Packing, at: torch.Tensor) -> list[Span]:
     """at [P]: packed indices of the roots, on the CPU. Roots of one document that follow one another share a span."""
     starts, places = (at - packing.positions[at]).tolist(), at.tolist()
     borders = [0, *(i for i in range(1, len(places)) if starts[i] != starts[i - 1]), len(places)]
-    cuts = [(i, min(i + NEIGHBOURS, last)) for first, last in zip(borders, borders[1:]) for i in range(first, last, NEIGHBOURS)]
+    cuts = [
+        (i, min(i + NEIGHBOURS, last))
+        for first, last in zip(borders, borders[1:])
+        for i in range(first, last, NEIGHBOURS)
+    ]
     return [Span(i, j, starts[i], max(places[i:j]) - 1) for i, j in cuts]
 
 
 @dataclass(frozen=True)
 class Hung:
-    """A beam of P trees. row: (keys, values) [T, H_kv, D] of the packed row, row t consuming x_t's features and x_{t+1}; limit [P]: a root sees
-    rows before this one; hidden [P, k, h]: what the next nodes go on from; own: (keys, values) [P, n, H_kv, D] of the nodes expanded so
-    far, and seen [P, k, n], which of them each row of `hidden` sees; positions [P] and depth: of the next level."""
+    """A beam of P trees. row: (keys, values) [T, H_kv, D] of the packed row, row t consuming x_t's features and
+    x_{t+1}; limit [P]: a root sees rows before this one; hidden [P, k, h]: what the next nodes go on from; own: (keys,
+    values) [P, n, H_kv, D] of the nodes expanded so far, and seen [P, k, n], which of them each row of `hidden` sees;
+    positions [P] and depth: of the next level.
+    """
 
     row: tuple[torch.Tensor, torch.Tensor]
     spans: list[Span]
@@ -48,12 +55,23 @@ class Hung:
     depth: int = 0
 
     @classmethod
-    def at(cls, packing: Packing, at: torch.Tensor, row: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor) -> "Hung":
-        """Roots at packed indices at [P] (CPU or the row's device), each at least 1 inside its document; hidden [T, h] of the packed row."""
+    def at(
+        cls, packing: Packing, at: torch.Tensor, row: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor
+    ) -> "Hung":
+        """Roots at packed indices at [P] (CPU or the row's device), each at least 1 inside its document; hidden [T, h]
+        of the packed row.
+        """
         places = at.to(hidden.device)
         none = row[0].new_zeros(len(at), 0, *row[0].shape[1:])
-        return cls(row, spans_of(packing, at.cpu()), places - 1, hidden[places - 1][:, None], (none, none),
-                   torch.zeros(len(at), 1, 0, dtype=torch.bool, device=hidden.device), packing.positions.to(hidden.device)[places] - 1)
+        return cls(
+            row,
+            spans_of(packing, at.cpu()),
+            places - 1,
+            hidden[places - 1][:, None],
+            (none, none),
+            torch.zeros(len(at), 1, 0, dtype=torch.bool, device=hidden.device),
+            packing.positions.to(hidden.device)[places] - 1,
+        )
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parents: torch.Tensor, scale: float):
         """New nodes query [P, k, H, D], key and value [P, k, H_kv, D] under the rows parents [P, k] of the last level
@@ -68,12 +86,22 @@ class Hung:
         return torch.cat(hidden).flatten(2, 3), (keys, values), seen
 
     def _span(self, query, keys, values, seen, span: Span, scale: float):
-        """One softmax over the prefix and the nodes of each tree; query [P, k, H_kv, H / H_kv, D] -> the same of the span's roots."""
+        """One softmax over the prefix and the nodes of each tree; query [P, k, H_kv, H / H_kv, D] -> the same of the
+        span's roots.
+        """
         mine, prefix = slice(span.first, span.last), slice(span.start, span.stop)
         query, seen = query[mine], seen[mine]
         before = torch.arange(span.start, span.stop, device=query.device) < self.limit[mine, None]
-        scores = torch.cat([torch.einsum("pkgrd,sgd->pkgrs", query, self.row[0][prefix]), torch.einsum("pkgrd,pngd->pkgrn", query, keys[mine])], -1)
+        scores = torch.cat(
+            [
+                torch.einsum("pkgrd,sgd->pkgrs", query, self.row[0][prefix]),
+                torch.einsum("pkgrd,pngd->pkgrn", query, keys[mine]),
+            ],
+            -1,
+        )
         visible = torch.cat([before[:, None].expand(-1, seen.size(1), -1), seen], -1)[:, :, None, None]
         weights = (scores.float() * scale).masked_fill(~visible, float("-inf")).softmax(-1).to(values.dtype)
         whole, own = weights.split([span.stop - span.start, seen.size(-1)], -1)
-        return torch.einsum("pkgrs,sgd->pkgrd", whole, self.row[1][prefix]) + torch.einsum("pkgrn,pngd->pkgrd", own, values[mine])
+        return torch.einsum("pkgrs,sgd->pkgrd", whole, self.row[1][prefix]) + torch.einsum(
+            "pkgrn,pngd->pkgrd", own, values[mine]
+        )

@@ -23,7 +23,11 @@ class _HardCrossEntropy(torch.autograd.Function):
         size = max(64, CHUNK // weight.size(0))
         losses, right = torch.zeros_like(scale), torch.zeros_like(labels, dtype=torch.bool)
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            if ctx.needs_input_grad[1]
+            else None
+        )
         for start in range(0, len(states), size):
             cut = slice(start, start + size)
             x, label = states[cut], labels[cut, None]
@@ -48,7 +52,9 @@ class _HardCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None
 
 
-def hard_cross_entropy(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, choice: torch.Tensor, scale: torch.Tensor):
+def hard_cross_entropy(
+    states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, choice: torch.Tensor, scale: torch.Tensor
+):
     """states [N, d], weight [V, d], labels and choice [N] token ids, scale [N] row weights (fp32 or fp64).
 
     -> (loss, cross-entropy [N], whether `choice` is the most probable token [N] bool).

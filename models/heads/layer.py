@@ -12,8 +12,10 @@ from draftsmith.models.heads.unroll import turn
 
 
 def rope_of(config, name: str) -> dict:
-    """The rope of a target's text config; where kinds of layer have ropes of their own (Gemma 3) that of full attention, since heads attend to
-    all rows; of one dimension where images count in three (M-RoPE). Raises UserError, which names the head, for targets without one."""
+    """The rope of a target's text config; where kinds of layer have ropes of their own (Gemma 3) that of full
+    attention, since heads attend to all rows; of one dimension where images count in three (M-RoPE). Raises UserError,
+    which names the head, for targets without one.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     if "rope_theta" not in rope:
@@ -22,20 +24,30 @@ def rope_of(config, name: str) -> dict:
 
 
 def frequencies(config, device) -> tuple[torch.Tensor, float]:
-    """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError for types that change with the length."""
+    """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError for types that change with
+    the length.
+    """
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UserError(f"rope_type: found {kind!r}, expected default, linear, llama3 or yarn")
     partial = config.rope_parameters.get("partial_rotary_factor")
     if partial not in (None, 1):
         raise UserError(f"partial_rotary_factor: found {partial}, expected 1 (the head turns all of a query)")
-    rope = LlamaRotaryEmbedding(LlamaConfig(
-        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
-        rope_parameters=dict(config.rope_parameters), max_position_embeddings=config.max_position_embeddings))
+    rope = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            rope_parameters=dict(config.rope_parameters),
+            max_position_embeddings=config.max_position_embeddings,
+        )
+    )
     return rope.inv_freq.to(device), rope.attention_scaling
 
 
-def angles(rope: tuple[torch.Tensor, float], positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def angles(
+    rope: tuple[torch.Tensor, float], positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """positions [...] -> cos, sin [..., 1, D] for `turn`."""
     inverse, scaling = rope
     turned = positions[..., None, None].float() * inverse.to(positions.device)
@@ -48,7 +60,11 @@ class Attention(nn.Module):
 
     def __init__(self, config, width: int, bias: bool = False):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)

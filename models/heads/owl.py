@@ -1,13 +1,15 @@
 """The OWL head (SnowflakeAI's `sum_lstm` speculator): an LSTM-like cell unrolled from one hidden state of the target.
 
-Row t starts from the target's state after the final norm at x_t, with an empty cell state; step k consumes x_{t+1+k} and predicts x_{t+2+k}.
-No attention, no positions, no cache: drafting costs the same at every context length. Gates are sums of projected state and scaled embedding,
-one embedding for all four; GELU over an RMS norm stands where a textbook LSTM has tanh; no biases but those of the norms. Embedding and output
-head are the drafter's own. The gates are stored as one matrix, in the order forget, input, output, cell candidate.
+Row t starts from the target's state after the final norm at x_t, with an empty cell state; step k consumes x_{t+1+k}
+and predicts x_{t+2+k}. No attention, no positions, no cache: drafting costs the same at every context length. Gates are
+sums of projected state and scaled embedding, one embedding for all four; GELU over an RMS norm stands where a textbook
+LSTM has tanh; no biases but those of the norms. Embedding and output head are the drafter's own. The gates are stored
+as one matrix, in the order forget, input, output, cell candidate.
 
-`[SPEC]` (OWL, arXiv 2510.07535): one learned input vector of the frozen target, which it processes behind every prefix in training and behind
-every tree node in decoding, invisible to its real rows. With spec_mode replace drafting starts from the state there. Where none rode along (a
-prompt or a tree without probes) it starts from the target's own state, which is what spec_dropout trains it for.
+`[SPEC]` (OWL, arXiv 2510.07535): one learned input vector of the frozen target, which it processes behind every prefix
+in training and behind every tree node in decoding, invisible to its real rows. With spec_mode replace drafting starts
+from the state there. Where none rode along (a prompt or a tree without probes) it starts from the target's own state,
+which is what spec_dropout trains it for.
 """
 
 from dataclasses import dataclass
@@ -25,13 +27,16 @@ from draftsmith.models.heads.distill import tally
 from draftsmith.models.heads.labels import choices, hard_cross_entropy
 
 EPS = 1e-6  # of all norms
-SPEC_UNIT = 0.125  # [SPEC]'s vector is this times its parameter: it learns at an eighth of the rate, since embeddings are small beside it
+# [SPEC]'s vector is this times its parameter: it learns at an eighth of the rate, since embeddings are small beside it
+SPEC_UNIT = 0.125
 
 
 @dataclass(frozen=True)
 class OwlShape:
-    """inner_dim: width of the cell (None = the target's); n_predict: steps that it is trained for, 3 for chains, 8 for trees; spec_mode: whether
-    drafting starts from the target's own state (off) or from that of a `[SPEC]` behind it (replace)."""
+    """inner_dim: width of the cell (None = the target's); n_predict: steps that it is trained for, 3 for chains, 8 for
+    trees; spec_mode: whether drafting starts from the target's own state (off) or from that of a `[SPEC]` behind it
+    (replace).
+    """
 
     inner_dim: Annotated[int, Gt(0)] | None
     n_predict: Annotated[int, Gt(0)]
@@ -40,8 +45,9 @@ class OwlShape:
 
 @dataclass(frozen=True)
 class OwlObjective:
-    """Plain cross-entropy on the data's own tokens. steps: the head's n_predict. spec_dropout: share of documents that start from the target's
-    own state in place of `[SPEC]`'s (0 without one)."""
+    """Plain cross-entropy on the data's own tokens. steps: the head's n_predict. spec_dropout: share of documents that
+    start from the target's own state in place of `[SPEC]`'s (0 without one).
+    """
 
     steps: Annotated[int, Gt(0)]
     spec_dropout: Annotated[float, Ge(0), Le(1)]
@@ -62,7 +68,9 @@ class OwlConfig:
     spec_mode: str = "off"
 
     @classmethod
-    def for_target(cls, config, inner_dim: int | None = None, n_predict: int = 8, spec_mode: str = "off") -> "OwlConfig":
+    def for_target(
+        cls, config, inner_dim: int | None = None, n_predict: int = 8, spec_mode: str = "off"
+    ) -> "OwlConfig":
         """A head for a target's text config."""
         return cls(config.hidden_size, inner_dim or config.hidden_size, config.vocab_size, n_predict, spec_mode)
 
@@ -72,14 +80,17 @@ class OwlConfig:
 
     @property
     def alpha(self) -> float:
-        """What embeddings are multiplied by: the state keeps half of its squared magnitude over n steps, a0 = 2^(-1 / 2n), and
-        alpha = sqrt((1 - a0^2) d / 2) / a0."""
+        """What embeddings are multiplied by: the state keeps half of its squared magnitude over n steps, a0 = 2^(-1 /
+        2n), and alpha = sqrt((1 - a0^2) d / 2) / a0.
+        """
         kept = 0.5 ** (1 / self.n_predict)  # a0^2
         return ((1 - kept) * self.inner_dim / 2 / kept) ** 0.5
 
     @property
     def saved_per_row(self) -> int:
-        """Numbers that training keeps for each row and step: gates before and after their sigmoids, norms, states, and the gradient's share."""
+        """Numbers that training keeps for each row and step: gates before and after their sigmoids, norms, states, and
+        the gradient's share.
+        """
         return 22 * self.inner_dim
 
 
@@ -96,7 +107,9 @@ class Norm(nn.Module):
 
 @dataclass
 class Context:
-    """What drafting starts from, of B requests: hidden [B, d0] of the last committed row. Nothing else of them is kept."""
+    """What drafting starts from, of B requests: hidden [B, d0] of the last committed row. Nothing else of them is
+    kept.
+    """
 
     hidden: torch.Tensor
 
@@ -132,14 +145,21 @@ class OwlHead(nn.Module):
         self.cell_norm, self.state_norm = Norm(width), Norm(width)
         self.output_head = nn.Linear(width, config.vocab_size, bias=False)
         self.spec = nn.Parameter(torch.zeros(config.input_hidden_dim)) if config.spec_mode == "replace" else None
-        for layer, rows in ((self.token_embedding, config.vocab_size), (self.first_gates, width), (self.gates, width), (self.output_head, config.vocab_size)):
+        for layer, rows in (
+            (self.token_embedding, config.vocab_size),
+            (self.first_gates, width),
+            (self.gates, width),
+            (self.output_head, config.vocab_size),
+        ):
             nn.init.normal_(layer.weight, std=min(rows, layer.weight.size(1)) ** -0.5)
 
     @torch.no_grad()
     def start_from(self, target) -> None:
         """`[SPEC]` starts as the mean of the target's embeddings; all else from noise, as in the reference."""
         if self.spec is not None:
-            self.spec.copy_(target.embed(torch.arange(target.vocab_size, device=target.device)).float().mean(0) / SPEC_UNIT)
+            self.spec.copy_(
+                target.embed(torch.arange(target.vocab_size, device=target.device)).float().mean(0) / SPEC_UNIT
+            )
 
     @property
     def feature_spec(self) -> FeatureSpec:
@@ -155,7 +175,9 @@ class OwlHead(nn.Module):
         return self.first_gates(F.rms_norm(hidden, hidden.shape[-1:], eps=EPS) * 0.5**0.5)
 
     def _step(self, projected: torch.Tensor, embedded: torch.Tensor, cell: torch.Tensor | None):
-        """projected state [..., 4 d], embedded [..., d] (times alpha), cell [..., d] (None = empty) -> (state, cell)."""
+        """projected state [..., 4 d], embedded [..., d] (times alpha), cell [..., d] (None = empty) -> (state,
+        cell).
+        """
         *gates, candidate = (projected.unflatten(-1, (4, -1)) + embedded.unsqueeze(-2)).unbind(-2)
         forget, enter, leave = (gate.sigmoid() for gate in gates)
         new = enter * F.gelu(self.cell_norm(candidate))
@@ -172,19 +194,24 @@ class OwlHead(nn.Module):
         return features.packing.rounds(self._unroll(features, self._starts(features), steps))
 
     def _starts(self, features: TrainingFeatures, dropout: float = 0.0) -> torch.Tensor:
-        """[T, d0]: what drafting starts from behind every token. Behind `packing.rows` that is `[SPEC]`'s state, except in the documents that
-        are drawn with probability `dropout` (by the features' seed)."""
+        """[T, d0]: what drafting starts from behind every token. Behind `packing.rows` that is `[SPEC]`'s state, except
+        in the documents that are drawn with probability `dropout` (by the features' seed).
+        """
         packing, hidden = features.packing, features.hidden
         if self.spec is None:
             return hidden
-        documents = torch.rand(len(packing.borders) - 1, generator=torch.Generator().manual_seed(features.seed)) < dropout
+        documents = (
+            torch.rand(len(packing.borders) - 1, generator=torch.Generator().manual_seed(features.seed)) < dropout
+        )
         rows, left = packing.rows, documents.repeat_interleave(torch.tensor(packing.borders).diff())
         rows, left = rows.to(hidden.device), left[rows, None].to(hidden.device)
         probed = features.probe(self.spec * SPEC_UNIT).to(hidden.dtype)
         return hidden.index_copy(0, rows, torch.where(left, hidden[rows], probed))
 
     def _unroll(self, features: TrainingFeatures, starts: torch.Tensor, steps: int) -> torch.Tensor:
-        """starts [T, d0] -> states [K, P, d] of all `packing.rows`, teacher-forced; where a row takes no part in a step they mean nothing."""
+        """starts [T, d0] -> states [K, P, d] of all `packing.rows`, teacher-forced; where a row takes no part in a step
+        they mean nothing.
+        """
         rows, last = features.packing.rows.to(features.tokens.device), len(features.tokens) - 1
         embedded, cell, states = self._embed(features.tokens), None, []
         projected = self._enter(starts[rows])
@@ -195,24 +222,38 @@ class OwlHead(nn.Module):
         return torch.stack(states)
 
     def loss(self, features: TrainingFeatures, objective: OwlObjective, counts: list[float] | None = None):
-        """loss = sum_k 1 / counts[k] sum_rows (logsumexp(z) - z[x_{t+2+k}]), z the logits of step k at row t: a mean for each step, added up.
+        """loss = sum_k 1 / counts[k] sum_rows (logsumexp(z) - z[x_{t+2+k}]), z the logits of step k at row t: a mean
+        for each step, added up.
 
-        counts: what to divide by where several packed rows make one batch; by default this one's own rows per step. Returns (loss, sums as
-        `tally` has them): `right` rows agree with the target's own choice, which the data's token need not be.
+        counts: what to divide by where several packed rows make one batch; by default this one's own rows per step.
+        Returns (loss, sums as `tally` has them): `right` rows agree with the target's own choice, which the data's
+        token need not be.
         """
         packing, device, steps = features.packing, features.tokens.device, objective.steps
         if steps != self.config.n_predict:
-            raise UserError(f"objective.steps: found {steps}, expected head.n_predict {self.config.n_predict} (the embedding's scale follows from it)")
+            raise UserError(
+                f"objective.steps: found {steps}, expected head.n_predict {self.config.n_predict} (the embedding's "
+                f"scale follows from it)"
+            )
         rows = packing.rows.to(device)
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
         if len(rows) == 0:
-            return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, parts, parts, torch.zeros(steps, 0, device=device))
+            return sum(p.sum() * 0.0 for p in self.parameters()), tally(
+                packing, parts, parts, torch.zeros(steps, 0, device=device)
+            )
         at, step = rows.expand(steps, -1)[parts], torch.arange(steps, device=device)[:, None].expand_as(parts)[parts]
         states = self._unroll(features, self._starts(features, objective.spec_dropout), steps)[parts]
-        scale = torch.tensor([1 / max(n, 1) for n in counts or packing.counts(steps)], device=device,
-                             dtype=torch.promote_types(states.dtype, torch.float32))[step]
-        chosen = torch.zeros_like(features.tokens).index_copy_(0, rows + 1, choices(features.teacher))  # behind the token at this place
-        total, losses, hits = hard_cross_entropy(states, matrix(self.output_head), features.tokens[at + 2 + step], chosen[at + 1 + step], scale)
+        scale = torch.tensor(
+            [1 / max(n, 1) for n in counts or packing.counts(steps)],
+            device=device,
+            dtype=torch.promote_types(states.dtype, torch.float32),
+        )[step]
+        chosen = torch.zeros_like(features.tokens).index_copy_(
+            0, rows + 1, choices(features.teacher)
+        )  # behind the token at this place
+        total, losses, hits = hard_cross_entropy(
+            states, matrix(self.output_head), features.tokens[at + 2 + step], chosen[at + 1 + step], scale
+        )
         right = torch.zeros_like(parts).masked_scatter_(parts, hits)
         spread = losses.new_zeros(parts.shape).masked_scatter_(parts, losses)
         return total, tally(packing, parts, right, spread)
@@ -239,14 +280,19 @@ class OwlHead(nn.Module):
     def expand(self, beam: Beam, tokens: torch.Tensor, parents: torch.Tensor) -> tuple[torch.Tensor, Beam]:
         """tokens [B, k] (target ids), parents [B, k] (rows of the last expand) -> log-probs [B, k, V], beam.
 
-        The first call consumes the root tokens [B, 1]. Siblings share their parent's state and differ in the token that they consume.
+        The first call consumes the root tokens [B, 1]. Siblings share their parent's state and differ in the token that
+        they consume.
         """
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         state = beam.state[rows, parents]
-        projected, cell = (self._enter(state), None) if beam.cell is None else (self.gates(state), beam.cell[rows, parents])
+        projected, cell = (
+            (self._enter(state), None) if beam.cell is None else (self.gates(state), beam.cell[rows, parents])
+        )
         state, cell = self._step(projected, self._embed(tokens), cell)
         return torch.log_softmax(self.logits(state).float(), -1), Beam(state, cell)
 
     def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Beam:
-        """A beam of P trees whose roots are the tokens at[p] of one packed row (each behind at least one more of its document)."""
+        """A beam of P trees whose roots are the tokens at[p] of one packed row (each behind at least one more of its
+        document).
+        """
         return Beam(self._starts(features)[at - 1][:, None])

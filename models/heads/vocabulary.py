@@ -1,6 +1,7 @@
 """The draft vocabulary: the target ids that a head may propose.
 
-On disk it is `d2t` (int64 [Vd], offset: target id = i + d2t[i]) and `t2d` (bool [V]); in memory it is the ascending list of ids.
+On disk it is `d2t` (int64 [Vd], offset: target id = i + d2t[i]) and `t2d` (bool [V]); in memory it is the ascending
+list of ids.
 """
 
 import torch
@@ -9,7 +10,9 @@ from draftsmith.models.errors import UserError
 
 
 def most_frequent(counts: torch.Tensor, size: int, required: list[int] = ()) -> torch.Tensor:
-    """The `size` most frequent ids, ascending. counts [V] int64; ties go to the lower id; `required` ids are always in."""
+    """The `size` most frequent ids, ascending. counts [V] int64; ties go to the lower id; `required` ids are always
+    in.
+    """
     if size > len(counts):
         raise UserError(f"head.draft_vocab_size: found {size}, expected at most the target's {len(counts)}")
     counts = counts.clone()
@@ -30,7 +33,10 @@ def from_offsets(d2t: torch.Tensor, t2d: torch.Tensor | None, vocab_size: int) -
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise UserError(f"d2t: found target ids {int(ids.min())}..{int(ids.max())}, expected 0..{vocab_size - 1}")
     if len(ids.unique()) != len(ids):
-        raise UserError(f"d2t: found {len(ids) - len(ids.unique())} repeated target ids, expected none (offsets, not ids, are stored)")
+        raise UserError(
+            f"d2t: found {len(ids) - len(ids.unique())} repeated target ids, expected none (offsets, not ids, are "
+            f"stored)"
+        )
     if t2d is not None and not torch.equal(t2d.nonzero().flatten(), ids.sort().values):
         raise UserError("t2d: its ids differ from those of d2t")
     return ids

@@ -12,13 +12,25 @@ from draftsmith.models.targets.reading import ImagePrompt
 from draftsmith.models.targets.session import Prefill, TextSession, Verified
 from draftsmith.models.targets.text import TextTarget
 
-__all__ = ["Description", "FeatureSpec", "ImagePrompt", "PackedPrefix", "Prefill", "TextSession", "TextTarget", "Verified", "describe", "locate"]
+__all__ = [
+    "Description",
+    "FeatureSpec",
+    "ImagePrompt",
+    "PackedPrefix",
+    "Prefill",
+    "TextSession",
+    "TextTarget",
+    "Verified",
+    "describe",
+    "locate",
+]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a target without its weights. config: the text model's; generation_config: None where the target has none; image_token: the id
-    that stands for pieces of images (None: it sees none)."""
+    """What is known of a target without its weights. config: the text model's; generation_config: None where the target
+    has none; image_token: the id that stands for pieces of images (None: it sees none).
+    """
 
     config: object
     generation_config: object | None
@@ -44,7 +56,11 @@ def describe(name: str | Path) -> Description:
         generation = GenerationConfig.from_pretrained(place)
     except OSError:
         generation = None
-    seen = getattr(config, "image_token_id", getattr(config, "image_token_index", None)) if getattr(config, "vision_config", None) else None
+    seen = (
+        getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        if getattr(config, "vision_config", None)
+        else None
+    )
     return Description(config.get_text_config(), generation, seen)
 
 
@@ -57,6 +73,8 @@ def locate(name: str | Path) -> str:
 
     place = Path(draftsmith.recipes.__file__).parent / text.removeprefix("bundled:")
     if not place.is_dir():
-        known = sorted(f"{p.parent.name}/{p.name}" for p in place.parent.parent.glob("*/*") if (p / "config.json").is_file())
+        known = sorted(
+            f"{p.parent.name}/{p.name}" for p in place.parent.parent.glob("*/*") if (p / "config.json").is_file()
+        )
         raise UserError(f"{text}: no such bundled model; found {', '.join(known) or 'none'}")
     return str(place)

@@ -1,9 +1,10 @@
-"""Statistics of a frozen target's attention: entropies of rows and means of columns, without an attention matrix being kept (DREAM, section 4).
+"""Statistics of a frozen target's attention: entropies of rows and means of columns, without an attention matrix being
+kept (DREAM, section 4).
 
-The target runs its usual kernels. Behind the layers that are asked about, the weights are computed once more from the queries and keys that
-the kernel got (after the rope and any norms of theirs, so that it holds for every architecture), in fp32, for one group of heads and a strip of
-queries at a time, and reduced at once. The mask builder is registered under the same name: without one transformers passes no mask, and
-weights that were recomputed would not be causal.
+The target runs its usual kernels. Behind the layers that are asked about, the weights are computed once more from the
+queries and keys that the kernel got (after the rope and any norms of theirs, so that it holds for every architecture),
+in fp32, for one group of heads and a strip of queries at a time, and reduced at once. The mask builder is registered
+under the same name: without one transformers passes no mask, and weights that were recomputed would not be causal.
 """
 
 import torch
@@ -18,11 +19,13 @@ STRIP = 2**24  # weights computed at a time (64 MB in fp32)
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, **options):
-    """`sdpa`, and a look at its inputs for who asked: module.note(query [B, H, Q, D], key [B, H_kv, K, D], mask [B, 1, Q, K], scaling)."""
+    """`sdpa`, and a look at its inputs for who asked: module.note(query [B, H, Q, D], key [B, H_kv, K, D], mask [B, 1,
+    Q, K], scaling).
+    """
     output = AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
     note = getattr(module, "note", None)
     if note is not None:
-        note(query, key, attention_mask[..., :key.size(2)], module.head_dim**-0.5 if scaling is None else scaling)
+        note(query, key, attention_mask[..., : key.size(2)], module.head_dim**-0.5 if scaling is None else scaling)
     return output
 
 
@@ -31,8 +34,9 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def strips(query, key, mask, scaling):
-    """Attention weights [B, H / H_kv, q, K] fp32, additive mask [B, 1, Q, K], one strip of queries and one key head after the other, as
-    (which queries, weights). Masked entries are exactly 0."""
+    """Attention weights [B, H / H_kv, q, K] fp32, additive mask [B, 1, Q, K], one strip of queries and one key head
+    after the other, as (which queries, weights). Masked entries are exactly 0.
+    """
     batch, heads, queries, _ = query.shape
     group = heads // key.size(1)
     size = max(1, STRIP // (batch * group * key.size(2)))
@@ -52,7 +56,9 @@ def row_entropy(query, key, mask, scaling) -> torch.Tensor:
 
 
 def column_sums(query, key, mask, scaling, asking) -> torch.Tensor:
-    """[B, K] fp32: the weight that each key receives from the queries `asking` [B, Q] bool, mean over heads, summed over them."""
+    """[B, K] fp32: the weight that each key receives from the queries `asking` [B, Q] bool, mean over heads, summed
+    over them.
+    """
     sums = query.new_zeros(query.size(0), key.size(2), dtype=torch.float32)
     for rows, weights in strips(query, key, mask, scaling):
         sums += (weights * asking[:, None, rows, None]).sum((1, 2))
@@ -62,12 +68,14 @@ def column_sums(query, key, mask, scaling, asking) -> torch.Tensor:
 class Watch:
     """A context in which a decoder body's forwards are watched; one for each forward.
 
-    columns: whether to sum the last layer's columns, over the rows `asking` [B, Q] bool -> `sums` [B, K] fp32. middle: which intermediate
-    state to choose, rows `real` [B, Q] bool counting in a document's mean -> `state` [B, Q, h] and `entropies` [B, Q, hi - lo] fp32.
-    Nothing but the best state so far is kept.
+    columns: whether to sum the last layer's columns, over the rows `asking` [B, Q] bool -> `sums` [B, K] fp32. middle:
+    which intermediate state to choose, rows `real` [B, Q] bool counting in a document's mean -> `state` [B, Q, h] and
+    `entropies` [B, Q, hi - lo] fp32. Nothing but the best state so far is kept.
     """
 
-    def __init__(self, body, asking: torch.Tensor | None = None, middle: Middle | None = None, real: torch.Tensor | None = None):
+    def __init__(
+        self, body, asking: torch.Tensor | None = None, middle: Middle | None = None, real: torch.Tensor | None = None
+    ):
         self.body, self.asking, self.middle, self.real = body, asking, middle, real
         self.sums = self.state = self.best = None
         self.found: list[torch.Tensor] = []
@@ -82,7 +90,9 @@ class Watch:
         if not 0 <= first < behind <= len(layers):
             raise UserError(f"middle.layers: found {first}..{behind}, expected a range inside 0..{len(layers)}")
         if config._attn_implementation != "sdpa":
-            raise UserError(f"attention statistics: found a target with {config._attn_implementation} attention, expected sdpa")
+            raise UserError(
+                f"attention statistics: found a target with {config._attn_implementation} attention, expected sdpa"
+            )
         self.before, self.watched, self.hooks = config._attn_implementation, [], []
         if self.asking is not None:
             self.watch(layers[-1].self_attn, self.note_columns)

@@ -1,7 +1,7 @@
 """Rows behind a packed training row: read-only, any number, each anchored at one of its tokens.
 
-The packed row is run once and its keys and values are kept as constants. Rows that come later see a part of it and of one another; they
-never change it, and what they leave is dropped. Probes (`[SPEC]`) and draft trees are such rows.
+The packed row is run once and its keys and values are kept as constants. Rows that come later see a part of it and of
+one another; they never change it, and what they leave is dropped. Probes (`[SPEC]`) and draft trees are such rows.
 """
 
 import torch
@@ -14,7 +14,9 @@ ROWS = 512  # rows of one forward behind a packed row: its mask is [ROWS, T + RO
 
 
 class KeptLayer(CacheLayerMixin):
-    """One decoder layer's keys and values: those of the first forward are kept, later ones see them in front of their own."""
+    """One decoder layer's keys and values: those of the first forward are kept, later ones see them in front of their
+    own.
+    """
 
     is_sliding = False
     is_croppable = False
@@ -47,7 +49,9 @@ class KeptCache(Cache):
         super().__init__(layers=[KeptLayer() for _ in range(layers)])
 
     def packed(self, numbers: torch.Tensor, places: torch.Tensor) -> "KeptCache":
-        """Turns right-padded rows [D, heads, S, d] into the packed row [1, heads, T, d]; token t is place places[t] of document numbers[t]."""
+        """Turns right-padded rows [D, heads, S, d] into the packed row [1, heads, T, d]; token t is place places[t] of
+        document numbers[t].
+        """
         for layer in self.layers:
             layer.keys = layer.keys[numbers, :, places].transpose(0, 1)[None]
             layer.values = layer.values[numbers, :, places].transpose(0, 1)[None]
@@ -55,42 +59,72 @@ class KeptCache(Cache):
 
 
 class PackedPrefix:
-    """One packed row that the target has processed. final [T, h]: its states after the final norm; ahead [T] int64: what the rope position of
-    each token is more than its place; fed [T'] int64: the tokens that feed the drafter, among which callers count packed indices."""
+    """One packed row that the target has processed. final [T, h]: its states after the final norm; ahead [T] int64:
+    what the rope position of each token is more than its place; fed [T'] int64: the tokens that feed the drafter, among
+    which callers count packed indices.
+    """
 
-    def __init__(self, target, cache: KeptCache, packing: Packing, final: torch.Tensor, ahead: torch.Tensor, fed: torch.Tensor):
-        self.target, self.cache, self.packing, self.final, self.ahead, self.fed = target, cache, packing, final, ahead, fed
+    def __init__(
+        self, target, cache: KeptCache, packing: Packing, final: torch.Tensor, ahead: torch.Tensor, fed: torch.Tensor
+    ):
+        self.target, self.cache, self.packing, self.final, self.ahead, self.fed = (
+            target,
+            cache,
+            packing,
+            final,
+            ahead,
+            fed,
+        )
         lengths = torch.tensor(packing.borders).diff()
         self.numbers = torch.arange(len(lengths)).repeat_interleave(lengths).to(final.device)
         self.places = packing.positions.to(final.device)
 
     def run(self, at: torch.Tensor, positions: torch.Tensor, own: torch.Tensor, **inputs) -> torch.Tensor:
-        """Rows at positions [Q], each behind the token of packed index at [Q]: it sees its document up to and including that token, and
-        of the new rows those of own [Q, Q] bool (itself included). inputs: input_ids [1, Q] or inputs_embeds [1, Q, h].
-        -> states after the final norm [Q, h], with gradient to inputs_embeds where it is enabled."""
-        before = (self.numbers[at, None] == self.numbers) & (torch.arange(len(self.places), device=at.device) <= at[:, None])
-        final, _ = self.target.behind(FeatureSpec(()), self.cache, positions[None], torch.cat([before, own], 1)[None],
-                                      torch.cat([self.places, positions])[None], position_ids=(positions + self.ahead[at])[None], **inputs)
+        """Rows at positions [Q], each behind the token of packed index at [Q]: it sees its document up to and including
+        that token, and of the new rows those of own [Q, Q] bool (itself included). inputs: input_ids [1, Q] or
+        inputs_embeds [1, Q, h]. -> states after the final norm [Q, h], with gradient to inputs_embeds where it is
+        enabled.
+        """
+        before = (self.numbers[at, None] == self.numbers) & (
+            torch.arange(len(self.places), device=at.device) <= at[:, None]
+        )
+        final, _ = self.target.behind(
+            FeatureSpec(()),
+            self.cache,
+            positions[None],
+            torch.cat([before, own], 1)[None],
+            torch.cat([self.places, positions])[None],
+            position_ids=(positions + self.ahead[at])[None],
+            **inputs,
+        )
         return final[0]
 
     def probe(self, embedding: torch.Tensor) -> torch.Tensor:
-        """embedding [h] -> [P, h]: see `TrainingFeatures.probe`. The second of the two passes that together equal one pass over the row and
-        a probe behind each of its tokens (OWL, arXiv 2510.07535), since real rows never see a probe."""
+        """embedding [h] -> [P, h]: see `TrainingFeatures.probe`. The second of the two passes that together equal one
+        pass over the row and a probe behind each of its tokens (OWL, arXiv 2510.07535), since real rows never see a
+        probe.
+        """
         rounds, states = self.packing.rows.to(self.final.device), []
         if not len(rounds):
             return embedding.expand(0, -1)  # still part of the graph: every process takes part in backward
         for at in rounds.split(ROWS):
             rows = embedding.to(self.final.dtype).expand(1, len(at), -1)
-            states.append(self.run(at, self.places[at] + 1, torch.eye(len(at), dtype=torch.bool, device=at.device), inputs_embeds=rows))
+            states.append(
+                self.run(
+                    at, self.places[at] + 1, torch.eye(len(at), dtype=torch.bool, device=at.device), inputs_embeds=rows
+                )
+            )
         return torch.cat(states)
 
     @torch.no_grad()
     def score(self, trees: DraftTree, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """P trees (their batch), the root of tree p being the token of packed index at [P], which the target has already processed; a node of
-        depth d stands d positions behind it and sees its document up to the root, its ancestors and itself.
+        """P trees (their batch), the root of tree p being the token of packed index at [P], which the target has
+        already processed; a node of depth d stands d positions behind it and sees its document up to the root, its
+        ancestors and itself.
 
-        -> (scores [P, N] fp32, log-probability of each node behind its parent, 0 for roots and padding; best [P, N] int64, the
-        target's most probable next token at roots and at nodes with children, -1 elsewhere). Leaves are not processed.
+        -> (scores [P, N] fp32, log-probability of each node behind its parent, 0 for roots and padding; best [P, N]
+        int64, the target's most probable next token at roots and at nodes with children, -1 elsewhere). Leaves are not
+        processed.
         """
         at = self.fed[at]
         edges = trees.parents >= 0

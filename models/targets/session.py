@@ -24,8 +24,9 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Verified:
-    """logits [B, N, V] and hidden [B, N, taps * h] of every tree node; lengths [B], the rows before the root; probes [B, N, h] behind every
-    node, None for a tree without them."""
+    """logits [B, N, V] and hidden [B, N, taps * h] of every tree node; lengths [B], the rows before the root; probes
+    [B, N, h] behind every node, None for a tree without them.
+    """
 
     logits: torch.Tensor
     hidden: torch.Tensor
@@ -37,17 +38,28 @@ class Verified:
         rows = torch.arange(len(path), device=path.device)[:, None]
         probes = None if self.probes is None else self.probes[rows, path]
         positions = self.lengths[:, None] + torch.arange(path.size(1), device=path.device)
-        return Features(tree.tokens[rows, path], self.hidden[rows, path], counts, probes, positions, torch.zeros_like(path, dtype=torch.bool))
+        return Features(
+            tree.tokens[rows, path],
+            self.hidden[rows, path],
+            counts,
+            probes,
+            positions,
+            torch.zeros_like(path, dtype=torch.bool),
+        )
 
 
 class TextSession:
-    """One batch of prompts being decoded. lengths [B] are the rows the target has processed and kept; probes are never kept."""
+    """One batch of prompts being decoded. lengths [B] are the rows the target has processed and kept; probes are never
+    kept.
+    """
 
     def __init__(self, target, spec: FeatureSpec, batch: int, capacity: int):
         self.target, self.spec = target, spec
         config = target.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.cache = SlotCache(config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim, target.dtype, target.device)
+        self.cache = SlotCache(
+            config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim, target.dtype, target.device
+        )
         self.shift = torch.zeros_like(self.cache.lengths)  # what rope positions behind the prompts are more than places
 
     @property
@@ -56,8 +68,9 @@ class TextSession:
 
     @torch.no_grad()
     def prefill(self, prompts: list[list[int] | ImagePrompt]) -> Prefill:
-        """Processes the prompts (ragged, none empty) in chunks, then, for a spec with a probe, one probe behind each. Raises UserError for
-        images that do not fit their prompt."""
+        """Processes the prompts (ragged, none empty) in chunks, then, for a spec with a probe, one probe behind each.
+        Raises UserError for images that do not fit their prompt.
+        """
         device = self.target.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         width = int(lengths.max())
@@ -68,12 +81,16 @@ class TextSession:
         for rows in reading.chunks(PREFILL_ROWS):
             watch = Watch(self.target.body, places[:, rows] < lengths[:, None]) if self.spec.columns else None
             with watch or nullcontext():
-                final, tapped = self._run(places[:, rows], reading.seen(rows), places[:, :rows.stop], **reading.inputs(rows))
+                final, tapped = self._run(
+                    places[:, rows], reading.seen(rows), places[:, : rows.stop], **reading.inputs(rows)
+                )
             if watch:
-                columns[:, :rows.stop] += watch.sums
+                columns[:, : rows.stop] += watch.sums
             self.cache.lengths = self.cache.lengths + final.size(1)
             hidden.append(tapped)
-            ending = final[torch.arange(len(prompts), device=device), (lengths - 1 - rows.start).clamp(0, final.size(1) - 1)]
+            ending = final[
+                torch.arange(len(prompts), device=device), (lengths - 1 - rows.start).clamp(0, final.size(1) - 1)
+            ]
             last = ending if last is None else torch.where((lengths > rows.start)[:, None], ending, last)
         self.cache.lengths = lengths
         probes = None if self.spec.probe is None else self._probes_behind_prompts(width)
@@ -87,21 +104,28 @@ class TextSession:
     def verify(self, tree: DraftTree) -> Verified:
         """One forward over all tree nodes; nothing is kept until `commit`.
 
-        A tree with probes has one behind every node v: it stands at the position of v's children and sees the kept rows, v with its
-        ancestors, and itself. No node sees a probe.
+        A tree with probes has one behind every node v: it stands at the position of v's children and sees the kept
+        rows, v with its ancestors, and itself. No node sees a probe.
         """
         if not tree.probes:
             final, hidden = self._run(*self._layout(tree.depths, tree.ancestors), input_ids=tree.tokens)
             return Verified(self.target.project(final), hidden, self.lengths)
-        size, alone = tree.size, torch.eye(tree.size, dtype=torch.bool, device=tree.tokens.device).expand_as(tree.ancestors)
-        own = torch.cat([torch.cat([tree.ancestors, torch.zeros_like(alone)], 2), torch.cat([tree.ancestors, alone], 2)], 1)
+        size, alone = (
+            tree.size,
+            torch.eye(tree.size, dtype=torch.bool, device=tree.tokens.device).expand_as(tree.ancestors),
+        )
+        own = torch.cat(
+            [torch.cat([tree.ancestors, torch.zeros_like(alone)], 2), torch.cat([tree.ancestors, alone], 2)], 1
+        )
         depths = torch.cat([tree.depths, tree.depths + 1], 1)
         rows = torch.cat([self.target.embed(tree.tokens), self._probe_rows(*tree.tokens.shape)], 1)
         final, hidden = self._run(*self._layout(depths, own), inputs_embeds=rows)
         return Verified(self.target.project(final[:, :size]), hidden[:, :size], self.lengths, final[:, size:])
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
-        """Keeps the nodes path [B, M] (root first; only the first counts [B] of a row are real) of the last verified tree."""
+        """Keeps the nodes path [B, M] (root first; only the first counts [B] of a row are real) of the last verified
+        tree.
+        """
         self.cache.commit(path, counts)
 
     def select(self, rows: torch.Tensor) -> None:
@@ -110,17 +134,23 @@ class TextSession:
         self.shift = self.shift[rows]
 
     def rewind(self, lengths: torch.Tensor) -> None:
-        """Drops the kept rows behind the first lengths [B] of each row, so that one prefill serves several methods. Rows that `select`
-        gave up do not come back. Raises ValueError for more rows than are kept."""
+        """Drops the kept rows behind the first lengths [B] of each row, so that one prefill serves several methods.
+        Rows that `select` gave up do not come back. Raises ValueError for more rows than are kept.
+        """
         if lengths.shape != self.lengths.shape or bool((lengths > self.lengths).any()):
-            raise ValueError(f"rewind: found {lengths.tolist()}, expected at most the kept rows {self.lengths.tolist()}")
+            raise ValueError(
+                f"rewind: found {lengths.tolist()}, expected at most the kept rows {self.lengths.tolist()}"
+            )
         self.cache.lengths = lengths.to(self.lengths)
 
     def _probes_behind_prompts(self, width):
         """[B, width, h]: states of a probe behind each prompt, at the prompt's last row; zero elsewhere."""
         lengths = self.lengths
         none = torch.zeros_like(lengths)[:, None]
-        final, _ = self._run(*self._layout(none, torch.ones_like(none[..., None], dtype=torch.bool)), inputs_embeds=self._probe_rows(len(lengths), 1))
+        final, _ = self._run(
+            *self._layout(none, torch.ones_like(none[..., None], dtype=torch.bool)),
+            inputs_embeds=self._probe_rows(len(lengths), 1),
+        )
         rows = torch.arange(len(lengths), device=lengths.device)
         return final.new_zeros(len(lengths), width, final.size(-1)).index_put_((rows, lengths - 1), final[:, 0])
 
@@ -130,8 +160,9 @@ class TextSession:
         return self.spec.probe.detach().to(self.target.device, self.target.dtype).expand(batch, count, -1)
 
     def _layout(self, depths, own):
-        """Rows depths [B, T] positions behind the kept ones, each seeing all of these and own [B, T, T] of one another -> (positions [B, T],
-        seen [B, T, visible] without windows, places [B, visible])."""
+        """Rows depths [B, T] positions behind the kept ones, each seeing all of these and own [B, T, T] of one another
+        -> (positions [B, T], seen [B, T, visible] without windows, places [B, visible]).
+        """
         lengths, size = self.cache.lengths, depths.size(1)
         places = torch.arange(int(lengths.max()) + size, device=lengths.device).expand(len(lengths), -1)
         seen = (places < lengths[:, None])[:, None].repeat(1, size, 1)
@@ -142,4 +173,11 @@ class TextSession:
 
     def _run(self, positions, seen, places, **inputs):
         self.cache.place(positions.size(1))
-        return self.target.behind(self.spec, self.cache, positions, seen, places, **{"position_ids": positions + self.shift[:, None], **inputs})
+        return self.target.behind(
+            self.spec,
+            self.cache,
+            positions,
+            seen,
+            places,
+            **{"position_ids": positions + self.shift[:, None], **inputs},
+        )

@@ -1,7 +1,7 @@
 """A frozen Hugging Face causal language model, or vision-language model, as drafters see it.
 
-Nothing outside this folder touches a key/value cache, an attention mask, a position id or an image. Token ids and pixel values only: tokenizers
-and processors are handled by whoever reads prompts.
+Nothing outside this folder touches a key/value cache, an attention mask, a position id or an image. Token ids and pixel
+values only: tokenizers and processors are handled by whoever reads prompts.
 """
 
 import inspect
@@ -33,11 +33,16 @@ class TextTarget:
         self._check_attention()
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         if not hasattr(self.body, "layers") or self.head is None:
-            raise UserError(f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an output head")
+            raise UserError(
+                f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an "
+                f"output head"
+            )
         self.vocab_size = self.head.weight.size(0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         # The name changed within transformers 5.
-        self.cache_argument = "cache" if "cache" in inspect.signature(self.body.forward).parameters else "past_key_values"
+        self.cache_argument = (
+            "cache" if "cache" in inspect.signature(self.body.forward).parameters else "past_key_values"
+        )
         self.sharded = None
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
@@ -46,7 +51,9 @@ class TextTarget:
 
     @classmethod
     def load(cls, name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
-        """A Hub id, a directory, or `bundled:NAME`. Default dtype: fp32 on a CPU, the checkpoint's own on an accelerator."""
+        """A Hub id, a directory, or `bundled:NAME`. Default dtype: fp32 on a CPU, the checkpoint's own on an
+        accelerator.
+        """
         from draftsmith.models.targets import locate
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,9 +61,17 @@ class TextTarget:
         try:
             config = AutoConfig.from_pretrained(place)
             dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-            auto = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
+            auto = (
+                AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
+            )
             model = auto.from_pretrained(place, config=config, dtype=dtype)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # the last two: torn weights, or of another shape
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # the last two: torn weights, or of another shape
             raise UserError(f"target {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
         return cls(model.to(device), str(name))
 
@@ -84,14 +99,17 @@ class TextTarget:
     def embedding(self) -> torch.Tensor:
         """[V, h], the frozen input embedding that heads share.
 
-        The stored weight, which is what serving engines share with a drafter, even where the model scales it on the way in
-        (Gemma: by sqrt(h)). Most heads normalise embeddings, so that the scale makes no difference to them; `shared` tells it to others.
+        The stored weight, which is what serving engines share with a drafter, even where the model scales it on the way
+        in (Gemma: by sqrt(h)). Most heads normalise embeddings, so that the scale makes no difference to them; `shared`
+        tells it to others.
         """
         return self.model.get_input_embeddings().weight
 
     @property
     def shared(self) -> Shared:
-        return Shared(self.embedding, self.project, float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)))
+        return Shared(
+            self.embedding, self.project, float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
+        )
 
     @property
     def image_token(self) -> int | None:
@@ -113,39 +131,49 @@ class TextTarget:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def read(self, tokens: torch.Tensor, lengths: torch.Tensor, images: list[dict[str, torch.Tensor]]) -> Reading:
-        """Right-padded documents tokens [B, S], lengths [B], with the images of each. Raises UserError for images where none can be seen."""
+        """Right-padded documents tokens [B, S], lengths [B], with the images of each. Raises UserError for images where
+        none can be seen.
+        """
         if self.vision is not None:
             return self.vision.read(tokens, lengths, images)
         if any(images):
-            raise UserError(f"target {self.name}: found a prompt with images, expected text ({self.config.model_type} sees none)")
+            raise UserError(
+                f"target {self.name}: found a prompt with images, expected text ({self.config.model_type} sees none)"
+            )
         return Reading.text(tokens, lengths)
 
     @torch.no_grad()
-    def features(self, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec, images: list[dict] | None = None) -> TrainingFeatures:
-        """Training features of one packed row of documents, tokens [T] on this target's device, with the images of each document. The target
-        itself reads the documents as right-padded rows, each from position 0, so that every architecture sees what it sees in decoding. For a
-        spec with a probe or with trees the features hold on to the keys and values of the row. Raises UserError where the target can do
-        neither, and for images that do not fit."""
+    def features(
+        self, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec, images: list[dict] | None = None
+    ) -> TrainingFeatures:
+        """Training features of one packed row of documents, tokens [T] on this target's device, with the images of each
+        document. The target itself reads the documents as right-padded rows, each from position 0, so that every
+        architecture sees what it sees in decoding. For a spec with a probe or with trees the features hold on to the
+        keys and values of the row. Raises UserError where the target can do neither, and for images that do not fit.
+        """
         self._check_spec(spec)
         if spec.probe is not None or spec.trees:
             self._check_whole()
         return training_features(self, tokens, packing, spec, images or [{}] * (len(packing.borders) - 1))
 
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
-        """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens, and one tree with its probes).
-        Raises UserError for a spec with a probe where the target takes none."""
+        """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens, and one tree
+        with its probes). Raises UserError for a spec with a probe where the target takes none.
+        """
         self._check_spec(spec)
         return TextSession(self, spec, batch, capacity)
 
     def shard(self, spread) -> None:
-        """Lets `spread(layers)` partition the weights of this target's layers over processes. All else stays whole: how often the output head
-        runs (once for so many rows) and the vision tower (once for each document with images) differs between processes, and partitioned
-        weights would wait for one another."""
+        """Lets `spread(layers)` partition the weights of this target's layers over processes. All else stays whole: how
+        often the output head runs (once for so many rows) and the vision tower (once for each document with images)
+        differs between processes, and partitioned weights would wait for one another.
+        """
         self.sharded = spread(self.body.layers)  # kept alive: its hooks gather the weights
 
     def whole(self, spec: FeatureSpec, reading: Reading, cache=None):
-        """Runs documents from their beginnings -> (final [B, S, h], tapped [B, S, taps * h]). No mask where all attention is causal: that hides
-        padding on the right from all real rows, and kernels need no [S, S] mask."""
+        """Runs documents from their beginnings -> (final [B, S, h], tapped [B, S, taps * h]). No mask where all
+        attention is causal: that hides padding on the right from all real rows, and kernels need no [S, S] mask.
+        """
         rows = slice(0, reading.tokens.size(1))
         inputs = reading.inputs(rows) | ({} if cache is None else self._cached(cache))
         if reading.blocks is not None:
@@ -153,18 +181,25 @@ class TextTarget:
             inputs["attention_mask"] = self._masks(reading.seen(rows), places, places)
         return self._forward(spec, **{"use_cache": False, **inputs})
 
-    def behind(self, spec: FeatureSpec, cache, positions: torch.Tensor, seen: torch.Tensor, places: torch.Tensor, **inputs):
-        """Runs rows behind those that `cache` holds: positions [B, T]; seen [B, T, visible] bool, what each row sees of the cache's rows and of
-        the new ones behind them, without windows; places [B, visible], the positions of these; inputs: `input_ids` or `inputs_embeds`, and
-        `position_ids` [B, T] or [3, B, T] for the rope. -> (final [B, T, h], tapped [B, T, taps * h])."""
+    def behind(
+        self, spec: FeatureSpec, cache, positions: torch.Tensor, seen: torch.Tensor, places: torch.Tensor, **inputs
+    ):
+        """Runs rows behind those that `cache` holds: positions [B, T]; seen [B, T, visible] bool, what each row sees of
+        the cache's rows and of the new ones behind them, without windows; places [B, visible], the positions of these;
+        inputs: `input_ids` or `inputs_embeds`, and `position_ids` [B, T] or [3, B, T] for the rope. -> (final [B, T,
+        h], tapped [B, T, taps * h]).
+        """
         return self._forward(spec, attention_mask=self._masks(seen, positions, places), **self._cached(cache), **inputs)
 
     def _masks(self, seen, positions, places):
-        """What the body takes as `attention_mask`. A sliding layer also hides rows with position - place >= window; a cache keeps such rows,
-        since the window of a node depends on its depth and the accepted path is not known yet."""
+        """What the body takes as `attention_mask`. A sliding layer also hides rows with position - place >= window; a
+        cache keeps such rows, since the window of a node depends on its depth and the accepted path is not known yet.
+        """
         masks = {}
         for kind in self.kinds:
-            near = seen & (positions[..., None] - places[:, None] < self.window) if kind == "sliding_attention" else seen
+            near = (
+                seen & (positions[..., None] - places[:, None] < self.window) if kind == "sliding_attention" else seen
+            )
             masks[kind] = additive(near, self.dtype)
         return masks if len(masks) > 1 else masks[self.kinds[0]]
 
@@ -176,7 +211,9 @@ class TextTarget:
         return {"use_cache": True, self.cache_argument: cache}
 
     def _hook(self, index: int) -> None:
-        """Keeps the state entering layer `index` of every forward from now on (0: the embeddings, scaled where the model scales them)."""
+        """Keeps the state entering layer `index` of every forward from now on (0: the embeddings, scaled where the
+        model scales them).
+        """
         self.body.layers[index].register_forward_pre_hook(lambda _module, inputs: self._taps.update({index: inputs[0]}))
         self._hooked.add(index)
 
@@ -191,17 +228,25 @@ class TextTarget:
 
     def _check_spec(self, spec: FeatureSpec):
         if spec.probe is not None and not self.takes_embeddings:
-            raise UserError(f"target {self.name}: {self.config.model_type} takes no probe: found other states for embeddings than for their ids")
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} takes no probe: found other states for embeddings "
+                f"than for their ids"
+            )
 
     def _check_whole(self):
         """Rows behind a packed row come in forwards whose number differs between processes (see `shard`)."""
         if self.sharded is not None:
-            raise UserError(f"target {self.name}: found weights partitioned over processes, expected a whole target to train on probes or trees")
+            raise UserError(
+                f"target {self.name}: found weights partitioned over processes, expected a whole target to train on "
+                f"probes or trees"
+            )
 
     @cached_property
     @torch.no_grad()
     def takes_embeddings(self) -> bool:
-        """Whether the body gives the same states for `embed(tokens)` as for the tokens, so that a probe can stand among them."""
+        """Whether the body gives the same states for `embed(tokens)` as for the tokens, so that a probe can stand among
+        them.
+        """
         tokens = self._spread()
         own = self.body(input_ids=tokens, use_cache=False).last_hidden_state
         try:
@@ -214,36 +259,54 @@ class TextTarget:
         """Attention must be causal and take the masks that trees bring; only the two plain implementations do."""
         implementation = self.model.config._attn_implementation
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
-            self.model.set_attn_implementation("eager")  # some versions of transformers take sdpa, which leaves the capping out
+            self.model.set_attn_implementation(
+                "eager"
+            )  # some versions of transformers take sdpa, which leaves the capping out
         elif implementation not in ("sdpa", "eager"):
             raise UserError(f"target {self.name}: found attention {implementation!r}, expected sdpa or eager")
         if getattr(self.config, "use_bidirectional_attention", None) is True:
             raise UserError(f"target {self.name}: found bidirectional attention, expected causal attention")
 
     def _kinds(self) -> tuple[str, ...]:
-        """The kinds of layer, each of which takes a mask of its own; without `layer_types` a window is that of every layer."""
-        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention" if self.window is None else "sliding_attention"])
+        """The kinds of layer, each of which takes a mask of its own; without `layer_types` a window is that of every
+        layer.
+        """
+        kinds = set(
+            getattr(self.config, "layer_types", None)
+            or ["full_attention" if self.window is None else "sliding_attention"]
+        )
         known = {"full_attention"} if self.window is None else {"full_attention", "sliding_attention"}
         if not kinds <= known:
-            raise UserError(f"target {self.name}: found layers of {', '.join(sorted(kinds - known))}, expected {' or '.join(sorted(known))}")
+            raise UserError(
+                f"target {self.name}: found layers of {', '.join(sorted(kinds - known))}, expected "
+                f"{' or '.join(sorted(known))}"
+            )
         return tuple(sorted(kinds))
 
     def _spread(self) -> torch.Tensor:
-        """[1, 5], ids spread over the vocabulary: padding tokens may have empty embeddings, which would hide a difference."""
+        """[1, 5], ids spread over the vocabulary: padding tokens may have empty embeddings, which would hide a
+        difference.
+        """
         ids = torch.linspace(0, self.vocab_size - 1, 5, device=self.device).long()[None]
         return ids if self.vision is None else ids.masked_fill(ids == self.vision.token, 0)
 
     @torch.no_grad()
     def _check_projection(self):
-        """`project` must be the model's own way from final states to logits; models that scale them elsewhere are refused."""
+        """`project` must be the model's own way from final states to logits; models that scale them elsewhere are
+        refused.
+        """
         own = self.model(input_ids=self._spread(), use_cache=False)
         ours = self.project(self.body(input_ids=self._spread(), use_cache=False).last_hidden_state)
         if not torch.allclose(own.logits.float(), ours.float(), rtol=1e-3, atol=1e-3):
-            raise UserError(f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported")
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported"
+            )
 
     @torch.no_grad()
     def _check_session(self):
-        """A session must run and agree, up to rounding, with the model's own forward: caches, masks or states of another form are refused."""
+        """A session must run and agree, up to rounding, with the model's own forward: caches, masks or states of
+        another form are refused.
+        """
         tokens = self._spread()
         own = self.model(input_ids=tokens, use_cache=False).logits[:, -1].float()
         try:
@@ -258,11 +321,15 @@ class TextTarget:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             found = " ".join(str(error).split())[:200]
         if found:
-            raise UserError(f"target {self.name}: {self.config.model_type} is not supported: found {found}; "
-                            "expected one state a token, keys and values in a cache, and 4-D masks")
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} is not supported: found {found}; "
+                "expected one state a token, keys and values in a cache, and 4-D masks"
+            )
 
 
 def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, T, visible] bool -> [B, 1, T, visible]: 0 or the least value of dtype (bool masks are wrong with eager attention)."""
+    """[B, T, visible] bool -> [B, 1, T, visible]: 0 or the least value of dtype (bool masks are wrong with eager
+    attention).
+    """
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

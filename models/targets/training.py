@@ -1,6 +1,7 @@
 """Training features of one packed row: what `FeatureSpec` asks for, by one forward of the target.
 
-The target reads the documents as right-padded rows, each from position 0, so that every architecture sees what it sees in decoding.
+The target reads the documents as right-padded rows, each from position 0, so that every architecture sees what it sees
+in decoding.
 """
 
 from contextlib import nullcontext
@@ -14,9 +15,12 @@ from draftsmith.models.targets.packed import KeptCache, PackedPrefix
 from draftsmith.models.targets.reading import kept_rows
 
 
-def training_features(target, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec, images: list[dict]) -> TrainingFeatures:
-    """See `TextTarget.features`. Token t of the packed row is place places[t] of document numbers[t]; fed [T] bool are the tokens that feed
-    the drafter, kept [T'] their packed indices."""
+def training_features(
+    target, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec, images: list[dict]
+) -> TrainingFeatures:
+    """See `TextTarget.features`. Token t of the packed row is place places[t] of document numbers[t]; fed [T] bool are
+    the tokens that feed the drafter, kept [T'] their packed indices.
+    """
     device, sizes = tokens.device, torch.tensor(packing.borders).diff()
     numbers, places = torch.arange(len(sizes)).repeat_interleave(sizes).to(device), packing.positions.to(device)
     padded = tokens.new_zeros(len(sizes), int(sizes.max()))
@@ -25,7 +29,10 @@ def training_features(target, tokens: torch.Tensor, packing: Packing, spec: Feat
     visual, written = reading.visual[numbers, places], packing.mask.to(device)
     fed = kept_rows(spec, tokens, visual, written)
     if bool((visual & written).any()) or not bool(fed[packing.rows.to(device)].all()):
-        raise UserError("found an image, or a marker of one, among or right before the tokens that the target wrote, expected text there")
+        raise UserError(
+            "found an image, or a marker of one, among or right before the tokens that the target wrote, expected "
+            "text there"
+        )
     prompts, every = packing.prompts.to(device)[:, None], torch.arange(padded.size(1), device=device)
     watch = Watch(target.body, every < prompts if spec.columns else None, spec.middle, every < reading.lengths[:, None])
     cache = KeptCache(target.layers) if spec.probe is not None or spec.trees else None
@@ -34,12 +41,23 @@ def training_features(target, tokens: torch.Tensor, packing: Packing, spec: Feat
     kept = fed.nonzero().flatten()
     probe = score = None
     if cache is not None:
-        prefix = PackedPrefix(target, cache.packed(numbers, places), packing, final[numbers, places], reading.ahead[numbers, places], kept)
+        prefix = PackedPrefix(
+            target, cache.packed(numbers, places), packing, final[numbers, places], reading.ahead[numbers, places], kept
+        )
         probe, score = prefix.probe if spec.probe is not None else None, prefix.score if spec.trees else None
     packing, row = packing.select(fed.cpu()), (numbers[kept], places[kept])
     taught = packing.rows.to(device) + 1
     teacher = Teacher(final[row[0][taught], row[1][taught]], target.project)
     return TrainingFeatures(
-        tokens[kept], hidden[row], packing, teacher, probe=probe, score=score, positions=row[1], visual=visual[kept],
+        tokens[kept],
+        hidden[row],
+        packing,
+        teacher,
+        probe=probe,
+        score=score,
+        positions=row[1],
+        visual=visual[kept],
         columns=(watch.sums / prompts)[row] if spec.columns else None,
-        middle=watch.state[row] if spec.middle else None, entropies=watch.entropies[row] if spec.middle else None)
+        middle=watch.state[row] if spec.middle else None,
+        entropies=watch.entropies[row] if spec.middle else None,
+    )

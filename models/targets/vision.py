@@ -1,8 +1,10 @@
-"""What a vision-language model adds to its decoder: the model's own vision tower and projector turn images into rows of input embeddings.
+"""What a vision-language model adds to its decoder: the model's own vision tower and projector turn images into rows of
+input embeddings.
 
-From there on a session decodes as over text. Families differ in two points only: where the rope places the pieces of an image (Qwen: in
-three dimensions), and what they see (Gemma 3: all of their own image, and no window cuts that short as long as it is wider than an image).
-Each document is read by itself, as its processor gave it, so that no family's way of batching images matters.
+From there on a session decodes as over text. Families differ in two points only: where the rope places the pieces of an
+image (Qwen: in three dimensions), and what they see (Gemma 3: all of their own image, and no window cuts that short as
+long as it is wider than an image). Each document is read by itself, as its processor gave it, so that no family's way
+of batching images matters.
 """
 
 import torch
@@ -27,7 +29,9 @@ class Vision:
     def __init__(self, model, name: str):
         self.family = model.config.model_type
         if self.family not in FAMILIES:
-            raise UserError(f"target {name}: found vision-language model {self.family}, expected one of {', '.join(FAMILIES)}")
+            raise UserError(
+                f"target {name}: found vision-language model {self.family}, expected one of {', '.join(FAMILIES)}"
+            )
         self.model, self.body, self.token = model.base_model, model.get_decoder(), model.config.image_token_id
         words = model.get_input_embeddings().num_embeddings
         if not 0 <= self.token < words:
@@ -40,27 +44,38 @@ class Vision:
     def read(self, tokens: torch.Tensor, lengths: torch.Tensor, images: list[dict[str, torch.Tensor]]) -> Reading:
         """tokens [B, S] right-padded, lengths [B], what the processor made of each document's images ({}: none).
 
-        Raises UserError for a document whose images make another number of visual tokens than it holds, and for other inputs (videos).
+        Raises UserError for a document whose images make another number of visual tokens than it holds, and for other
+        inputs (videos).
         """
         plain, length = Reading.text(tokens, lengths), lengths.tolist()
         if not any(images) and not bool((tokens == self.token).any()):
             return plain
         embeddings = self.words(tokens)
         visual = (tokens == self.token) & (plain.rope < lengths[:, None])
-        rope, shift = plain.rope.expand(3, -1, -1).clone() if self.family == "qwen2_5_vl" else plain.rope, plain.shift.clone()
+        rope, shift = (
+            plain.rope.expand(3, -1, -1).clone() if self.family == "qwen2_5_vl" else plain.rope,
+            plain.shift.clone(),
+        )
         for row, pixels in enumerate(images):
             if unknown := [name for name in pixels if name not in FAMILIES[self.family]]:
-                raise UserError(f"prompt {row}: found {', '.join(unknown)}, expected {' and '.join(FAMILIES[self.family])} ({self.family})")
+                raise UserError(
+                    f"prompt {row}: found {', '.join(unknown)}, expected {' and '.join(FAMILIES[self.family])} "
+                    f"({self.family})"
+                )
             pixels = {name: self._moved(value, embeddings) for name, value in pixels.items()}
             pieces = self._pieces(pixels, embeddings)
             if len(pieces) != int(visual[row].sum()):
-                raise UserError(f"prompt {row}: found {int(visual[row].sum())} visual tokens (id {self.token}), expected {len(pieces)}, as many "
-                                "as its images make")
+                raise UserError(
+                    f"prompt {row}: found {int(visual[row].sum())} visual tokens (id {self.token}), expected "
+                    f"{len(pieces)}, as many "
+                    "as its images make"
+                )
             embeddings[row, visual[row]] = pieces
             if pixels and rope.ndim == 3:
-                document = tokens[row:row + 1, :length[row]]
-                rope[:, row:row + 1, :length[row]], ahead = self.model.get_rope_index(
-                    document, mm_token_type_ids=(document == self.token).int(), image_grid_thw=pixels["image_grid_thw"])
+                document = tokens[row : row + 1, : length[row]]
+                rope[:, row : row + 1, : length[row]], ahead = self.model.get_rope_index(
+                    document, mm_token_type_ids=(document == self.token).int(), image_grid_thw=pixels["image_grid_thw"]
+                )
                 shift[row] = ahead[0, 0]
         blocks = None
         if self.family == "gemma3":

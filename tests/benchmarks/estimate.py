@@ -2,9 +2,9 @@
 
     python tests/benchmarks/estimate.py [--quick]
 
-Answers of the target to held-out prompts are trained on with recipes/eagle3-code.yaml in batches of 4,096 tokens, features cached. Memory is the growth
-of the process's peak resident size from after its imports on; time is that of all steps but the first tenth. Ends with one JSON line:
-estimate / measured for each.
+Answers of the target to held-out prompts are trained on with recipes/eagle3-code.yaml in batches of 4,096 tokens,
+features cached. Memory is the growth of the process's peak resident size from after its imports on; time is that of all
+steps but the first tenth. Ends with one JSON line: estimate / measured for each.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from pathlib import Path
 import deepspeed, datasets
 from draftsmith.launch.training import main
 from draftsmith.train import loop
-peak = lambda: int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1]) * 1024
+status = lambda: Path("/proc/self/status").read_text().splitlines()
+peak = lambda: int(next(line for line in status() if line.startswith("VmHWM")).split()[1]) * 1024
 before, save, sizes = peak(), loop.Checkpoints.save, []
 def sized(self, *arguments):
     save(self, *arguments)
@@ -50,22 +51,55 @@ def main() -> None:
     epochs = 1 if parser.parse_args().quick else 4
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        regenerate("bundled:targets/code", str(ROOT / "recipes" / "prompts" / "code.jsonl"), f"{folder}/answers.jsonl", [0.0, 0.8], 128, 78, None, 0)
-        overrides = [f"data.files=[{folder}/answers.jsonl]", f"output={folder}/out", f"optimization.epochs={epochs}", "data.features=cached",
-                     "evaluation.rows=0", "engine.checkpoint_minutes=0", "optimization.batch_tokens=4096"]
+        regenerate(
+            "bundled:targets/code",
+            str(ROOT / "recipes" / "prompts" / "code.jsonl"),
+            f"{folder}/answers.jsonl",
+            [0.0, 0.8],
+            128,
+            78,
+            None,
+            0,
+        )
+        overrides = [
+            f"data.files=[{folder}/answers.jsonl]",
+            f"output={folder}/out",
+            f"optimization.epochs={epochs}",
+            "data.features=cached",
+            "evaluation.rows=0",
+            "engine.checkpoint_minutes=0",
+            "optimization.batch_tokens=4096",
+        ]
         recipe = read_recipe(ROOT / "recipes" / "eagle3-code.yaml", DrafterRecipe, overrides)
         tokenizer, described = load_tokenizer(recipe.target), describe(recipe.target)
-        rows = prepare(recipe.data.files, recipe.data.max_length, 0.0, tokenizer, stop_ids(described, tokenizer), described.vocab_size, folder / "rows")
+        rows = prepare(
+            recipe.data.files,
+            recipe.data.max_length,
+            0.0,
+            tokenizer,
+            stop_ids(described, tokenizer),
+            described.vocab_size,
+            folder / "rows",
+        )
         said = estimate(recipe, described, 1, torch.device("cpu"), (len(rows.tokens), int(rows.mask.sum())))
-        done = subprocess.run([sys.executable, "-c", RUN, str(ROOT / "recipes" / "eagle3-code.yaml"), *overrides], capture_output=True, text=True,
-                              cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(ROOT / "recipes" / "eagle3-code.yaml"), *overrides],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         took = json.loads(done.stderr.strip().splitlines()[-1])
         log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
         size = lambda path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file())  # noqa: E731
-        disk = {"drafter": size(folder / "out" / "drafter"), "rows": size(folder / "out" / "rows"), "features": size(folder / "out" / "features"),
-                "checkpoint": took["checkpoint"]}
-        later = log[len(log) // 10:]
+        disk = {
+            "drafter": size(folder / "out" / "drafter"),
+            "rows": size(folder / "out" / "rows"),
+            "features": size(folder / "out" / "features"),
+            "checkpoint": took["checkpoint"],
+        }
+        later = log[len(log) // 10 :]
         spent = {part: sum(line["split"][part] for line in later) for part in ("target", "drafter", "optimizer")}
         tokens = said.tokens * len(later) / len(log)
     print(f"{'':22}{'estimate':>12}{'measured':>12}")

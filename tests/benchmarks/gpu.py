@@ -1,15 +1,16 @@
-"""What one accelerator gives: verify passes and draft levels beside the memory floor, the loop's own time, the bundled models, training.
+"""What one accelerator gives: verify passes and draft levels beside the memory floor, the loop's own time, the bundled
+models, training.
 
     python tests/benchmarks/gpu.py [--quick] [--sections verify,draft,overhead,bundled,training] [--output FILE.json]
 
-The large target is a Llama of Llama-3.1-8B's shape with random bf16 weights, made on the device; the head is EAGLE-3's for that shape
-(draft vocabulary 32,000). Each section builds what it needs, prints its table and rewrites FILE.json as soon as it is done, so that a time
-limit loses only the section in progress. Ends with one JSON line of all figures.
+The large target is a Llama of Llama-3.1-8B's shape with random bf16 weights, made on the device; the head is EAGLE-3's
+for that shape (draft vocabulary 32,000). Each section builds what it needs, prints its table and rewrites FILE.json as
+soon as it is done, so that a time limit loses only the section in progress. Ends with one JSON line of all figures.
 
-Times are medians in milliseconds of synchronised calls after a warm-up. `ms` ends when the device is done, `host_ms` when the host has
-issued all work: where they are close, launching the kernels takes the time and not the device. `floor_ms` = bytes that one call must read /
-bandwidth of a device copy measured here (bytes read + bytes written, per second). `--device cpu --tiny` runs every section on toy shapes;
-its times mean nothing.
+Times are medians in milliseconds of synchronised calls after a warm-up. `ms` ends when the device is done, `host_ms`
+when the host has issued all work: where they are close, launching the kernels takes the time and not the device.
+`floor_ms` = bytes that one call must read / bandwidth of a device copy measured here (bytes read + bytes written, per
+second). `--device cpu --tiny` runs every section on toy shapes; its times mean nothing.
 """
 
 import argparse
@@ -30,13 +31,13 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from draftsmith.eval.decode import Clock, generate
-from draftsmith.eval.measure import Looped, decode_batches, interleaved, summary
-from draftsmith.eval.prompts import read_prompts
+from draftsmith.eval.measurement.measure import Looped, decode_batches, interleaved, summary
+from draftsmith.eval.measurement.prompts import read_prompts
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.measurement import CHAIN_DEPTH, LARGE_TREE
 from draftsmith.launch.methods import bundled, check_writable, write_json
 from draftsmith.models.chat import load_tokenizer, stop_ids
-from draftsmith.models.drafter import HeadDrafter, NoDrafter
+from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.features import Features, FeatureSpec, Packing, Shared, Teacher, TrainingFeatures
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import chain, parse_tree
@@ -49,17 +50,42 @@ ROWS = (1, 16, 32, 60)  # tree sizes of the verify passes, root included
 WIDTHS = (1, 10)  # nodes of a draft level
 TARGET, DRAFTER, PROMPTS = "bundled:targets/code", "bundled:drafters/eagle3-code", "bundled:prompts/code.jsonl"
 LLAMA_8B = dict(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-    head_dim=128, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=False,
-    rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 8192})
-TOY = {**LLAMA_8B, "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4,
-       "num_key_value_heads": 2, "head_dim": 8}
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
+TOY = {
+    **LLAMA_8B,
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured. Lengths are in tokens; patience in seconds ends the search for the longest training sequence."""
+    """How much is measured. Lengths are in tokens; patience in seconds ends the search for the longest training
+    sequence.
+    """
 
     shape: dict  # of the large target, arguments of LlamaConfig
     draft_vocab: int
@@ -128,7 +154,18 @@ def beside_floor(figures: dict, size: int, bandwidth: float) -> dict:
 
 def show(title: str, rows: list[dict]) -> None:
     """One table (the title alone where there are no rows); every row has the columns of the first."""
-    text = lambda v: "-" if v is None else f"{v:.3f}" if isinstance(v, float) and abs(v) < 100 else f"{v:.0f}" if isinstance(v, float) else str(v)  # noqa: E731
+
+    def text(v):
+        return (
+            "-"
+            if v is None
+            else f"{v:.3f}"
+            if isinstance(v, float) and abs(v) < 100
+            else f"{v:.0f}"
+            if isinstance(v, float)
+            else str(v)
+        )  # noqa: E731
+
     cells = [list(rows[0]), *[[text(row[name]) for name in rows[0]] for row in rows]] if rows else []
     widths = [max(map(len, column)) for column in zip(*cells)]
     print(f"\n{title}", *["  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in cells], sep="\n", flush=True)
@@ -174,7 +211,9 @@ def random_features(scale: Scale, head: Eagle3Head, output: torch.Tensor, length
 
 @torch.inference_mode()
 def verify(scale: Scale, device: torch.device) -> dict:
-    """A verify pass over binary trees, ancestors and masks included; weights and keys and values are what it must read."""
+    """A verify pass over binary trees, ancestors and masks included; weights and keys and values are what it must
+    read.
+    """
     target, bandwidth = random_target(scale, device), copy_bandwidth(device, scale.copied)
     session = target.open(FeatureSpec(Eagle3Config.for_target(target.config).taps), 1, scale.context + max(ROWS))
     session.prefill([random_tokens(scale, scale.context)])
@@ -186,13 +225,19 @@ def verify(scale: Scale, device: torch.device) -> dict:
         parents = torch.tensor([[-1, *[(i - 1) // 2 for i in range(1, count)]]], device=device)
         figures = repeated(device, lambda t=tokens, p=parents: session.verify(DraftTree.of(t, p)), scale.repeats)
         rows.append({"rows": count, **beside_floor(figures, weights + row * (scale.context + count), bandwidth)})
-    show(f"verify pass behind {scale.context} rows, batch 1, bf16; device copy {bandwidth / 1e9:.0f} GB/s, weights {weights / 1e9:.2f} GB", rows)
+    show(
+        f"verify pass behind {scale.context} rows, batch 1, bf16; device copy {bandwidth / 1e9:.0f} GB/s, weights "
+        f"{weights / 1e9:.2f} GB",
+        rows,
+    )
     return {"copy_bytes_per_second": bandwidth, "weight_bytes": weights, "context": scale.context, "passes": rows}
 
 
 @torch.inference_mode()
 def draft(scale: Scale, device: torch.device) -> dict:
-    """Levels of `expand` at fixed widths, and whole trees. Each round commits one row, so the context grows by one row a round."""
+    """Levels of `expand` at fixed widths, and whole trees. Each round commits one row, so the context grows by one row
+    a round.
+    """
     target, bandwidth = random_target(scale, device), copy_bandwidth(device, scale.copied)
     head = random_head(scale, target.embedding)
     features = target.open(head.feature_spec, 1, scale.context).prefill([random_tokens(scale, scale.context)]).features
@@ -204,7 +249,9 @@ def draft(scale: Scale, device: torch.device) -> dict:
         tokens = torch.tensor([random_tokens(scale, width)], device=device)
         from_root, onwards = torch.zeros_like(tokens), torch.arange(width, device=device)[None]
         for turn in range(warm_up + scale.repeats):
-            (_, beam), *times = timed(device, lambda c=context: head.expand(head.roots(c), root[:, None], torch.zeros_like(root)[:, None]))
+            (_, beam), *times = timed(
+                device, lambda c=context: head.expand(head.roots(c), root[:, None], torch.zeros_like(root)[:, None])
+            )
             first += [tuple(times)] * (turn >= warm_up)
             for parents in (from_root, onwards, onwards):
                 (_, beam), *times = timed(device, lambda b=beam, t=tokens, p=parents: head.expand(b, t, p))
@@ -212,7 +259,9 @@ def draft(scale: Scale, device: torch.device) -> dict:
             head.extend(context, committed)
         if width == WIDTHS[0]:
             rows.append({"what": "root level", "width": 1, **beside_floor(medians(first), size_of(head), bandwidth)})
-        rows.append({"what": "later level", "width": width, **beside_floor(medians(later), size_of(head) - fused, bandwidth)})
+        rows.append(
+            {"what": "later level", "width": width, **beside_floor(medians(later), size_of(head) - fused, bandwidth)}
+        )
     for policy in (parse_tree(LARGE_TREE), chain(CHAIN_DEPTH)):
         drafter, calls = HeadDrafter(head, policy), []
         drafter.begin(features, root)
@@ -226,10 +275,15 @@ def draft(scale: Scale, device: torch.device) -> dict:
 
 
 def overhead(scale: Scale, device: torch.device) -> dict:
-    """Milliseconds per pass by phase of the decode loop, the drafter's prefill included; `loop_ms` is what draft, verify and overhead
-    leave of the total."""
+    """Milliseconds per pass by phase of the decode loop, the drafter's prefill included; `loop_ms` is what draft,
+    verify and overhead leave of the total.
+    """
     target = random_target(scale, device)
-    drafter, prompt, rows = HeadDrafter(random_head(scale, target.embedding), parse_tree(LARGE_TREE)), random_tokens(scale, scale.context), []
+    drafter, prompt, rows = (
+        HeadDrafter(random_head(scale, target.embedding), parse_tree(LARGE_TREE)),
+        random_tokens(scale, scale.context),
+        [],
+    )
     for temperature in (0.0, 1.0):
         for method in (NoDrafter(), drafter):
             generate(target, method, [prompt], Sampling(temperature), 3)
@@ -237,16 +291,25 @@ def overhead(scale: Scale, device: torch.device) -> dict:
             trace = generate(target, method, [prompt], Sampling(temperature), scale.loop_tokens, clock=clock)[0]
             split = {phase: 1e3 * seconds / len(trace.emitted) for phase, seconds in clock.seconds.items()}
             split["loop"] = split["total"] - split["draft"] - split["verify"] - split["overhead"]
-            rows.append({"method": str(method), "T": temperature, "passes": len(trace.emitted), **{f"{k}_ms": v for k, v in split.items()}})
+            rows.append(
+                {
+                    "method": str(method),
+                    "T": temperature,
+                    "passes": len(trace.emitted),
+                    **{f"{k}_ms": v for k, v in split.items()},
+                }
+            )
     show(f"decode loop, per pass, batch 1, vocabulary {target.vocab_size}", rows)
     return {"runs": rows}
 
 
 def bundled_models(scale: Scale, device: torch.device) -> dict:
-    """The bundled target and shipped drafter on held-out prompts, one at a time: plain, 60-node tree and chain of 5, interleaved.
+    """The bundled target and shipped drafter on held-out prompts, one at a time: plain, 60-node tree and chain of 5,
+    interleaved.
 
-    Texts are compared with a plain run of the same dtype and temperature that records the top-2 gap of the scores at each token
-    (logits at T = 0, logits and keyed noise at T = 1). `gap` is that of the plain run where the texts part; null at the first token.
+    Texts are compared with a plain run of the same dtype and temperature that records the top-2 gap of the scores at
+    each token (logits at T = 0, logits and keyed noise at T = 1). `gap` is that of the plain run where the texts part;
+    null at the first token.
     """
     tokenizer = load_tokenizer(TARGET)
     prompts = [p.tokens for p in read_prompts(bundled(PROMPTS), tokenizer, scale.prompts)]
@@ -254,17 +317,30 @@ def bundled_models(scale: Scale, device: torch.device) -> dict:
     for dtype in (torch.float32, torch.bfloat16):
         target = TextTarget.load(TARGET, dtype, device)
         head, stops = load_drafter(bundled(DRAFTER), target.shared, target.layers), stop_ids(target, tokenizer)
-        drafters = [NoDrafter(), *(HeadDrafter(head, policy) for policy in (parse_tree(LARGE_TREE), chain(CHAIN_DEPTH)))]
+        drafters = [
+            NoDrafter(),
+            *(HeadDrafter(head, policy) for policy in (parse_tree(LARGE_TREE), chain(CHAIN_DEPTH))),
+        ]
         methods = {str(drafter): Looped(target, drafter) for drafter in drafters}
         for temperature in (0.0, 1.0):
             sampling, labels = Sampling(temperature), {"dtype": str(dtype).removeprefix("torch."), "T": temperature}
             reference = decode_batches(target, NoDrafter(), prompts, sampling, scale.new_tokens, stops, 1, margins=True)
             for method, run in (runs := interleaved(methods, prompts, sampling, scale.new_tokens, stops)).items():
                 figures = summary(run, reference, runs["plain"])
-                rows.append({**labels, "method": method, **{k: figures[k] for k in ("tau", "tokens_per_second", "speedup", "accounted_speedup")},
-                             "identical": figures["identical"], "prompts": figures["prompts"], "lossless": figures["lossless"]})
-                parted += [{**labels, "method": method, "prompt": d["prompt"], "token": d["token"],
-                            "gap": d["margin"]} for d in figures["divergences"]]
+                rows.append(
+                    {
+                        **labels,
+                        "method": method,
+                        **{k: figures[k] for k in ("tau", "tokens_per_second", "speedup", "accounted_speedup")},
+                        "identical": figures["identical"],
+                        "prompts": figures["prompts"],
+                        "lossless": figures["lossless"],
+                    }
+                )
+                parted += [
+                    {**labels, "method": method, "prompt": d["prompt"], "token": d["token"], "gap": d["margin"]}
+                    for d in figures["divergences"]
+                ]
     show(f"bundled target and drafter, {len(prompts)} prompts, up to {scale.new_tokens} new tokens, batch 1", rows)
     show(f"texts that part from plain decoding: {len(parted)}", parted)
     return {"new_tokens": scale.new_tokens, "runs": rows, "divergences": parted}
@@ -273,7 +349,8 @@ def bundled_models(scale: Scale, device: torch.device) -> dict:
 def training(scale: Scale, device: torch.device) -> dict:
     """Training-time-test steps (loss, backward, AdamW on fp32 copies of bf16 parameters) on one random sequence.
 
-    The longest sequence is sought by doubling: the last length that ran, and what ended the search (`memory`, `time` or `limit`).
+    The longest sequence is sought by doubling: the last length that ran, and what ended the search (`memory`, `time` or
+    `limit`).
     """
     torch.manual_seed(0)
     shape = (scale.shape["vocab_size"], scale.shape["hidden_size"])
@@ -316,7 +393,11 @@ def training(scale: Scale, device: torch.device) -> dict:
     if rows[-1] is None:
         rows, ended = rows[:-1], "memory"
     parameters, longest = sum(p.numel() for p in head.parameters()), rows[-1]["tokens"] if rows else 0
-    show(f"training, {scale.steps} steps, {parameters / 1e6:.0f} M parameters, bf16; longest sequence {longest} (ended by {ended})", rows)
+    show(
+        f"training, {scale.steps} steps, {parameters / 1e6:.0f} M parameters, bf16; longest sequence {longest} "
+        f"(ended by {ended})",
+        rows,
+    )
     return {"head_parameters": parameters, "steps": scale.steps, "lengths": rows, "longest": longest, "ended_by": ended}
 
 
@@ -358,8 +439,14 @@ def main() -> int:
         check_writable(arguments.output.parent)
     scale = TINY if arguments.tiny else QUICK if arguments.quick else FULL
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    figures = {"date": datetime.date.today().isoformat(), "card": card, "torch": torch.__version__, "transformers": transformers.__version__,
-               "command": f"python tests/benchmarks/gpu.py {shlex.join(sys.argv[1:])}".rstrip(), "seconds": {}}
+    figures = {
+        "date": datetime.date.today().isoformat(),
+        "card": card,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": f"python tests/benchmarks/gpu.py {shlex.join(sys.argv[1:])}".rstrip(),
+        "seconds": {},
+    }
     print(*[f"{k}: {figures[k]}" for k in ("date", "card", "torch", "transformers", "command")], sep="\n", flush=True)
     failed = False
     for name in wanted:

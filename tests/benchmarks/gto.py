@@ -1,11 +1,13 @@
-"""What Group Tree Optimization gave the shipped `code` drafter beside as much more of its own training, and what a step of it costs.
+"""What Group Tree Optimization gave the shipped `code` drafter beside as much more of its own training, and what a step
+of it costs.
 
     python tests/benchmarks/gto.py [--quick | --cost] [--first DIRECTORY] [--second DIRECTORY] [--output FILE]
 
-first: the drafter trained with GTO (recipes/eagle3-code-gto.yaml), second: the one trained on for the same time without it
-(recipes/eagle3-code-continued.yaml), both from the shipped start. Decodes the prompts of recipes/prompts/code.jsonl with both; intervals (95 %)
-resample prompts, the same for both drafters. Ends with one JSON line of the 60-node tree at temperature 0. --cost instead times the parts of a
-training step with GTO on eight packed answers of the target, from the shipped start, its weights moved a little: milliseconds of the thread, medians.
+first: the drafter trained with GTO (recipes/eagle3-code-gto.yaml), second: the one trained on for the same time without
+it (recipes/eagle3-code-continued.yaml), both from the shipped start. Decodes the prompts of recipes/prompts/code.jsonl
+with both; intervals (95 %) resample prompts, the same for both drafters. Ends with one JSON line of the 60-node tree at
+temperature 0. --cost instead times the parts of a training step with GTO on eight packed answers of the target, from
+the shipped start, its weights moved a little: milliseconds of the thread, medians.
 """
 
 import argparse
@@ -21,13 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from draftsmith.eval.interval import quotient_interval, ratio_interval  # noqa: E402
-from draftsmith.eval.measure import decode_batches, tokens_and_passes  # noqa: E402
-from draftsmith.eval.prompts import read_prompts  # noqa: E402
+from draftsmith.eval.measurement.interval import quotient_interval, ratio_interval  # noqa: E402
+from draftsmith.eval.measurement.measure import decode_batches, tokens_and_passes  # noqa: E402
+from draftsmith.eval.measurement.prompts import read_prompts  # noqa: E402
 from draftsmith.eval.sampling import Sampling  # noqa: E402
 from draftsmith.launch.measurement import bundled  # noqa: E402
 from draftsmith.models.chat import load_tokenizer, stop_ids  # noqa: E402
-from draftsmith.models.drafter import HeadDrafter, NoDrafter  # noqa: E402
+from draftsmith.models.drafters import HeadDrafter, NoDrafter  # noqa: E402
 from draftsmith.models.features import Packing  # noqa: E402
 from draftsmith.models.formats import load_drafter  # noqa: E402
 from draftsmith.models.grow import parse_tree  # noqa: E402
@@ -45,11 +47,20 @@ def compare(target, places: dict[str, str], prompts, stops, tree: str, temperatu
     counts = {}
     for name, place in places.items():
         head = load_drafter(place, target.shared, target.layers)
-        counts[name] = tokens_and_passes(decode_batches(target, HeadDrafter(head, parse_tree(tree)), prompts, Sampling(temperature), new_tokens, stops, 13))
+        counts[name] = tokens_and_passes(
+            decode_batches(
+                target, HeadDrafter(head, parse_tree(tree)), prompts, Sampling(temperature), new_tokens, stops, 13
+            )
+        )
     tau = {name: sum(tokens) / sum(passes) for name, (tokens, passes) in counts.items()}
-    return {"tau": tau, "interval": {name: ratio_interval(*count) for name, count in counts.items()},
-            "gain": {name: tau[name] / tau["continued"] - 1 for name in places},
-            "gain_interval": {name: [x - 1 for x in quotient_interval(count, counts["continued"])] for name, count in counts.items()}}
+    return {
+        "tau": tau,
+        "interval": {name: ratio_interval(*count) for name, count in counts.items()},
+        "gain": {name: tau[name] / tau["continued"] - 1 for name in places},
+        "gain_interval": {
+            name: [x - 1 for x in quotient_interval(count, counts["continued"])] for name, count in counts.items()
+        },
+    }
 
 
 def cost(target, prompts, stops) -> dict[str, float]:
@@ -76,12 +87,14 @@ def cost(target, prompts, stops) -> dict[str, float]:
 
     mine, theirs = grown(head), grown(frozen)
     trie, _ = gto.union(mine, theirs)
-    nodes, counts = mine.follow(features.score(trie, at)[1][:, :mine.size])
+    nodes, counts = mine.follow(features.score(trie, at)[1][:, : mine.size])
     path, lengths = mine.tokens.gather(1, nodes[:, 1:]), counts - 1
     parts = {
         "target": lambda: target.features(tokens, packing, head.feature_spec),
         "own loss": lambda: head.loss(features, recipe.goal)[0].backward(),
-        "trees of M": lambda: grown(head), "trees of M0": lambda: grown(frozen), "union": lambda: gto.union(mine, theirs),
+        "trees of M": lambda: grown(head),
+        "trees of M0": lambda: grown(frozen),
+        "union": lambda: gto.union(mine, theirs),
         "scoring": lambda: features.score(trie, at),
         "chains of M": lambda: gto.chain_log_prob(head, features, at, path, lengths).sum().backward(),
         "chains of M0": lambda: gto.chain_log_prob(frozen, features, at, path, lengths),
@@ -92,7 +105,11 @@ def cost(target, prompts, stops) -> dict[str, float]:
             start = time.thread_time()
             call()
             times[name].append(1e3 * (time.thread_time() - start))
-    return {"tokens": len(tokens), "roots": len(at), **{name: round(statistics.median(some[1:]), 1) for name, some in times.items()}}
+    return {
+        "tokens": len(tokens),
+        "roots": len(at),
+        **{name: round(statistics.median(some[1:]), 1) for name, some in times.items()},
+    }
 
 
 def main():
@@ -109,16 +126,29 @@ def main():
     if arguments.cost:
         print(json.dumps(cost(target, prompts, stops)))
         return
-    places, figures = {"gto": arguments.first, "continued": arguments.second} | ({} if arguments.quick else {"start": START}), {}
+    places, figures = (
+        {"gto": arguments.first, "continued": arguments.second} | ({} if arguments.quick else {"start": START}),
+        {},
+    )
     for tree in TREES[:1] if arguments.quick else TREES:
         for temperature in (0.0,) if arguments.quick else (0.0, 1.0):
-            figures[f"{tree} T={temperature:g}"] = found = compare(target, places, prompts, stops, tree, temperature, 64)
+            figures[f"{tree} T={temperature:g}"] = found = compare(
+                target, places, prompts, stops, tree, temperature, 64
+            )
             print(f"{tree}, T={temperature:g}: {json.dumps(found)}", flush=True)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(figures, indent=1))
     found = figures[f"{TREES[0]} T=0"]
-    print(json.dumps({"gto_tau": round(found["tau"]["gto"], 4), "continued_tau": round(found["tau"]["continued"], 4),
-                      "gain": round(found["gain"]["gto"], 4), "ci95": [round(x, 4) for x in found["gain_interval"]["gto"]]}))
+    print(
+        json.dumps(
+            {
+                "gto_tau": round(found["tau"]["gto"], 4),
+                "continued_tau": round(found["tau"]["continued"], 4),
+                "gain": round(found["gain"]["gto"], 4),
+                "ci95": [round(x, 4) for x in found["gain_interval"]["gto"]],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""How much of one batch's gradient of Group Tree Optimization is signal, and where it points beside the drafter's own loss.
+"""How much of one batch's gradient of Group Tree Optimization is signal, and where it points beside the drafter's own
+loss.
 
     python tests/benchmarks/gto_gradient.py DRAFTER --answers FILE [--batches 60] [--change gto.groups=8 ...]
 
-DRAFTER: a directory trained on from the start of recipes/eagle3-code-gto.yaml (at the start itself no group has any spread). Of both losses, for
-each of the batches: the mean square norm of a batch's gradient, that of the expected gradient (unbiased: noise of the mean taken off) and their
-ratio, the share of signal; the cosine of the two mean gradients; then what a step of 0.3 % of the weights' norm along each mean does on other batches:
-reward (node_sum), greedily accepted tokens a root, the drafter's own loss. Ends with one JSON line.
+DRAFTER: a directory trained on from the start of recipes/eagle3-code-gto.yaml (at the start itself no group has any
+spread). Of both losses, for each of the batches: the mean square norm of a batch's gradient, that of the expected
+gradient (unbiased: noise of the mean taken off) and their ratio, the share of signal; the cosine of the two mean
+gradients; then what a step of 0.3 % of the weights' norm along each mean does on other batches: reward (node_sum),
+greedily accepted tokens a root, the drafter's own loss. Ends with one JSON line.
 """
 
 import argparse
@@ -38,7 +40,11 @@ class Losses:
     """Both losses of one head on packed rows."""
 
     def __init__(self, recipe, head, frozen, stops):
-        self.head, self.objective, self.gto = head, recipe.goal, gto.Gto(recipe.gto.model_copy(update={"omega": 1.0}), frozen, stops)
+        self.head, self.objective, self.gto = (
+            head,
+            recipe.goal,
+            gto.Gto(recipe.gto.model_copy(update={"omega": 1.0}), frozen, stops),
+        )
 
     def gradients(self, features) -> dict[str, torch.Tensor]:
         losses = {"token": self.head.loss(features, self.objective)[0], "gto": self.gto(self.head, features)[0]}
@@ -76,15 +82,23 @@ def main():
     frozen = load_drafter(recipe.head.start_from, target.shared, target.layers).eval().requires_grad_(False)
     losses, total, squares = Losses(recipe, head, frozen, stops), {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        rows = prepare(recipe.data.files, recipe.data.max_length, recipe.data.max_bad_rows, tokenizer, stops, target.vocab_size, Path(folder))
+        rows = prepare(
+            recipe.data.files,
+            recipe.data.max_length,
+            recipe.data.max_bad_rows,
+            tokenizer,
+            stops,
+            target.vocab_size,
+            Path(folder),
+        )
         online = Online(target, rows, replace(head.feature_spec, trees=True))
         schedule = Schedule(rows.lengths, np.arange(len(rows)), recipe.optimization.batch_tokens, 1, 7, 3.0)
         drawn = [bins[0] for (_, _, bins), _ in zip(schedule.after(0), range(arguments.batches + OTHERS))]
-        for number, batch in enumerate(drawn[:arguments.batches]):
+        for number, batch in enumerate(drawn[: arguments.batches]):
             for name, gradient in losses.gradients(replace(online(batch), seed=number)).items():
                 total[name] = total.get(name, 0) + gradient
                 squares[name] = squares.get(name, 0.0) + float(gradient @ gradient)
-        others = [replace(online(batch), seed=number) for number, batch in enumerate(drawn[arguments.batches:])]
+        others = [replace(online(batch), seed=number) for number, batch in enumerate(drawn[arguments.batches :])]
     count, table = arguments.batches, {}
     before, start = [p.detach().clone() for p in head.parameters()], losses.figures(others)
     for name in total:
@@ -92,10 +106,25 @@ def main():
         signal = (float(mean @ mean) - square / count) / (1 - 1 / count)
         moved(head, before, mean)
         after = losses.figures(others)
-        table[name] = {"square_norm": square, "signal": signal, "share": signal / square, "step": {key: after[key] - start[key] for key in start}}
+        table[name] = {
+            "square_norm": square,
+            "signal": signal,
+            "share": signal / square,
+            "step": {key: after[key] - start[key] for key in start},
+        }
         print(f"{name}: {json.dumps(table[name])}", flush=True)
     cosine = float(total["token"] @ total["gto"] / (total["token"].norm() * total["gto"].norm()))
-    print(json.dumps({"batches": count, "roots": recipe.gto.groups * recipe.gto.group_size, "before": start, **table, "cosine": cosine}))
+    print(
+        json.dumps(
+            {
+                "batches": count,
+                "roots": recipe.gto.groups * recipe.gto.group_size,
+                "before": start,
+                **table,
+                "cosine": cosine,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

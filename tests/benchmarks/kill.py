@@ -1,10 +1,12 @@
-"""Kills a 2-process training at random moments with SIGKILL until it has been killed often enough, lets it finish, and compares.
+"""Kills a 2-process training at random moments with SIGKILL until it has been killed often enough, lets it finish, and
+compares.
 
     python tests/benchmarks/kill.py [--quick]
 
-A tiny target with random weights, ZeRO-2 (20 kills; `--quick`: 4) and ZeRO-3 (5; 1), a checkpoint after every step, features cached, so that
-kills strike starts, steps, checkpoints, shards and the end. After every kill each visible checkpoint and drafter must be whole. Ends with
-one JSON line: kills, how many left a checkpoint behind, and whether the final weights and losses equal those of a run never killed, bit for bit.
+A tiny target with random weights, ZeRO-2 (20 kills; `--quick`: 4) and ZeRO-3 (5; 1), a checkpoint after every step,
+features cached, so that kills strike starts, steps, checkpoints, shards and the end. After every kill each visible
+checkpoint and drafter must be whole. Ends with one JSON line: kills, how many left a checkpoint behind, and whether the
+final weights and losses equal those of a run never killed, bit for bit.
 """
 
 import argparse
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from draftsmith.train.distributed import free_port  # noqa: E402
-from draftsmith.train.pretrain import train_tokenizer  # noqa: E402
+from draftsmith.train.reference.pretrain import train_tokenizer  # noqa: E402
 from tests.conftest import tiny_target  # noqa: E402
 
 
@@ -37,8 +39,15 @@ def make_run(folder: Path) -> Path:
     target.model.config.eos_token_id = target.model.generation_config.eos_token_id = 2
     target.model.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
-    rows = [{"messages": [{"role": "user", "content": f"def f{i}(a):"}, {"role": "assistant", "content": f"    return a + {i}\n" * (1 + i % 3)}]}
-            for i in range(60)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"def f{i}(a):"},
+                {"role": "assistant", "content": f"    return a + {i}\n" * (1 + i % 3)},
+            ]
+        }
+        for i in range(60)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = yaml.safe_load((ROOT / "recipes" / "eagle3-code.yaml").read_text())
     recipe["target"] = str(folder / "target")
@@ -53,11 +62,32 @@ def make_run(folder: Path) -> Path:
 
 
 def start(recipe: Path, output: Path, stage: int) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     with (output.parent / f"{output.name}.log").open("a") as log:
-        return subprocess.Popen(["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "draftsmith.train", str(recipe),
-                                 f"engine.zero_stage={stage}", f"output={output}"], env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            [
+                "deepspeed",
+                "--num_gpus",
+                "2",
+                "--master_port",
+                str(free_port()),
+                "--module",
+                "draftsmith.train",
+                str(recipe),
+                f"engine.zero_stage={stage}",
+                f"output={output}",
+            ],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def check_visible(output: Path, stage: int) -> bool:
@@ -98,8 +128,9 @@ def lines_of(output: Path) -> int:
 
 
 def trial(folder: Path, recipe: Path, stage: int, kills: int, rng: random.Random) -> dict:
-    """Every kill waits for a step drawn beforehand, then for up to two steps' time more: steps, checkpoints and shards are all hit; where the
-    log already holds that step it strikes the start."""
+    """Every kill waits for a step drawn beforehand, then for up to two steps' time more: steps, checkpoints and shards
+    are all hit; where the log already holds that step it strikes the start.
+    """
     whole, cut = folder / f"whole-{stage}", folder / f"cut-{stage}"
     finish(recipe, whole, stage)
     total = lines_of(whole)
@@ -119,8 +150,13 @@ def trial(folder: Path, recipe: Path, stage: int, kills: int, rng: random.Random
     finish(recipe, cut, stage)
     a, b = (load_file(p / "drafter" / "model.safetensors") for p in (whole, cut))
     losses = [[json.loads(line)["loss"] for line in (p / "log.jsonl").read_text().splitlines()] for p in (whole, cut)]
-    return {"kills": kills, "with_checkpoint": left, "steps": total, "weights_equal": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
-            "losses_equal": losses[0] == losses[1]}
+    return {
+        "kills": kills,
+        "with_checkpoint": left,
+        "steps": total,
+        "weights_equal": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
+        "losses_equal": losses[0] == losses[1],
+    }
 
 
 def main() -> None:
@@ -131,8 +167,10 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as place:
         recipe = make_run(Path(place))
-        found = {f"zero{stage}": trial(Path(place), recipe, stage, kills, rng)
-                 for stage, kills in ((2, 4 if arguments.quick else 20), (3, 1 if arguments.quick else 5))}
+        found = {
+            f"zero{stage}": trial(Path(place), recipe, stage, kills, rng)
+            for stage, kills in ((2, 4 if arguments.quick else 20), (3, 1 if arguments.quick else 5))
+        }
     print(json.dumps(found))
 
 

@@ -1,11 +1,13 @@
-"""One worker of `training.py`: a drafter and its optimizer that answer `step SHAPE` on stdin with one JSON line on stdout.
+"""One worker of `training.py`: a drafter and its optimizer that answer `step SHAPE` on stdin with one JSON line on
+stdout.
 
-    python tests/benchmarks/peers.py WORKER FOLDER        WORKER: a key of WORKERS; FOLDER: the files that training.py prepared
+    python tests/benchmarks/peers.py WORKER FOLDER        WORKER: a key of WORKERS; FOLDER: the files that training.py
+                                                          prepared
 
-A step is zero_grad, forward (the teacher recomputed from the cached final states through the target's output head), backward, clipping
-at 0.5 and fused AdamW, the same for every worker. The peers' modules are imported from their installed wheels; what this file changes
-in them is named in `training.py`. Row t of a document consumes the features at x_t and the token x_{t+1}; its first step is supervised
-when x_{t+1} and x_{t+2} are.
+A step is zero_grad, forward (the teacher recomputed from the cached final states through the target's output head),
+backward, clipping at 0.5 and fused AdamW, the same for every worker. The peers' modules are imported from their
+installed wheels; what this file changes in them is named in `training.py`. Row t of a document consumes the features at
+x_t and the token x_{t+1}; its first step is supervised when x_{t+1} and x_{t+2} are.
 """
 
 import contextlib
@@ -22,12 +24,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 STEPS, DECAY, CLIP = 7, 0.8, 0.5
-SIZES = dict(vocab_size=8192, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-             max_position_embeddings=4096, rms_norm_eps=1e-6)
+SIZES = dict(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=688,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+)
 
-# A worker is built from the tensors all shapes share: embedding, lm_head [V, h]; norm [h]; ids [D]; drafter.NAME, our initial weights.
-# It returns (module, loss); loss(data) takes one shape's tokens, mask [B, S], taps [B, S, 3h], last and final [B, S, h] (before and
-# after the target's final norm) and returns the loss and the K losses of the steps, by the worker's own formula and reduction.
+# A worker is built from the tensors all shapes share: embedding, lm_head [V, h]; norm [h]; ids [D]; drafter.NAME, our
+# initial weights. It returns (module, loss); loss(data) takes one shape's tokens, mask [B, S], taps [B, S, 3h], last
+# and final [B, S, h] (before and after the target's final norm) and returns the loss and the K losses of the steps, by
+# the worker's own formula and reduction.
 
 
 def supervised(mask):
@@ -56,14 +67,19 @@ def draftsmith(shared):
         documents, length = data["tokens"].shape
         packing = Packing(tuple(range(0, documents * length + 1, length)), data["mask"].flatten())
         teacher = Teacher(data["final"].flatten(0, 1)[packing.rows + 1], project)
-        total, sums = head.loss(TrainingFeatures(data["tokens"].flatten(), data["taps"].flatten(0, 1), packing, teacher), Eagle3Objective(STEPS, DECAY))
+        total, sums = head.loss(
+            TrainingFeatures(data["tokens"].flatten(), data["taps"].flatten(0, 1), packing, teacher),
+            Eagle3Objective(STEPS, DECAY),
+        )
         return total, sums["loss"] / sums["rows"]
 
     return head, loss
 
 
 class PlainLogSoftmaxLoss(torch.autograd.Function):
-    """-mean_rows( mask <p, log softmax z> ), z and p [B, S, D], mask [B, S, 1]; gradient mask (softmax(z) sum(p) - p) / rows."""
+    """-mean_rows( mask <p, log softmax z> ), z and p [B, S, D], mask [B, S, 1]; gradient mask (softmax(z) sum(p) - p) /
+    rows.
+    """
 
     @staticmethod
     def forward(ctx, logits, target, mask):
@@ -88,9 +104,14 @@ def specforge(shared, compact=False):
     ids = shared["ids"]
     config = LlamaConfig(num_hidden_layers=1, draft_vocab_size=len(ids), pretraining_tp=1, **SIZES)
     drafter = LlamaForCausalLMEagle3(config, attention_backend="sdpa").float()
-    drafter.load_state_dict({
-        **drafter_weights(shared), "embed_tokens.weight": shared["embedding"], "d2t": ids - torch.arange(len(ids)),
-        "t2d": torch.zeros(len(shared["lm_head"]), dtype=torch.bool).index_fill_(0, ids, True)})
+    drafter.load_state_dict(
+        {
+            **drafter_weights(shared),
+            "embed_tokens.weight": shared["embedding"],
+            "d2t": ids - torch.arange(len(ids)),
+            "t2d": torch.zeros(len(shared["lm_head"]), dtype=torch.bool).index_fill_(0, ids, True),
+        }
+    )
     drafter.embed_tokens.requires_grad_(False)
     model = OnlineEagle3Model(drafter, length=STEPS, attention_backend="sdpa")
 
@@ -100,8 +121,13 @@ def specforge(shared, compact=False):
             teacher = dict(target=None, target_hidden_for_compact=final, target_head_weight=shared["lm_head"])
         else:
             teacher = dict(target=F.linear(final, shared["lm_head"]))
-        losses = model(input_ids=F.pad(data["tokens"][:, 1:], (0, 1)), attention_mask=torch.ones_like(data["mask"]),
-                       loss_mask=supervised(data["mask"]).long()[..., None], hidden_states=data["taps"], **teacher)[0]
+        losses = model(
+            input_ids=F.pad(data["tokens"][:, 1:], (0, 1)),
+            attention_mask=torch.ones_like(data["mask"]),
+            loss_mask=supervised(data["mask"]).long()[..., None],
+            hidden_states=data["taps"],
+            **teacher,
+        )[0]
         return sum(DECAY**k * step for k, step in enumerate(losses)), torch.stack(losses)
 
     return model, loss
@@ -117,10 +143,16 @@ def speculators(shared, attention):
     layer._attn_implementation = attention
     model = Eagle3DraftModel(Eagle3SpeculatorConfig(transformer_layer_config=layer, draft_vocab_size=len(ids)))
     weights = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in drafter_weights(shared).items()}
-    model.load_state_dict({
-        **weights, "embed_tokens.weight": shared["embedding"], "verifier_lm_head.weight": shared["lm_head"][ids],
-        "verifier_norm.weight": shared["norm"], "d2t": ids - torch.arange(len(ids)),
-        "t2d": torch.zeros(len(shared["lm_head"]), dtype=torch.bool).index_fill_(0, ids, True)})
+    model.load_state_dict(
+        {
+            **weights,
+            "embed_tokens.weight": shared["embedding"],
+            "verifier_lm_head.weight": shared["lm_head"][ids],
+            "verifier_norm.weight": shared["norm"],
+            "d2t": ids - torch.arange(len(ids)),
+            "t2d": torch.zeros(len(shared["lm_head"]), dtype=torch.bool).index_fill_(0, ids, True),
+        }
+    )
     model.lm_head.requires_grad_(True)
     objective = resolve_loss_config("kl_div", "eager")
 
@@ -132,10 +164,16 @@ def speculators(shared, attention):
             return x.flatten(0, 1)[None]
 
         _, total, metrics = model(
-            hidden_states=packed(data["taps"][:, :-1]), input_ids=packed(data["tokens"][:, 1:]),
-            document_ids=torch.arange(documents).repeat_interleave(rows)[None], loss_mask=packed(supervised(data["mask"])[:, :-1]),
-            position_ids=1 + torch.arange(rows).repeat(documents)[None], verifier_last_hidden_states=packed(data["last"][:, 1:]),
-            ttt_steps=STEPS, ttt_step_loss_decay=DECAY, loss_config=objective)
+            hidden_states=packed(data["taps"][:, :-1]),
+            input_ids=packed(data["tokens"][:, 1:]),
+            document_ids=torch.arange(documents).repeat_interleave(rows)[None],
+            loss_mask=packed(supervised(data["mask"])[:, :-1]),
+            position_ids=1 + torch.arange(rows).repeat(documents)[None],
+            verifier_last_hidden_states=packed(data["last"][:, 1:]),
+            ttt_steps=STEPS,
+            ttt_step_loss_decay=DECAY,
+            loss_config=objective,
+        )
         return total, torch.stack([metrics[f"loss_{k}_sum"] / DECAY**k for k in range(STEPS)])
 
     return model, loss
@@ -152,7 +190,9 @@ WORKERS = {
 
 
 def peak_mib():
-    """Peak resident size of this process. Linux: VmHWM, since ru_maxrss starts at the size of the process that started this one."""
+    """Peak resident size of this process. Linux: VmHWM, since ru_maxrss starts at the size of the process that started
+    this one.
+    """
     with contextlib.suppress(OSError):
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
@@ -177,7 +217,9 @@ def main():
     for line in sys.stdin:
         shape = line.split()[1]
         if shape not in shapes:
-            shapes[shape] = {name: tensor.clone() for name, tensor in load_file(folder / f"{shape}.safetensors").items()}
+            shapes[shape] = {
+                name: tensor.clone() for name, tensor in load_file(folder / f"{shape}.safetensors").items()
+            }
         forget_peak()
         before, cpu, wall = peak_mib(), time.process_time(), time.perf_counter()
         start = start or before
@@ -187,7 +229,13 @@ def main():
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         cpu, wall, peak = time.process_time() - cpu, time.perf_counter() - wall, peak_mib()
-        answer = {"cpu": cpu, "wall": wall, "growth": peak - before, "growth_from_start": peak - start, "losses": losses.tolist()}
+        answer = {
+            "cpu": cpu,
+            "wall": wall,
+            "growth": peak - before,
+            "growth_from_start": peak - start,
+            "losses": losses.tolist(),
+        }
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -1,6 +1,8 @@
-"""The speculators library loads the exported shipped drafter and gives the logits of our own head, for three training-time-test steps.
+"""The speculators library loads the exported shipped drafter and gives the logits of our own head, for three
+training-time-test steps.
 
-Runs in .venv-vllm (`make test-vllm`). Prints one JSON line; exits with 1 when a logit is off by more than 1e-4 of the largest.
+Runs in .venv-vllm (`make test-vllm`). Prints one JSON line; exits with 1 when a logit is off by more than 1e-4 of the
+largest.
 """
 
 import json
@@ -32,16 +34,24 @@ def main() -> int:
         config = SpeculatorModelConfig.from_pretrained(folder)
         config.transformer_layer_config._attn_implementation = "eager"
         model = SpeculatorModel.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-    features = target.features(tokens, Packing((0, len(tokens)), torch.ones(len(tokens), dtype=torch.bool)), head.feature_spec)
+    features = target.features(
+        tokens, Packing((0, len(tokens)), torch.ones(len(tokens), dtype=torch.bool)), head.feature_spec
+    )
     theirs = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: theirs.append(logits[0]))
-    shifted = tokens.roll(-1)[None]  # row t holds the features at x_t and the token x_{t+1}; nothing looks at the last row
+    shifted = tokens.roll(-1)[
+        None
+    ]  # row t holds the features at x_t and the token x_{t+1}; nothing looks at the last row
     model(features.hidden[None], shifted, torch.zeros_like(shifted), ttt_steps=STEPS)
     worst, scale = 0.0, max(float(logits.abs().max()) for logits in theirs)
     for (rows, output), logits in zip(head.unroll(features, STEPS), theirs, strict=True):
         worst = max(worst, float((head.logits(output) - logits[rows]).abs().max()))
     equal = torch.equal(model.d2t + torch.arange(len(model.d2t)), head.ids)
-    print(json.dumps({"largest_difference": worst, "largest_logit": scale, "steps": STEPS, "draft_vocabulary_equal": equal}))
+    print(
+        json.dumps(
+            {"largest_difference": worst, "largest_logit": scale, "steps": STEPS, "draft_vocabulary_equal": equal}
+        )
+    )
     return 0 if equal and worst <= TOLERANCE * scale else 1
 
 

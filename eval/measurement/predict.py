@@ -1,0 +1,35 @@
+"""Predicted chain acceptance length: the drafter teacher-forced over the target's own greedy text.
+
+`chain_walk` over the leading correct steps of every round; it must agree with the measured greedy chain of the same
+depth on the same prompts.
+"""
+
+from itertools import accumulate
+
+import torch
+
+from draftsmith.eval.decode import Trace
+from draftsmith.models.features import Packing
+from draftsmith.models.heads.distill import chain_walk
+from draftsmith.models.targets import TextTarget
+
+
+@torch.no_grad()
+def predicted_chain_tau(
+    target: TextTarget, head, prompts: list[list[int]], traces: list[Trace], depth: int, batch: int = 8
+) -> float:
+    """prompts and their greedy traces -> predicted tokens per verify pass of a chain of `depth`."""
+    tokens = passes = 0
+    for start in range(0, len(prompts), batch):
+        texts = [p + t.tokens for p, t in zip(prompts[start : start + batch], traces[start : start + batch])]
+        mask = torch.cat([torch.arange(len(text)) >= len(p) for text, p in zip(texts, prompts[start : start + batch])])
+        packing = Packing((0, *accumulate(map(len, texts))), mask)
+        ids = torch.tensor([token for text in texts for token in text], device=target.device)
+        features = target.features(ids, packing, head.feature_spec, [getattr(text, "images", {}) for text in texts])
+        leading = torch.zeros_like(features.tokens)  # of the rows that feed the head
+        for k, (rows, output) in enumerate(head.unroll(features, depth)):
+            hit = head.ids[head.logits(output).argmax(-1)] == features.tokens[rows + 2 + k]
+            leading[rows] += hit & (leading[rows] == k)
+        walked = chain_walk(features.packing, leading.tolist())
+        tokens, passes = tokens + walked[0], passes + walked[1]
+    return tokens / max(passes, 1)

@@ -1,0 +1,25 @@
+"""Plain decoding as a drafter: the root alone is proposed."""
+
+from draftsmith.models.features import FeatureSpec
+from draftsmith.models.tree import DraftTree
+
+
+class NoDrafter:
+    """Proposes the root alone: the decode loop with it is plain decoding."""
+
+    feature_spec, size = FeatureSpec(taps=()), 1
+
+    def begin(self, features, root):
+        self.root = root
+
+    def observe(self, features, root):
+        self.root = root
+
+    def propose(self, draw):
+        return DraftTree.root_only(self.root)
+
+    def select(self, rows):
+        self.root = self.root[rows]
+
+    def __str__(self):
+        return "plain"

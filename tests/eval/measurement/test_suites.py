@@ -1,0 +1,166 @@
+"""Suites: every file format gives the conversations it holds, and later turns follow the target's own answers."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from draftsmith.eval.measurement.prompts import all_turns, read_prompts
+from draftsmith.eval.measurement.suites import read_suite
+from draftsmith.models.errors import UserError
+from draftsmith.train.reference.pretrain import train_tokenizer
+
+ROWS = {
+    "messages with an answer": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        [],
+        ["a"],
+    ),
+    "messages in the middle": (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+            ]
+        },
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        ["c"],
+    ),
+    "Spec-Bench": ({"question_id": 81, "category": "writing", "turns": ["a", "b"]}, [], ["a", "b"]),
+    "EAGLE": ({"question_id": 0, "category": "", "turns": ["a"], "reference": ["x"]}, [], ["a"]),
+    "HumanEval": (
+        {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "", "test": ""},
+        [],
+        ["def f():\n"],
+    ),
+    "GSM8K": ({"question": "how many?", "answer": "#### 4"}, [], ["how many?"]),
+    "Alpaca": ({"instruction": "add", "input": "1 2", "output": "3"}, [], ["add\n\n1 2"]),
+    "Alpaca without input": ({"instruction": "add", "input": "", "output": "3"}, [], ["add"]),
+    "CNN/DM": ({"article": "news", "highlights": "n", "id": "f0"}, [], ["Summarize: news"]),
+}
+
+
+def write(path: Path, rows: list) -> Path:
+    """In the form that the name says."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".parquet":
+        import pandas
+
+        pandas.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(json.dumps(rows, indent=1) if path.suffix == ".json" else lines)
+    return path
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize(("row", "before", "turns"), ROWS.values(), ids=ROWS)
+def test_every_format_in_every_form(tmp_path, row, before, turns, form):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    found = read_suite(write(tmp_path / f"suite.{form}", [row, row]))
+    assert [(c.row, c.before, c.turns) for c in found] == [(1, before, turns), (2, before, turns)]
+    assert len(read_suite(tmp_path / f"suite.{form}", 1)) == 1
+
+
+def test_names_and_categories(tmp_path):
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["a"]},
+        {"task_id": "HumanEval/0", "prompt": "a"},
+        {"question": "a"},
+    ]
+    assert [(c.name, c.category) for c in read_suite(write(tmp_path / "s.jsonl", rows))] == [
+        ("81", "writing"),
+        ("HumanEval/0", ""),
+        ("3", ""),
+    ]
+
+
+def test_a_turn_follows_the_targets_own_answer(tmp_path):
+    tokenizer = train_tokenizer(["a b c"], 280)
+    file = write(
+        tmp_path / "s.jsonl", [{"question_id": "x", "turns": ["a", "b", "c"]}, {"question_id": "y", "turns": ["d"]}]
+    )
+    asked = []
+
+    def answer(prompts):
+        asked.append([p.name for p in prompts])
+        return [f"<{p.messages[-1]['content']}>" for p in prompts]
+
+    prompts = {p.name: p for p in all_turns(read_suite(file), tokenizer, file, answer)}
+    assert list(prompts) == ["x", "y", "x/2", "x/3"] and asked == [["x"], ["x/2"]]
+    assert [m["content"] for m in prompts["x/3"].messages] == ["a", "<a>", "b", "<b>", "c"]
+    assert (
+        tokenizer.decode(prompts["x/2"].tokens)
+        == "<|bos|><|user|>a<|end|><|assistant|><a><|end|><|user|>b<|end|><|assistant|>"
+    )
+    assert [p.name for p in read_prompts(file, tokenizer)] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found no prompts, expected at least one"),
+        ("{", "row 1: not valid JSON"),
+        ("3", "row 1: found int, expected messages, conversations, turns"),
+        (
+            '{"x": 1}',
+            r"row 1: found \['x'\], expected messages, conversations, turns, prompt, instruction, question, article",
+        ),
+        ('{"prompt": "a"}\n{"turns": []}', r"row 2: turns: found \[\], expected text"),
+        ('{"turns": ["a", 3]}', "row 1: turns"),
+        ('{"messages": [{"role": "user"}]}', "row 1: messages: found"),
+        ('{"prompt": ""}', "row 1: prompt"),
+        ("[1", "not valid JSON"),
+    ],
+)
+def test_bad_suites_name_the_row(tmp_path, text, message):
+    (tmp_path / "p.jsonl").write_text(text + "\n")
+    with pytest.raises(UserError, match=message):
+        read_suite(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+        ("p.jsonl.gz", b"no gzip", "cannot be read"),
+        ("p.parquet", b"none", "not valid Parquet"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        read_suite(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        read_suite(tmp_path / "absent.jsonl")
+
+
+SUITES = Path(os.environ.get("DRAFTSMITH_SUITES") or Path(__file__).parents[3] / "../shared/data").resolve()
+SUITES = SUITES / "suites" if (SUITES / "suites").is_dir() else SUITES
+SHIPPED = {
+    "eagle_mt_bench": (80, 160),
+    "eagle_humaneval": (80, 80),
+    "eagle_gsm8k": (80, 80),
+    "eagle_alpaca": (80, 80),
+    "eagle_sum": (80, 80),
+    "eagle_qa": (80, 80),
+    "spec_bench": (480, 560),
+    "deepspec_humaneval": (164, 164),
+    "deepspec_gsm8k": (1319, 1319),
+    "deepspec_math500": (500, 500),
+    "deepspec_mt-bench": (80, 160),
+}
+
+
+@pytest.mark.skipif(not SUITES.is_dir(), reason="the public suites are absent; DRAFTSMITH_SUITES names their folder")
+@pytest.mark.parametrize(("name", "counts"), SHIPPED.items(), ids=SHIPPED)
+def test_the_files_of_public_suites(name, counts):
+    found = read_suite(SUITES / f"{name}.jsonl")
+    assert (len(found), sum(len(c.turns) for c in found)) == counts
