@@ -14,9 +14,9 @@ import torch
 
 @dataclass(frozen=True)
 class Middle:
-    """Which intermediate state is taught: of the decoder layers [lo, hi) (0-based) the one of least attention entropy,
-    for every token or for the mean over a document (ties: the lowest); the state that leaves or enters that layer
-    (DREAM, section 4).
+    """Which intermediate state is supervised: of the decoder layers [lo, hi) (0-based) the one of least attention
+    entropy, for every token or for the mean over a document (ties: the lowest); the state that leaves or enters that
+    layer (DREAM, section 4).
     """
 
     granularity: Literal["token", "sample"]
@@ -157,7 +157,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's own predictions where they are taught: final [P, h], the states after the final norm at tokens
+    """The target's own predictions at supervised rows: final [P, h], the states after the final norm at tokens
     `packing.rows + 1`.
 
     `project(hidden [P, h], ids | None) -> logits [P, V or len(ids)]` applies the target's frozen output head.

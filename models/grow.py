@@ -125,7 +125,7 @@ class StaticTree:
     @cached_property
     def levels(self) -> list[dict]:
         """Per level: for the expanded nodes, their row among the level before (`rows`); for the drafted nodes, the
-        expanded row they hang from (`of`), their child rank and their parent's number in the tree.
+        expanded row that is their parent (`of`), their child rank and their parent's number in the tree.
         """
         number = {(): 0} | {path: i + 1 for i, path in enumerate(sorted(self.paths, key=lambda p: (len(p), p)))}
         levels, before = [], [()]
@@ -147,7 +147,7 @@ class StaticTree:
         """root [B] -> trees of `size` nodes."""
         tokens, parents, level_tokens, of = [root[:, None]], [-1], root[:, None], [0]
         for level in self.levels:
-            # A node's hidden state comes from the expanded row that it hangs from.
+            # A node's hidden state comes from the expanded row of its parent.
             source = torch.tensor([of[r] for r in level["rows"]], device=root.device).expand(len(root), -1)
             logp, beam = head.expand(beam, level_tokens[:, level["rows"]], source)
             picks = logp.topk(max(level["rank"]) + 1).indices[:, level["of"], level["rank"]]

@@ -32,7 +32,7 @@ TEXT = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-EYE = dict(
+VISION_ENCODER = dict(
     hidden_size=16,
     intermediate_size=24,
     num_hidden_layers=2,
@@ -43,14 +43,14 @@ EYE = dict(
 CONFIGS = {
     "llava": lambda: hf.LlavaConfig(
         text_config=hf.LlamaConfig(**TEXT),
-        vision_config=hf.CLIPVisionConfig(**EYE, image_size=8, projection_dim=16),
+        vision_config=hf.CLIPVisionConfig(**VISION_ENCODER, image_size=8, projection_dim=16),
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     ),
     "llava_next": lambda: hf.LlavaNextConfig(
         text_config=hf.LlamaConfig(**TEXT),
-        vision_config=hf.CLIPVisionConfig(**EYE, image_size=8, projection_dim=16),
+        vision_config=hf.CLIPVisionConfig(**VISION_ENCODER, image_size=8, projection_dim=16),
         image_token_index=IMAGE,
         image_grid_pinpoints=[[8, 16]],
         vision_feature_layer=-2,
@@ -79,14 +79,14 @@ CONFIGS = {
     ),
     "idefics3": lambda: hf.Idefics3Config(
         text_config=hf.LlamaConfig(**TEXT),
-        vision_config=dict(EYE, image_size=16),
+        vision_config=dict(VISION_ENCODER, image_size=16),
         image_token_id=IMAGE,
         scale_factor=2,
         pad_token_id=0,
     ),
     "smolvlm": lambda: hf.SmolVLMConfig(
         text_config=hf.LlamaConfig(**TEXT),
-        vision_config=dict(EYE, image_size=16),
+        vision_config=dict(VISION_ENCODER, image_size=16),
         image_token_id=IMAGE,
         scale_factor=2,
         pad_token_id=0,
@@ -102,7 +102,7 @@ CONFIGS = {
                 "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
             },
         ),
-        vision_config=dict(EYE, image_size=16),
+        vision_config=dict(VISION_ENCODER, image_size=16),
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
         boi_token_index=START,
@@ -198,7 +198,7 @@ def saved_llava(folder: Path, vocab: int) -> Path:
     hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
             text_config=hf.LlamaConfig(**TEXT | {"vocab_size": vocab}),
-            vision_config=hf.CLIPVisionConfig(**EYE, image_size=8, projection_dim=16),
+            vision_config=hf.CLIPVisionConfig(**VISION_ENCODER, image_size=8, projection_dim=16),
             image_token_id=processor.image_token_id,
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",

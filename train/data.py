@@ -199,10 +199,10 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
                 except UserError as error:
                     bad, first = bad + 1, first or f"{place}: {error}"
                     rows = []
-                taught = [row for row in rows if sum(row[1][:max_length]) >= 2]
-                short += len(rows) - len(taught)
-                conversations += [conversations[-1] + 1 if conversations else 0] * len(taught)
-                for tokens, mask, found in taught:
+                supervised = [row for row in rows if sum(row[1][:max_length]) >= 2]
+                short += len(rows) - len(supervised)
+                conversations += [conversations[-1] + 1 if conversations else 0] * len(supervised)
+                for tokens, mask, found in supervised:
                     ids, written = (
                         np.array(tokens[:max_length], dtype=np.uint32),
                         np.array(mask[:max_length], dtype=bool),

@@ -2,8 +2,8 @@
 layer and one short step.
 
 Memory is per process, in bytes. Activations of the drafter are `saved_per_row` numbers (the head's own config says
-them) per row that is trained on and step, and once per taught token the teacher's probabilities [Vd] in fp32. Behind a
-probe the target's own activations are kept too, about
+them) per row that is trained on and step, and once per supervised token the teacher's probabilities [Vd] in fp32.
+Behind a probe the target's own activations are kept too, about
 
     layers * (8 h + 4 I)   numbers per row that is trained on.
 

@@ -1,7 +1,7 @@
 """Features of a step's rows: computed by the target, or read back from disk after the first epoch.
 
 The cache holds one entry a row: the taps of all its tokens (the drafter attends to the prompt too) and the final states
-where it is taught (supervised rows only); logits are recomputed from them. Everything is stored in the target's own
+at supervised rows only; logits are recomputed from them. Everything is stored in the target's own
 precision, so that a run that is resumed computes what one that was never killed computes. Shards are safetensors files,
 complete or invisible, with a SHA-256 beside them.
 """
@@ -161,11 +161,11 @@ class Cached:
 
     def _keep(self, numbers: list[int], features: TrainingFeatures) -> None:
         hidden, final, packing = features.hidden.cpu(), features.teacher.final.cpu(), features.packing
-        taught = packing.rows + 1
+        supervised = packing.rows + 1
         for n, start, stop in zip(numbers, packing.borders, packing.borders[1:]):
             if n not in self.entries:
                 self.waiting[f"{n}.hidden"] = hidden[start:stop].clone()
-                self.waiting[f"{n}.final"] = final[(taught >= start) & (taught < stop)]
+                self.waiting[f"{n}.final"] = final[(supervised >= start) & (supervised < stop)]
                 self.size += sum(self.waiting[f"{n}.{what}"].nbytes for what in ("hidden", "final"))
         if self.size > SHARD:
             self.flush()

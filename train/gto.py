@@ -11,7 +11,7 @@ tree at every position with the tree policy of decoding; the target scores both 
     loss = - mean over the group of min(s A, clip(s, 1 - eps, 1 + eps) A), mean over the groups, times omega   (12, 13)
 
 is added to the head's own loss. Only log M(S) carries gradient. M0 is never refreshed. Any head takes part through
-`hang` and `expand` alone. Choices of ours: groups are drawn per packed row, not per document; groups whose R hardly
+`root_at` and `expand` alone. Choices of ours: groups are drawn per packed row, not per document; groups whose R hardly
 differ (std below `min_spread`) are left out, since dividing by their std would turn rounding into unit advantages (all
 of them are, at the start, where M = M0); they count in the mean with 0. The std is that of the population.
 """
@@ -112,7 +112,7 @@ def chain_log_prob(
     number = torch.zeros(int(head.ids.max()) + 1, dtype=torch.int64, device=device)
     number[head.ids] = torch.arange(len(head.ids), device=device)
     beam, tokens, parents = (
-        head.hang(features, at),
+        head.root_at(features, at),
         features.tokens[at.to(device)],
         torch.zeros(len(path), 1, dtype=torch.int64, device=device),
     )
@@ -201,7 +201,7 @@ class Gto:
         [P].
         """
         spec, roots = self.spec, features.tokens[at.to(features.tokens.device)]
-        mine, theirs = (self.policy.grow(some, some.hang(features, at), roots) for some in (head, self.frozen))
+        mine, theirs = (self.policy.grow(some, some.root_at(features, at), roots) for some in (head, self.frozen))
         trie, places = union(mine, theirs)
         edges, best = features.score(trie, at.to(trie.tokens.device))
         own, theirs_best = best[:, : mine.size], best.gather(1, places)

@@ -43,9 +43,9 @@ def whole(ids: list[int], mask: list[int], pictures: list[Path | bytes], ends: l
 
 
 def answers_apart(ids: list[int], mask: list[int], pictures: list[Path | bytes], ends: list[int]) -> list[Row]:
-    """One row for each answer: all up to its end, and it alone is taught; answers before it are prompt. pictures: in
-    the order of the text; ends: how many tokens stand up to the end of each. Text alone stays one row: there is nothing
-    to choose from in it.
+    """One row for each answer: all up to its end, and it alone is supervised; answers before it are prompt. pictures:
+    in the order of the text; ends: how many tokens stand up to the end of each. Text alone stays one row: there is
+    nothing to choose from in it.
     """
     if not pictures:
         return whole(ids, mask, pictures, ends)

@@ -15,7 +15,7 @@ A head's class has
     unroll(features, steps)    (rows, outputs) of each step with teacher tokens; logits(outputs) in the draft vocabulary
     prefill(features), extend(context, features), roots(context), expand(beam, tokens, parents)   decoding
     grow(config)               (some heads) becomes the wider head of another recipe that starts from this one
-    hang(features, at)         a beam of P roots at inner positions of one packed row, for training on trees
+    root_at(features, at)       a beam of P roots at inner positions of one packed row, for training on trees
 """
 
 from draftsmith.models.heads.dream import DreamConfig, DreamHead, DreamObjective

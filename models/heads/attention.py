@@ -1,8 +1,8 @@
 """Causal attention of some rows within packed documents, in memory linear in the length, with the log-sum-exp that
 merging needs.
 
-Two kernels, each a pair `forward(query, key, value, strips, scale) -> out, lse` and
-`backward(grad, query, key, value, out, lse, strips, scale, d_key, d_value) -> d_query`, which adds to d_key and
+Two kernels, each a pair `forward(query, key, value, blocks, scale) -> out, lse` and
+`backward(grad, query, key, value, out, lse, blocks, scale, d_key, d_value) -> d_query`, which adds to d_key and
 d_value. query, out [P, H, D] and lse [P, H] are the rows that are trained on, ascending; key, value [T, H, D] (repeated
 to the query heads) all rows. A caller that merges the result with other scores passes its merged `out` and `lse` to
 `backward` and gets the gradients of this part of the merged attention exactly.
@@ -18,7 +18,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Strip(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries first .. last - 1 of P, which stand at rows at .. at + last - first - 1 of T; they see their document's
     rows from `start` up to their own.
     """
@@ -34,17 +34,17 @@ class Strip(NamedTuple):
         return self.at + self.last - self.first
 
 
-def strips_of(packing: Packing, rows: torch.Tensor, block: int) -> list[Strip]:
+def query_blocks(packing: Packing, rows: torch.Tensor, block: int) -> list[QueryBlock]:
     """Unbroken runs of the rows that are trained on (`rows` [P] of the packed row, ascending, on the CPU), cut into
     blocks of at most `block`.
     """
     starts = rows - packing.positions[rows]
     breaks = ((rows.diff() != 1) | (starts.diff() != 0)).nonzero().flatten() + 1
-    borders, strips = sorted({0, *breaks.tolist(), len(rows)}), []  # one border where there are no rows
+    borders, blocks = sorted({0, *breaks.tolist(), len(rows)}), []  # one border where there are no rows
     for first, last in zip(borders, borders[1:]):
         start, at = int(starts[first]), int(rows[first])
-        strips += [Strip(i, min(i + block, last), start, at + i - first) for i in range(first, last, block)]
-    return strips
+        blocks += [QueryBlock(i, min(i + block, last), start, at + i - first) for i in range(first, last, block)]
+    return blocks
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
@@ -53,29 +53,29 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 
 
 class FlashOnCPU:
-    """torch's flash kernel for CPUs. It computes whole blocks of 512 keys, so that a strip's keys are given in two
-    pieces: those before the strip, seen by all its rows, and the strip's own, seen causally.
+    """torch's flash kernel for CPUs. It computes whole blocks of 512 keys, so that a block's keys are given in two
+    pieces: those before the block, seen by all its rows, and the block's own, seen causally.
     """
 
     block = 128
 
     @staticmethod
-    def _pieces(strip: Strip):
+    def _pieces(block: QueryBlock):
         """(first key, last key, causal)."""
-        return [(strip.at, strip.stop, True)] + [(strip.start, strip.at, False)] * (strip.at > strip.start)
+        return [(block.at, block.stop, True)] + [(block.start, block.at, False)] * (block.at > block.start)
 
     @classmethod
-    def forward(cls, query, key, value, strips, scale):
+    def forward(cls, query, key, value, blocks, scale):
         out, lse = (
             torch.empty_like(query),
             query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32)),
         )
         query, key, value, whole, total = (_heads_first(x) for x in (query, key, value, out, lse))
-        for strip in strips:
-            mine = slice(strip.first, strip.last)
+        for block in blocks:
+            mine = slice(block.first, block.last)
             found = [
                 _flash(query[:, :, mine], key[:, :, a:b], value[:, :, a:b], 0.0, causal, scale=scale)
-                for a, b, causal in cls._pieces(strip)
+                for a, b, causal in cls._pieces(block)
             ]
             o, s = found[0]
             if len(found) == 2:
@@ -88,56 +88,56 @@ class FlashOnCPU:
         return out, lse
 
     @classmethod
-    def backward(cls, grad, query, key, value, out, lse, strips, scale, d_key, d_value):
+    def backward(cls, grad, query, key, value, out, lse, blocks, scale, d_key, d_value):
         d_query = torch.zeros_like(query)
         sums = [_heads_first(x) for x in (d_query, d_key, d_value)]
         grad, query, key, value, out, lse = (_heads_first(x) for x in (grad, query, key, value, out, lse))
-        for strip in strips:
-            mine = slice(strip.first, strip.last)
+        for block in blocks:
+            mine = slice(block.first, block.last)
             d, q, o, s = grad[:, :, mine], query[:, :, mine], out[:, :, mine], lse[:, :, mine].contiguous()
-            for a, b, causal in cls._pieces(strip):
+            for a, b, causal in cls._pieces(block):
                 parts = _flash_backward(d, q, key[:, :, a:b], value[:, :, a:b], o, s, 0.0, causal, scale=scale)
                 for total, part, place in zip(sums, parts, (mine, slice(a, b), slice(a, b))):
                     total[:, :, place].add_(part)
         return d_query
 
 
-class Blocks:
-    """The same in plain operations, for any device: the scores of one strip at a time."""
+class BlockwiseAttention:
+    """The same in plain operations, for any device: the scores of one block at a time."""
 
     block = 256
 
     @staticmethod
-    def _scores(query, key, strip, scale):
+    def _scores(query, key, block, scale):
         """[H, rows, keys] fp32 or better, -inf where a row must not see a key."""
-        scores = torch.einsum("qhd,khd->hqk", query[strip.first : strip.last], key[strip.start : strip.stop])
+        scores = torch.einsum("qhd,khd->hqk", query[block.first : block.last], key[block.start : block.stop])
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-        keys = torch.arange(strip.start, strip.stop, device=query.device)
+        keys = torch.arange(block.start, block.stop, device=query.device)
         return scores.masked_fill_(
-            keys > torch.arange(strip.at, strip.stop, device=query.device)[:, None], float("-inf")
+            keys > torch.arange(block.at, block.stop, device=query.device)[:, None], float("-inf")
         )
 
     @classmethod
-    def forward(cls, query, key, value, strips, scale):
+    def forward(cls, query, key, value, blocks, scale):
         out, lse = (
             torch.empty_like(query),
             query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32)),
         )
-        for strip in strips:
-            scores, mine = cls._scores(query, key, strip, scale), slice(strip.first, strip.last)
+        for block in blocks:
+            scores, mine = cls._scores(query, key, block, scale), slice(block.first, block.last)
             total = scores.logsumexp(-1)
             lse[mine] = total.T
             out[mine] = torch.einsum(
-                "hqk,khd->qhd", (scores - total[..., None]).exp().to(value.dtype), value[strip.start : strip.stop]
+                "hqk,khd->qhd", (scores - total[..., None]).exp().to(value.dtype), value[block.start : block.stop]
             )
         return out, lse
 
     @classmethod
-    def backward(cls, grad, query, key, value, out, lse, strips, scale, d_key, d_value):
+    def backward(cls, grad, query, key, value, out, lse, blocks, scale, d_key, d_value):
         d_query = torch.zeros_like(query)
-        for strip in strips:
-            mine, seen = slice(strip.first, strip.last), slice(strip.start, strip.stop)
-            weights = (cls._scores(query, key, strip, scale) - lse[mine].T[..., None]).exp()
+        for block in blocks:
+            mine, seen = slice(block.first, block.last), slice(block.start, block.stop)
+            weights = (cls._scores(query, key, block, scale) - lse[mine].T[..., None]).exp()
             pull = torch.einsum("qhd,khd->hqk", grad[mine], value[seen])
             delta = torch.linalg.vecdot(grad[mine], out[mine]).T[..., None]
             slope = (weights * (pull - delta) * scale).to(query.dtype)
@@ -149,14 +149,14 @@ class Blocks:
 
 def kernel_for(device: torch.device):
     """The attention kernel of a device."""
-    return FlashOnCPU if device.type == "cpu" else Blocks
+    return FlashOnCPU if device.type == "cpu" else BlockwiseAttention
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, keys, values, strips, kernel, scale):
+    def forward(ctx, query, key, value, keys, values, blocks, kernel, scale):
         group = (keys.size(2), query.size(1) // keys.size(2))
-        out, lse = kernel.forward(query, key, value, strips, scale)
+        out, lse = kernel.forward(query, key, value, blocks, scale)
         scores = (
             torch.linalg.vecdot(query.unflatten(1, group), keys[:, :, :, None]).flatten(2).mul_(scale).to(lse.dtype)
         )
@@ -167,17 +167,17 @@ class _Merged(torch.autograd.Function):
         for weight, v in zip(weights[1:], values):
             out.unflatten(1, group).addcmul_(weight.unflatten(1, group), v[:, :, None])
         ctx.save_for_backward(query, key, value, keys, values, weights, out, lse)
-        ctx.arguments = strips, kernel, scale, group
+        ctx.arguments = blocks, kernel, scale, group
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        (query, key, value, keys, values, weights, out, lse), (strips, kernel, scale, group) = (
+        (query, key, value, keys, values, weights, out, lse), (blocks, kernel, scale, group) = (
             ctx.saved_tensors,
             ctx.arguments,
         )
         grad, d_key, d_value = grad.contiguous(), torch.zeros_like(key), torch.zeros_like(value)
-        d_query = kernel.backward(grad, query, key, value, out, lse, strips, scale, d_key, d_value)
+        d_query = kernel.backward(grad, query, key, value, out, lse, blocks, scale, d_key, d_value)
         grouped, pulled, shares = query.unflatten(1, group), grad.unflatten(1, group), weights[1:].unflatten(2, group)
         delta = torch.linalg.vecdot(pulled, out.unflatten(1, group))
         slopes = (torch.linalg.vecdot(pulled, values[:, :, :, None]) - delta).mul_(scale)[..., None] * shares
@@ -185,9 +185,9 @@ class _Merged(torch.autograd.Function):
         return d_query, d_key, d_value, (slopes * grouped).sum(3), (shares * pulled).sum(3), None, None, None
 
 
-def merged_attention(query, key, value, keys, values, strips: list[Strip], kernel, scale: float) -> torch.Tensor:
+def merged_attention(query, key, value, keys, values, blocks: list[QueryBlock], kernel, scale: float) -> torch.Tensor:
     """Attention [P, H, D] of the rows that are trained on over their documents' rows (query [P, H, D]; key, value [T,
     H, D]) and over n more keys that each row alone sees (keys, values [n, P, H_kv, D]); one softmax over both,
     differentiable in all five.
     """
-    return _Merged.apply(query, key, value, keys, values, strips, kernel, scale)
+    return _Merged.apply(query, key, value, keys, values, blocks, kernel, scale)

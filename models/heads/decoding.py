@@ -1,5 +1,5 @@
 """Drafting with a head of one decoder layer that reads its own output back: committed rows in a cache and trees grown
-behind them, or trees hung at inner positions of one packed row.
+behind them, or trees rooted at inner positions of one packed row.
 
 Such a head has `layer` (heads/layer.py), `first(hidden) -> H` for the target's states, `enter(tokens, H, step) ->
 (residual base, attention input)`, step being 0 for rows of the target's own states and k for nodes k levels below the
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from draftsmith.models.features import Features, TrainingFeatures
-from draftsmith.models.heads.hung import Hung
+from draftsmith.models.heads.rooted import RootedTrees
 from draftsmith.models.slots import SlotCache
 
 
@@ -65,16 +65,18 @@ class Beam:
     depth: int = 0
 
 
-def expand(head, beam: Beam | Hung, tokens: torch.Tensor, parents: torch.Tensor) -> tuple[torch.Tensor, Beam | Hung]:
+def expand(
+    head, beam: Beam | RootedTrees, tokens: torch.Tensor, parents: torch.Tensor
+) -> tuple[torch.Tensor, Beam | RootedTrees]:
     """tokens, parents [B, k] (rows of the last level) -> layer outputs [B, k, h], the beam of this level. The first
     level is the root, which also completes the pending rows of a context; these stay.
     """
-    if isinstance(beam, Hung):
-        return _grow_hung(head, beam, tokens, parents)
+    if isinstance(beam, RootedTrees):
+        return _grow_rooted(head, beam, tokens, parents)
     return _commit_root(head, beam.context, tokens) if beam.depth == 0 else _grow(head, beam, tokens, parents)
 
 
-def hang(head, features: TrainingFeatures, at: torch.Tensor, places: torch.Tensor | None = None) -> Hung:
+def root_at(head, features: TrainingFeatures, at: torch.Tensor, places: torch.Tensor | None = None) -> RootedTrees:
     """A beam of P roots at packed indices at [P], each at least 1 inside its document; root p sees features of its
     document before at[p] only. places [T]: positions of the rows where they are not 0, 1, ... in each document.
     """
@@ -84,10 +86,10 @@ def hang(head, features: TrainingFeatures, at: torch.Tensor, places: torch.Tenso
         features.tokens.roll(-1), hidden, 0
     )  # a document's last row meets the next one's first token; no root sees it
     row = head.layer.self_attn.key_value(u, *head.angles(places))
-    return replace(Hung.at(features.packing, at, row, hidden), positions=places[at.to(hidden.device) - 1])
+    return replace(RootedTrees.at(features.packing, at, row, hidden), positions=places[at.to(hidden.device) - 1])
 
 
-def _grow_hung(head, beam: Hung, tokens, parents):
+def _grow_rooted(head, beam: RootedTrees, tokens, parents):
     attention, rows = head.layer.self_attn, torch.arange(len(tokens), device=tokens.device)[:, None]
     base, u = head.enter(tokens, beam.hidden[rows, parents], beam.depth)
     cos, sin = head.angles(beam.positions[:, None])

@@ -20,7 +20,7 @@ CHUNK = 2**20  # elements of one [rows, Vd] chunk: it stays in a processor's cac
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherDistribution:
     """The teacher at P tokens: probs [P, Vd] over the draft vocabulary (renormalised), choice [P] its most probable
     draft index, covered [P] bool: the target's own argmax over V can be drafted.
     """
@@ -31,7 +31,7 @@ class Lesson:
 
 
 @torch.no_grad()
-def teach(teacher: Teacher, ids: torch.Tensor) -> Lesson:
+def teacher_distribution(teacher: Teacher, ids: torch.Tensor) -> TeacherDistribution:
     """ids [Vd]: the draft vocabulary. fp32; the [P, V] logits are never held whole."""
     probs, choice, covered = [], [], []
     for part in teacher.final.split(512):
@@ -41,12 +41,12 @@ def teach(teacher: Teacher, ids: torch.Tensor) -> Lesson:
         covered.append(drafted.gather(-1, best[:, None])[:, 0] >= logits.amax(-1))
         choice.append(best)
         probs.append(drafted.softmax(-1))
-    return Lesson(torch.cat(probs), torch.cat(choice), torch.cat(covered))
+    return TeacherDistribution(torch.cat(probs), torch.cat(choice), torch.cat(covered))
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, lesson: Lesson, scale):
+    def forward(ctx, states, weight, distribution: TeacherDistribution, scale):
         (steps, count, _), size = states.shape, max(64, CHUNK // weight.size(0))
         losses, right = scale.new_zeros(steps, count), torch.zeros(steps, count, dtype=torch.bool, device=states.device)
         grad_states = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
@@ -58,16 +58,24 @@ class _SoftCrossEntropy(torch.autograd.Function):
         scale = scale[..., None].to(states.dtype)
         for k in range(steps):
             for start in range(0, count - k, size):
-                cut, taught = slice(start, min(start + size, count - k)), slice(start + k, min(start + size + k, count))
-                x, probs = states[k, cut], lesson.probs[taught]
+                cut, supervised = (
+                    slice(start, min(start + size, count - k)),
+                    slice(start + k, min(start + size + k, count)),
+                )
+                x, probs = states[k, cut], distribution.probs[supervised]
                 logits = (x @ weight.T).to(losses.dtype)
                 top = logits.amax(-1)
-                right[k, cut] = (logits.gather(-1, lesson.choice[taught, None])[:, 0] >= top) & lesson.covered[taught]
+                right[k, cut] = (
+                    logits.gather(-1, distribution.choice[supervised, None])[:, 0] >= top
+                ) & distribution.covered[supervised]
                 expected = torch.linalg.vecdot(probs, logits)
                 student = logits.softmax(-1)
-                losses[k, cut] = (top - student.amax(-1).log() - expected) * lesson.covered[taught]
+                losses[k, cut] = (top - student.amax(-1).log() - expected) * distribution.covered[supervised]
                 if grad_states is not None:
-                    slope, part = student.sub_(probs).to(states.dtype), scale[k, cut] * lesson.covered[taught, None]
+                    slope, part = (
+                        student.sub_(probs).to(states.dtype),
+                        scale[k, cut] * distribution.covered[supervised, None],
+                    )
                     torch.mm(slope, weight, out=grad_states[k, cut]).mul_(part)
                     if grad_weight is not None:
                         add_product(grad_weight, slope.T, x * part)
@@ -88,14 +96,16 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-def soft_cross_entropy(states: torch.Tensor, weight: torch.Tensor, lesson: Lesson, scale: torch.Tensor):
-    """states [K, P, h], weight [Vd, h], scale [K, P] fp32 row weights; row i of step k is taught what the lesson says
+def soft_cross_entropy(
+    states: torch.Tensor, weight: torch.Tensor, distribution: TeacherDistribution, scale: torch.Tensor
+):
+    """states [K, P, h], weight [Vd, h], scale [K, P] fp32 row weights; row i of step k is supervised by the teacher
     of token i + k.
 
     -> (loss, cross-entropy [K, P], whether the most probable draft token is the teacher's [K, P] bool). Tokens whose
-    argmax cannot be drafted count nothing and are never right; the last k rows of step k have nothing to be taught.
+    argmax cannot be drafted count nothing and are never right; the last k rows of step k have no supervision.
     """
-    return _SoftCrossEntropy.apply(states, weight, lesson, scale)
+    return _SoftCrossEntropy.apply(states, weight, distribution, scale)
 
 
 def chain_walk(packing: Packing, leading: list[int]) -> tuple[int, int]:

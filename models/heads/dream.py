@@ -12,7 +12,7 @@ state of the row before it, so that a tree node brings its parent's, the head's 
 Where the paper and the authors' code differ (and where both fail), this is:
     the middle state       per token, output of the layer, layers 1 .. 40 %, by default (`middle_*` choose otherwise);
                            supervises block 0
-    weights                0.2 feature, 0.2 middle, 1.0 KL, each a mean over the taught tokens; KL(target || draft)
+    weights                0.2 feature, 0.2 middle, 1.0 KL, each a mean over the supervised tokens; KL(target || draft)
                            summed over the vocabulary
     compression            on, 0.75: of the visual rows those with the most attention in the target's last layer, over
                            all images of a prompt
@@ -37,15 +37,15 @@ from torch import nn
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Middle, Shared, TrainingFeatures
-from draftsmith.models.heads.attention import kernel_for, merged_attention, strips_of
+from draftsmith.models.heads.attention import kernel_for, merged_attention, query_blocks
 from draftsmith.models.heads.cross import CrossLayer, attend
 from draftsmith.models.heads.distill import tally
 from draftsmith.models.heads.dream_config import DreamConfig, DreamObjective, DreamShape
 from draftsmith.models.heads.dream_rows import Rows, appended, kept_rows
 from draftsmith.models.heads.eagle import noisy
-from draftsmith.models.heads.frozen import Weights, taught_by
-from draftsmith.models.heads.hung import Hung, spans_of
+from draftsmith.models.heads.frozen import Weights, teacher_losses
 from draftsmith.models.heads.layer import Layer, angles, frequencies
+from draftsmith.models.heads.rooted import RootedTrees, spans_of
 from draftsmith.models.slots import SlotCache
 
 
@@ -103,11 +103,11 @@ class Beam:
 
 @dataclass(frozen=True)
 class Grove:
-    """Trees hung in a packed row: one `Hung` for each block. hidden [P, k, h]: states that the next nodes go on
-    from.
+    """Trees rooted in a packed row: one `RootedTrees` for each block. hidden [P, k, h]: states that the next nodes go
+    on from.
     """
 
-    blocks: tuple[Hung, Hung, Hung]
+    blocks: tuple[RootedTrees, RootedTrees, RootedTrees]
     hidden: torch.Tensor
 
 
@@ -221,9 +221,9 @@ class DreamHead(nn.Module):
         number = (
             kept.cumsum(0)[features.packing.rows + 1] - 1
         )  # of the roots among the kept rows; tokens that the target wrote are kept
-        strips = (
-            strips_of(features.packing, features.packing.rows, kernel.block),
-            strips_of(features.packing.select(kept), number, kernel.block),
+        blocks = (
+            query_blocks(features.packing, features.packing.rows, kernel.block),
+            query_blocks(features.packing.select(kept), number, kernel.block),
         )
         number = number.to(device)
         states, inner = ([last.self_attn.repeat(x, 1) for x in pair] for pair in rows.pairs[1:])
@@ -237,21 +237,21 @@ class DreamHead(nn.Module):
                 x = cross.finish(
                     rows.x1[at],
                     merged_attention(
-                        cross.query(rows.x1[at]), *states, *drafted, strips[0], kernel, cross.cross_attn.scale
+                        cross.query(rows.x1[at]), *states, *drafted, blocks[0], kernel, cross.cross_attn.scale
                     ),
                 )
             u = last.enter(x)
             if k > 0:
                 own = appended(own, last.self_attn.key_value(u, *turned))
             attended = merged_attention(
-                last.self_attn.query(u, *turned).contiguous(), *inner, *own, strips[1], kernel, last.self_attn.scale
+                last.self_attn.query(u, *turned).contiguous(), *inner, *own, blocks[1], kernel, last.self_attn.scale
             )
             outputs.append(self.norm(last.finish(x, attended)))
         return torch.stack(outputs), rows.x1[number]
 
     def loss(self, features: TrainingFeatures, objective: DreamObjective, counts: list[float] | None = None):
-        """Mean over each step's taught rows i (`packing.rows + 1 + k`), s' and x1 the head's, s and m the target's last
-        and chosen middle state:
+        """Mean over each step's supervised rows i (`packing.rows + 1 + k`), s' and x1 the head's, s and m the target's
+        last and chosen middle state:
 
         loss = sum_k 1 / counts[k] sum_i ( kl_weight KL(p(s) || p(s')) + [k = 0] (feature_weight SmoothL1(s', s) +
         middle_weight SmoothL1(x1, m)) ),
@@ -278,7 +278,7 @@ class DreamHead(nn.Module):
         middle = torch.zeros_like(feature)
         if features.middle is not None:
             middle = F.smooth_l1_loss(first.to(wide), features.middle[rows + 1].to(wide), reduction="none").mean(-1)
-        kl, rank = taught_by(
+        kl, rank = teacher_losses(
             states, teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1, kl=True)
         )
         kl = kl * parts
@@ -338,7 +338,7 @@ class DreamHead(nn.Module):
         """A beam that waits for the root tokens."""
         return Beam(context)
 
-    def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Grove:
+    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> Grove:
         """A beam of P roots at the packed indices `at` [P] (each at least 1 inside its document, no piece of an image),
         with the states of its document's rows before.
         """
@@ -353,16 +353,16 @@ class DreamHead(nn.Module):
         inner = [
             span._replace(stop=span.stop + 1) for span in spans_of(features.packing.select(mine), number)
         ]  # a root sees the kept rows right up to it
-        own = [self._hung(row, inner, number.to(device), hidden, turns) for row in (rows.pairs[0], rows.pairs[2])]
-        cross = Hung.at(
+        own = [self._rooted(row, inner, number.to(device), hidden, turns) for row in (rows.pairs[0], rows.pairs[2])]
+        cross = RootedTrees.at(
             features.packing, at, rows.pairs[1], states
         )  # the state right before a root is the key that the root itself brings
         return Grove((own[0], cross, own[1]), hidden)
 
     @staticmethod
-    def _hung(row, spans, limit, hidden, positions) -> Hung:
+    def _rooted(row, spans, limit, hidden, positions) -> RootedTrees:
         none = row[0].new_zeros(len(limit), 0, *row[0].shape[1:])
-        return Hung(
+        return RootedTrees(
             row,
             spans,
             limit,
@@ -377,7 +377,7 @@ class DreamHead(nn.Module):
         consumes the roots [B, 1].
         """
         if isinstance(beam, Grove):
-            output, beam = self._grow_hung(beam, tokens, parents)
+            output, beam = self._grow_rooted(beam, tokens, parents)
         else:
             output, beam = (
                 self._commit_root(beam.context, tokens) if beam.depth == 0 else self._grow(beam, tokens, parents)
@@ -454,10 +454,10 @@ class DreamHead(nn.Module):
         output = self._through(tokens, beam.hidden[rows, parents], positions, self._cached(context, tuple(visible)))
         return output, replace(beam, hidden=output, seen=seen, depth=beam.depth + 1)
 
-    def _grow_hung(self, beam: Grove, tokens: torch.Tensor, parents: torch.Tensor):
+    def _grow_rooted(self, beam: Grove, tokens: torch.Tensor, parents: torch.Tensor):
         grown, rows = [], torch.arange(len(tokens), device=tokens.device)[:, None]
 
-        def over(block: Hung):
+        def over(block: RootedTrees):
             def attends(query, key, value):
                 attended, own, seen = block.attend(query, key, value, parents, self.config.head_dim**-0.5)
                 grown.append(replace(block, own=own, seen=seen, positions=block.positions + 1))

@@ -23,12 +23,12 @@ from torch import nn
 
 from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
 from draftsmith.models.heads import decoding
-from draftsmith.models.heads.attention import kernel_for, merged_attention, strips_of
+from draftsmith.models.heads.attention import kernel_for, merged_attention, query_blocks
 from draftsmith.models.heads.decoding import Beam, Context
 from draftsmith.models.heads.distill import tally
-from draftsmith.models.heads.frozen import Weights, taught_by
-from draftsmith.models.heads.hung import Hung
+from draftsmith.models.heads.frozen import Weights, teacher_losses
 from draftsmith.models.heads.layer import Layer, angles, frequencies, rope_of
+from draftsmith.models.heads.rooted import RootedTrees
 
 NOISE_LENGTH = 512  # tokens of the document whose noise is as wide as the objective says (EAGLE-1's code)
 
@@ -201,7 +201,7 @@ class EagleHead(nn.Module):
         attention, packing, device = self.layer.self_attn, features.packing, features.tokens.device
         rows, positions, last = packing.rows.to(device), self.places(features).to(device), len(features.tokens) - 1
         kernel = kernel_for(device)
-        strips = strips_of(packing, packing.rows, kernel.block)
+        blocks = query_blocks(packing, packing.rows, kernel.block)
         _, whole = self.enter(
             features.tokens.roll(-1), self.first(features.hidden)
         )  # a document's last row is read by none
@@ -217,7 +217,7 @@ class EagleHead(nn.Module):
                 values.append(value)
             own = (torch.stack(keys), torch.stack(values)) if keys else (empty, empty)
             attended = merged_attention(
-                attention.query(x, cos, sin).contiguous(), key0, value0, *own, strips, kernel, attention.scale
+                attention.query(x, cos, sin).contiguous(), key0, value0, *own, blocks, kernel, attention.scale
             )
             outputs.append(self.layer.finish(x, attended))
         return torch.stack(outputs)
@@ -240,13 +240,13 @@ class EagleHead(nn.Module):
                 "feature": none.sum(1)
             }
         outputs = self._unroll(noisy(features, objective.noise), steps)
-        taught = (torch.arange(len(rows), device=device) + torch.arange(steps, device=device)[:, None]).clamp(
+        supervised = (torch.arange(len(rows), device=device) + torch.arange(steps, device=device)[:, None]).clamp(
             max=len(rows) - 1
         )
         wide = torch.promote_types(outputs.dtype, torch.float32)
-        regression = F.smooth_l1_loss(outputs.to(wide), teacher.final[taught].to(wide), reduction="none").mean(-1)
+        regression = F.smooth_l1_loss(outputs.to(wide), teacher.final[supervised].to(wide), reduction="none").mean(-1)
         weights = Weights(objective.ce_weight, objective.topk_weight, objective.topk)
-        classification, rank = taught_by(outputs, teacher, self.shared.project, self.config.vocab_size, weights)
+        classification, rank = teacher_losses(outputs, teacher, self.shared.project, self.config.vocab_size, weights)
         losses, right = (regression + classification) * parts, rank == 0
         kept = self.alive(parts, rank, objective)
         shares = torch.tensor(
@@ -275,11 +275,11 @@ class EagleHead(nn.Module):
         """A beam that waits for the root tokens."""
         return Beam(context)
 
-    def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Hung:
+    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedTrees:
         """A beam of P roots at the packed indices `at` [P] (each at least 1 inside its document), with the features of
         its document's rows before.
         """
-        return decoding.hang(self, features, at)
+        return decoding.root_at(self, features, at)
 
     def expand(self, beam, tokens: torch.Tensor, parents: torch.Tensor):
         """tokens [B, k], parents [B, k] (rows of the last expand) -> log-probs [B, k, V] fp32, beam. The first call

@@ -17,11 +17,11 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
 from draftsmith.models.heads import decoding
 from draftsmith.models.heads.adapted import matrix
-from draftsmith.models.heads.attention import kernel_for, strips_of
+from draftsmith.models.heads.attention import kernel_for, query_blocks
 from draftsmith.models.heads.decoding import Beam, Context
-from draftsmith.models.heads.distill import soft_cross_entropy, tally, teach
-from draftsmith.models.heads.hung import Hung
+from draftsmith.models.heads.distill import soft_cross_entropy, tally, teacher_distribution
 from draftsmith.models.heads.layer import Layer, angles, frequencies, rope_of
+from draftsmith.models.heads.rooted import RootedTrees
 from draftsmith.models.heads.unroll import Plan, turn, unroll
 
 
@@ -218,7 +218,7 @@ class Eagle3Head(nn.Module):
             rows,
             (rows + 1 + ahead).clamp(max=last),
             *self.angles(positions[rows] + ahead),
-            strips_of(packing, packing.rows, kernel.block),
+            query_blocks(packing, packing.rows, kernel.block),
             kernel,
             attention.scale,
             (attention.heads, attention.kv_heads),
@@ -250,12 +250,12 @@ class Eagle3Head(nn.Module):
             none = torch.zeros(steps, 0, device=device)
             return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, none.bool(), none.bool(), none)
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
-        lesson = teach(features.teacher, self.ids)
+        distribution = teacher_distribution(features.teacher, self.ids)
         shares = torch.tensor(
             [weight / max(n, 1) for weight, n in zip(objective.weights, counts or here)], device=device
         )
         total, losses, right = soft_cross_entropy(
-            self.norm(self._unroll(features, steps)), matrix(self.lm_head), lesson, parts * shares[:, None]
+            self.norm(self._unroll(features, steps)), matrix(self.lm_head), distribution, parts * shares[:, None]
         )
         return total, tally(packing, parts, right, losses)
 
@@ -273,16 +273,16 @@ class Eagle3Head(nn.Module):
         """A beam that waits for the root tokens."""
         return Beam(context)
 
-    def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Hung:
+    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedTrees:
         """A beam of P roots at packed indices at [P], each at least 1 inside its document: root p is tokens[at[p]]
         (whatever `expand` is given first) and sees features of its document before at[p] only, as in decoding. With
         gradient where it is enabled.
         """
-        return decoding.hang(self, features, at)
+        return decoding.root_at(self, features, at)
 
     def expand(
-        self, beam: Beam | Hung, tokens: torch.Tensor, parents: torch.Tensor
-    ) -> tuple[torch.Tensor, Beam | Hung]:
+        self, beam: Beam | RootedTrees, tokens: torch.Tensor, parents: torch.Tensor
+    ) -> tuple[torch.Tensor, Beam | RootedTrees]:
         """tokens [B, k] (target ids), parents [B, k] (rows of the last expand) -> log-probs [B, k, Vd] fp32, beam.
 
         The first call consumes the root tokens [B, 1]; it also completes the pending rows, which stay.

@@ -44,9 +44,9 @@ class _Taught(torch.autograd.Function):
             logits = teacher.project(teacher.final[start : start + size], None).to(losses.dtype)
             choice, probs = logits.argmax(-1, keepdim=True), logits.softmax(-1)
             constant = weights.ce * torch.xlogy(probs, probs).sum(-1) if weights.kl else torch.zeros_like(logits[:, 0])
-            taught, total = _weighted(probs, weights)
+            supervised, total = _weighted(probs, weights)
             for k in range(steps):
-                first, stop = max(start - k, 0), start + len(logits) - k  # row i of step k is taught of token i + k
+                first, stop = max(start - k, 0), start + len(logits) - k  # row i of step k is supervised at token i + k
                 if stop <= first:
                     continue
                 mine = slice(first + k - start, None)
@@ -57,10 +57,12 @@ class _Taught(torch.autograd.Function):
                 top, student = z.amax(-1), z.softmax(-1)
                 rank[k, first:stop] = (z > z.gather(-1, choice[mine])).sum(-1)
                 losses[k, first:stop] = (
-                    total[mine] * (top - student.amax(-1).log()) - torch.linalg.vecdot(taught[mine], z) + constant[mine]
+                    total[mine] * (top - student.amax(-1).log())
+                    - torch.linalg.vecdot(supervised[mine], z)
+                    + constant[mine]
                 )
                 if grads is not None:
-                    slope = student.mul_(total[mine, None]).sub_(taught[mine]).to(out.dtype)
+                    slope = student.mul_(total[mine, None]).sub_(supervised[mine]).to(out.dtype)
                     grads[k, first:stop] = torch.autograd.grad(out, x, slope)[0]
         ctx.save_for_backward(grads)
         ctx.mark_non_differentiable(rank)
@@ -77,17 +79,17 @@ def _weighted(probs: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torc
     if weights.top == 0:
         return probs.mul_(weights.ce), torch.full_like(probs[:, 0], weights.ce)
     top = probs.topk(min(weights.k, probs.size(-1)))
-    taught = probs.mul_(weights.ce).scatter_add_(-1, top.indices, weights.top * top.values)
-    return taught, weights.ce + weights.top * top.values.sum(-1)
+    supervised = probs.mul_(weights.ce).scatter_add_(-1, top.indices, weights.top * top.values)
+    return supervised, weights.ce + weights.top * top.values.sum(-1)
 
 
-def taught_by(
+def teacher_losses(
     states: torch.Tensor, teacher: Teacher, project: Callable, vocab: int, weights: Weights
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """states [K, P, h], after which stands `project` to `vocab` tokens; row i of step k is taught what the teacher says
+    """states [K, P, h], after which stands `project` to `vocab` tokens; row i of step k is supervised by the teacher
     of its token i + k.
 
     -> (losses [K, P] fp32, differentiable in the states; how many tokens are more probable than the target's own first
-    choice [K, P] int64). The last k rows of step k have nothing to be taught: 0 and `vocab`.
+    choice [K, P] int64). The last k rows of step k have no supervision: 0 and `vocab`.
     """
     return _Taught.apply(states, teacher, project, vocab, weights)

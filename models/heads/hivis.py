@@ -23,7 +23,7 @@ from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFe
 from draftsmith.models.heads import decoding
 from draftsmith.models.heads.decoding import Context
 from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
-from draftsmith.models.heads.hung import Hung
+from draftsmith.models.heads.rooted import RootedTrees
 
 # a round goes on while the target's choice is among so many of the head's most probable tokens (the authors' code)
 ALIVE = 5
@@ -124,6 +124,6 @@ class HivisHead(EagleHead):
         """As `EagleHead.prefill`, over text rows."""
         return decoding.prefill(self, features, None if self.config.positions == "compact" else features.positions)
 
-    def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Hung:
-        """As `EagleHead.hang`."""
-        return decoding.hang(self, features, at, self.places(features))
+    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedTrees:
+        """As `EagleHead.root_at`."""
+        return decoding.root_at(self, features, at, self.places(features))

@@ -13,7 +13,9 @@ from draftsmith.models.heads.distill import CHUNK, add_product
 
 @torch.no_grad()
 def choices(teacher: Teacher) -> torch.Tensor:
-    """[P] int64: the target's most probable token behind each taught one. The [P, V] logits are never held whole."""
+    """[P] int64: the target's most probable token behind each supervised one. The [P, V] logits are never held
+    whole.
+    """
     return torch.cat([teacher.project(part, None).argmax(-1) for part in teacher.final.split(512)])
 
 

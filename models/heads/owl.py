@@ -291,7 +291,7 @@ class OwlHead(nn.Module):
         state, cell = self._step(projected, self._embed(tokens), cell)
         return torch.log_softmax(self.logits(state).float(), -1), Beam(state, cell)
 
-    def hang(self, features: TrainingFeatures, at: torch.Tensor) -> Beam:
+    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> Beam:
         """A beam of P trees whose roots are the tokens at[p] of one packed row (each behind at least one more of its
         document).
         """

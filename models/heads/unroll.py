@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from draftsmith.models.heads.attention import Strip
+from draftsmith.models.heads.attention import QueryBlock
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Plan:
     """What does not depend on weights. rows [P] of T, ascending; tokens [K, P]: whose embedding each row consumes at
-    each step; cos, sin [K, P, 1, D] of `turn`; strips, kernel and scale of the causal part; heads (query, key/value);
+    each step; cos, sin [K, P, 1, D] of `turn`; blocks, kernel and scale of the causal part; heads (query, key/value);
     eps of the norms.
 
     All rows go through all steps: those that a step has no use for compute what nobody reads, and shapes stay the same.
@@ -42,7 +42,7 @@ class Plan:
     tokens: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
-    strips: list[Strip]
+    blocks: list[QueryBlock]
     kernel: type
     scale: float
     heads: tuple[int, int]
@@ -86,7 +86,7 @@ class _Unroll(torch.autograd.Function):
                 keys.append(turned[:, heads:])
                 values.append(z[:, heads + shared :])
             query = turned[:, :heads].contiguous()
-            out, lse = plan.kernel.forward(query, key0, value0, plan.strips, plan.scale)
+            out, lse = plan.kernel.forward(query, key0, value0, plan.blocks, plan.scale)
             grouped = query.unflatten(1, group)
             scores = [
                 torch.linalg.vecdot(grouped, key[:, :, None]).flatten(1).mul_(plan.scale).to(lse.dtype) for key in keys
@@ -131,7 +131,7 @@ class _Unroll(torch.autograd.Function):
             torch.add(d_out[k], _norm_backward(d_v[k], y[k], second, w_after), out=d_y[k])
             d_attended, out = (d_y[k] @ w_out).unflatten(1, (heads, dim)), attended[k].unflatten(1, (heads, dim))
             d_query = plan.kernel.backward(
-                d_attended, query, key0, value0, out, lse, plan.strips, plan.scale, d_key0, d_value0
+                d_attended, query, key0, value0, out, lse, plan.blocks, plan.scale, d_key0, d_value0
             )
             grouped, d_grouped, pulled = (t.unflatten(1, group) for t in (query, d_query, d_attended))
             delta = torch.linalg.vecdot(pulled, out.unflatten(1, group))

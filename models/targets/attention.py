@@ -3,7 +3,7 @@ kept (DREAM, section 4).
 
 The target runs its usual kernels. Behind the layers that are asked about, the weights are computed once more from the
 queries and keys that the kernel got (after the rope and any norms of theirs, so that it holds for every architecture),
-in fp32, for one group of heads and a strip of queries at a time, and reduced at once. The mask builder is registered
+in fp32, for one group of heads and a block of queries at a time, and reduced at once. The mask builder is registered
 under the same name: without one transformers passes no mask, and weights that were recomputed would not be causal.
 """
 
@@ -15,7 +15,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Middle
 
 NAME = "draftsmith_statistics"
-STRIP = 2**24  # weights computed at a time (64 MB in fp32)
+CHUNK = 2**24  # weights computed at a time (64 MB in fp32)
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, **options):
@@ -33,13 +33,13 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
-def strips(query, key, mask, scaling):
-    """Attention weights [B, H / H_kv, q, K] fp32, additive mask [B, 1, Q, K], one strip of queries and one key head
+def weight_blocks(query, key, mask, scaling):
+    """Attention weights [B, H / H_kv, q, K] fp32, additive mask [B, 1, Q, K], one block of queries and one key head
     after the other, as (which queries, weights). Masked entries are exactly 0.
     """
     batch, heads, queries, _ = query.shape
     group = heads // key.size(1)
-    size = max(1, STRIP // (batch * group * key.size(2)))
+    size = max(1, CHUNK // (batch * group * key.size(2)))
     for start in range(0, queries, size):
         rows = slice(start, min(start + size, queries))
         for shared, own in zip(key.split(1, 1), query[:, :, rows].split(group, 1)):
@@ -50,7 +50,7 @@ def strips(query, key, mask, scaling):
 def row_entropy(query, key, mask, scaling) -> torch.Tensor:
     """[B, Q] fp32: entropy in nats of each query's weights, mean over heads (DREAM, AE of section 4.1)."""
     entropy = query.new_zeros(query.size(0), query.size(2), dtype=torch.float32)
-    for rows, weights in strips(query, key, mask, scaling):
+    for rows, weights in weight_blocks(query, key, mask, scaling):
         entropy[:, rows] -= torch.xlogy(weights, weights).sum((1, 3))
     return entropy / query.size(1)
 
@@ -60,7 +60,7 @@ def column_sums(query, key, mask, scaling, asking) -> torch.Tensor:
     over them.
     """
     sums = query.new_zeros(query.size(0), key.size(2), dtype=torch.float32)
-    for rows, weights in strips(query, key, mask, scaling):
+    for rows, weights in weight_blocks(query, key, mask, scaling):
         sums += (weights * asking[:, None, rows, None]).sum((1, 2))
     return sums / query.size(1)
 

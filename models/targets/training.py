@@ -46,8 +46,8 @@ def training_features(
         )
         probe, score = prefix.probe if spec.probe is not None else None, prefix.score if spec.trees else None
     packing, row = packing.select(fed.cpu()), (numbers[kept], places[kept])
-    taught = packing.rows.to(device) + 1
-    teacher = Teacher(final[row[0][taught], row[1][taught]], target.project)
+    supervised = packing.rows.to(device) + 1
+    teacher = Teacher(final[row[0][supervised], row[1][supervised]], target.project)
     return TrainingFeatures(
         tokens[kept],
         hidden[row],

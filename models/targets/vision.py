@@ -24,7 +24,7 @@ FAMILIES = {  # what each takes of what its processor makes of images
 
 
 class Vision:
-    """The eyes of one model. token: the id of a visual token (one for each piece of an image)."""
+    """The vision encoder of one model. token: the id of a visual token (one for each piece of an image)."""
 
     def __init__(self, model, name: str):
         self.family = model.config.model_type

@@ -83,7 +83,7 @@ def cost(target, prompts, stops) -> dict[str, float]:
 
     @torch.no_grad()
     def grown(some):
-        return step.policy.grow(some, some.hang(features, at), tokens[at])
+        return step.policy.grow(some, some.root_at(features, at), tokens[at])
 
     mine, theirs = grown(head), grown(frozen)
     trie, _ = gto.union(mine, theirs)

@@ -1,4 +1,4 @@
-"""Group Tree Optimization: rewards are expectations, hung trees are decoding's trees, one start has no gradient, and
+"""Group Tree Optimization: rewards are expectations, rooted trees are decoding's trees, one start has no gradient, and
 clipping blocks the right side.
 """
 
@@ -98,8 +98,8 @@ def test_hung_trees_are_those_of_decoding_on_the_text_up_to_there(target, head):
     training, decoding, policy = packed(target, head, first=1), features_of(target, head), DynamicTree(3, 4, 12)
     at = torch.tensor([p for p in range(len(training.tokens)) if training.packing.positions[p] > 0])
     with torch.no_grad():
-        found = policy.candidates(head, head.hang(training, at), training.tokens[at])
-        trees = policy.grow(head, head.hang(training, at), training.tokens[at])
+        found = policy.candidates(head, head.root_at(training, at), training.tokens[at])
+        trees = policy.grow(head, head.root_at(training, at), training.tokens[at])
         for i, p in enumerate(at.tolist()):
             b, t = place(training, p)
             context = head.prefill(cut(decoding, b, t))
@@ -115,7 +115,7 @@ def test_hung_trees_are_those_of_decoding_on_the_text_up_to_there(target, head):
 
 
 def test_chain_log_probs_are_those_of_decoding_and_of_a_finite_difference(target, head):
-    """log M(S) from `hang` against a decode loop (methods: test 4); its gradient in fp64 against a finite
+    """log M(S) from `root_at` against a decode loop (methods: test 4); its gradient in fp64 against a finite
     difference.
     """
     training, decoding = packed(target, head), features_of(target, head)

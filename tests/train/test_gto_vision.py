@@ -58,7 +58,7 @@ def test_every_head_is_rewarded_for_its_trees_behind_images(name):
     rewards = []
     for p in groups.flatten().tolist():
         at = torch.tensor([p])
-        tree = TREE.grow(head, head.hang(features, at), features.tokens[at])
+        tree = TREE.grow(head, head.root_at(features, at), features.tokens[at])
         number = sum(p >= border for border in features.packing.borders[1:])
         ids, images = documents[number]
         edges, before = torch.zeros(tree.tokens.shape), ids[: int(features.positions[p])]

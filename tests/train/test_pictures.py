@@ -183,14 +183,18 @@ def test_a_conversation_becomes_a_row_an_answer(place, tmp_path):
     for number, (end, answer, names) in enumerate(
         zip(ends, THREE[1::2], (["a.png"], ["a.png"], ["a.png", "b.png"])), 1
     ):
-        cut, taught = rows.row(number)
-        assert np.array_equal(cut, tokens[:end]) and taught[-1] and decode(cut[taught]) == f"{answer['value']}<|end|>"
-        assert np.flatnonzero(taught).tolist() == list(range(end - taught.sum(), end))  # one run
+        cut, supervised = rows.row(number)
+        assert (
+            np.array_equal(cut, tokens[:end])
+            and supervised[-1]
+            and decode(cut[supervised]) == f"{answer['value']}<|end|>"
+        )
+        assert np.flatnonzero(supervised).tolist() == list(range(end - supervised.sum(), end))  # one run
         assert [picture.name for picture in rows.images(number)] == names and (
             cut == pictures.image_token
         ).sum() == 4 * len(names)
-        assert rows.prompt(number) == tokens[: end - taught.sum()].tolist()
-    assert torch.equal(rows.counts, long.counts) and rows.key != long.key  # every answer is taught once
+        assert rows.prompt(number) == tokens[: end - supervised.sum()].tolist()
+    assert torch.equal(rows.counts, long.counts) and rows.key != long.key  # every answer is supervised once
 
 
 def test_a_row_an_answer_ends_with_it_and_at_the_longest_length(place, tmp_path):

@@ -114,7 +114,7 @@ def test_zero_stages_in_two_processes_equal_one_process(seeing, head, stages):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_what_is_partitioned_runs_once_a_row_whatever_stands_in_it(family):
     """Each run of a partitioned weight waits for the other process, which has other rows: with more pictures, or more
-    to be taught.
+    to be supervised.
     """
     target, ran, runs = tiny_vision(family), Counter(), []
     target.shard(

@@ -22,7 +22,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.targets import describe, locate
 from draftsmith.train.recipe import Strict
 from draftsmith.train.reference import corpus
-from draftsmith.train.reference.pretraining_run import Course, Optimizer, make_optimizer
+from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 from draftsmith.train.reference.repository import RepositoryRows
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -292,7 +292,7 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
     )
     documents.tokenizer.save_pretrained(folder)
     model = first_model(recipe).to(device)
-    course = Course(
+    run = PretrainingRun(
         recipe.optimizer, sum(stage.tokens for stage in recipe.stages), recipe.save_minutes, log, unit="tokens"
     )
     rows = Rows(documents, recipe.seed)
@@ -302,12 +302,12 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
         if recipe.compile:
             for layer in model.model.layers:
                 layer.compile()  # layers are alike: one compilation serves them all
-        optimizer, end = make_optimizer(model, recipe.optimizer), course.seen + stage.tokens
-        while course.seen < end:
+        optimizer, end = make_optimizer(model, recipe.optimizer), run.seen + stage.tokens
+        while run.seen < end:
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 loss = language_loss(model, rows.draw(stage).to(device))
-            course.step(model, optimizer, loss, stage.batch * stage.length, f"layers {stage.layers} epoch {rows.epoch}")
-            if course.due():
+            run.step(model, optimizer, loss, stage.batch * stage.length, f"layers {stage.layers} epoch {rows.epoch}")
+            if run.due():
                 nats, per_byte = loss_per_byte(model, documents.tokenizer, documents.held_out, device, 100)
                 log(f"held-out loss {nats:.3f} per token, {per_byte:.4f} per byte")
                 model.save_pretrained(folder / "checkpoint")
@@ -318,8 +318,8 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
     figures = {
         "held_out_nats_per_token": nats,
         "held_out_nats_per_byte": per_byte,
-        "tokens": course.seen,
-        "minutes": course.minutes,
+        "tokens": run.seen,
+        "minutes": run.minutes,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     (folder / "training.json").write_text(json.dumps(figures, indent=1))

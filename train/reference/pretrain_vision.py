@@ -1,13 +1,13 @@
 """Trains the bundled `shapes-vlm` target: a small LLaVA (CLIP tower, two-layer projector, Llama) on scenes drawn by
 code.
 
-Two steps, as large models of this kind are made. First tower and projector, the eyes, learn to say at every patch what
-it shows and where that is (probes that are thrown away). Then they are frozen, since the loss of answers alone unlearns
-reading before it needs it, and the language model learns to answer questions and to describe. From stage to stage it
-grows in depth, the scenes in content, and the share of empty patches that it is shown: to find one patch among 256 is
-not learnt from answers, to find one of four among 16 is. A row is one picture and many conversations about it: each
-sees the picture and itself only, at the positions that it would have alone, so that the picture is encoded once and no
-answer can be copied from another. The loss covers what the assistant says.
+Two steps, as large models of this kind are made. First the vision encoder (tower and projector) learns to say at every
+patch what it shows and where that is (probes that are thrown away). Then they are frozen, since the loss of answers
+alone unlearns reading before it needs it, and the language model learns to answer questions and to describe. From stage
+to stage it grows in depth, the scenes in content, and the share of empty patches that it is shown: to find one patch
+among 256 is not learnt from answers, to find one of four among 16 is. A row is one picture and many conversations about
+it: each sees the picture and itself only, at the positions that it would have alone, so that the picture is encoded
+once and no answer can be copied from another. The loss covers what the assistant says.
 """
 
 import json
@@ -35,7 +35,7 @@ from transformers import (
 from draftsmith.models.errors import UserError
 from draftsmith.train.recipe import Strict
 from draftsmith.train.reference import pretrain as text
-from draftsmith.train.reference.pretraining_run import Course, Optimizer, make_optimizer
+from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 from draftsmith.train.reference.scenes import (
     SIDE,
     SLOT,
@@ -47,7 +47,7 @@ from draftsmith.train.reference.scenes import (
     request,
     scenes,
 )
-from draftsmith.train.reference.vision_encoder import PATCHES, Eyes, chosen, open_eyes, pixels
+from draftsmith.train.reference.vision_encoder import PATCHES, VisionEncoderStage, chosen, pixels, train_vision_encoder
 
 IMAGE = "<image>"
 CHAT_TEMPLATE = (
@@ -91,7 +91,7 @@ class VisionRecipe(Strict):
     held_out: float = Field(gt=0, lt=1)
     vision: Vision
     model: text.Architecture
-    eyes: Eyes
+    vision_encoder: VisionEncoderStage
     stages: list[VisionStage] = Field(min_length=1)
     optimizer: Optimizer
     evaluation: int = Field(gt=0)
@@ -382,13 +382,13 @@ def evaluate(model, rows: Rows, recipe: VisionRecipe, count: int) -> dict:
     }
 
 
-def save_snapshot(folder: Path, model, optimizer, course: Course) -> None:
+def save_snapshot(folder: Path, model, optimizer, run: PretrainingRun) -> None:
     """Weights (fp32) and what else a run that is killed goes on from; complete or not there."""
     partial = folder / ".checkpoint"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     torch.save(
-        {"optimizer": optimizer.state_dict(), "seen": course.seen, "steps": course.steps, "minutes": course.minutes},
+        {"optimizer": optimizer.state_dict(), "seen": run.seen, "steps": run.steps, "minutes": run.minutes},
         partial / "state.pt",
     )
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -396,8 +396,8 @@ def save_snapshot(folder: Path, model, optimizer, course: Course) -> None:
 
 
 def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
-    """Runs the step of the eyes and all stages; `recipe.output` appears when complete: bf16 safetensors, processor,
-    held-out figures.
+    """Trains the vision encoder, then runs all stages; `recipe.output` appears when complete: bf16 safetensors,
+    processor, held-out figures.
 
     Until then everything is in `output.partial`, with a snapshot (`checkpoint`) every `save_minutes`, from which a
     killed run goes on: row n of a run is the same whenever it is drawn. Raises UserError when `output` exists or the
@@ -411,16 +411,16 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
     processor = make_processor(recipe)
     processor.save_pretrained(folder)
     rows = Rows(processor.tokenizer, processor.image_token_id)
-    course = Course(recipe.optimizer, sum(stage.rows for stage in recipe.stages), recipe.save_minutes, log)
+    run = PretrainingRun(recipe.optimizer, sum(stage.rows for stage in recipe.stages), recipe.save_minutes, log)
     if (folder / "checkpoint").is_dir():
         model = LlavaForConditionalGeneration.from_pretrained(folder / "checkpoint", dtype=torch.float32).train()
         state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
-        course.go_on(state["seen"], state["steps"], state["minutes"])
+        run.go_on(state["seen"], state["steps"], state["minutes"])
     else:
         model, state = first_model(recipe, processor.image_token_id), None
-        open_eyes(
+        train_vision_encoder(
             model,
-            recipe.eyes,
+            recipe.vision_encoder,
             recipe.optimizer,
             scenes(recipe.seed + 1, False, recipe.held_out, recipe.stages[-1].shapes),
             log,
@@ -428,42 +428,38 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
     log(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} ids, {course.seen} "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} ids, {run.seen} "
         f"rows done"
     )
     end = 0
     for number, stage in enumerate(recipe.stages, 1):
         start, end = end, end + stage.rows
-        if course.seen >= end:
+        if run.seen >= end:
             continue
         if stage.layers != model.config.text_config.num_hidden_layers:
             model, state = deepen(model, stage.layers), None
         optimizer = make_optimizer(model, recipe.optimizer)
-        if state is not None and course.seen > start:
+        if state is not None and run.seen > start:
             optimizer.load_state_dict(state["optimizer"])
-        source = islice(
-            scenes(recipe.seed + 1 + number, False, recipe.held_out, stage.shapes), course.seen - start, None
-        )
-        while course.seen < end:
-            rng, drawn = random.Random(f"{recipe.seed} row {course.seen}"), list(islice(source, stage.batch))
+        source = islice(scenes(recipe.seed + 1 + number, False, recipe.held_out, stage.shapes), run.seen - start, None)
+        while run.seen < end:
+            rng, drawn = random.Random(f"{recipe.seed} row {run.seen}"), list(islice(source, stage.batch))
             batch = rows.batch(
                 drawn,
                 [talk(scene, rng, stage.descriptions, stage.kinds) for scene in drawn],
                 stage.length,
                 stage.patches,
             )
-            course.step(
-                model, optimizer, answer_loss(model, batch), len(drawn), f"stage {number} layers {stage.layers}"
-            )
-            if course.due():
+            run.step(model, optimizer, answer_loss(model, batch), len(drawn), f"stage {number} layers {stage.layers}")
+            if run.due():
                 log(json.dumps(evaluate(model, rows, recipe, min(16, recipe.evaluation))))
-                save_snapshot(folder, model, optimizer, course)
+                save_snapshot(folder, model, optimizer, run)
     model.config.text_config.use_cache = True
     model = model.to(torch.bfloat16)
     model.save_pretrained(folder)
     figures = evaluate(model.float(), rows, recipe, recipe.evaluation) | {
-        "rows": course.seen,
-        "minutes": round(course.minutes, 1),
+        "rows": run.seen,
+        "minutes": round(run.minutes, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     (folder / "training.json").write_text(json.dumps(figures, indent=1))

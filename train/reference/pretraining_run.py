@@ -1,4 +1,4 @@
-"""The course of a pretraining run: learning rates, clipping, a line of the log now and then, snapshots, and a stop when
+"""A pretraining run: learning rates, clipping, a line of the log now and then, snapshots, and a stop when
 the loss is no number.
 """
 
@@ -35,7 +35,7 @@ def make_optimizer(model, spec: Optimizer) -> MuonAdamW:
     )
 
 
-class Course:
+class PretrainingRun:
     """`seen` of `total` after `steps` steps. unit: what `seen` and `total` count, as the log says it."""
 
     def __init__(self, spec: Optimizer, total: int, save_minutes: float, log, unit: str = "rows"):

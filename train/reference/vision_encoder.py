@@ -1,5 +1,5 @@
-"""The eyes of the bundled target that sees: tower and projector alone learn to say at every patch of a scene what it
-shows and where that is, by linear probes that are thrown away.
+"""The vision encoder of the bundled target that sees: tower and projector alone learn to say at every patch of a scene
+what it shows and where that is, by linear probes that are thrown away.
 """
 
 import math
@@ -13,7 +13,7 @@ from pydantic import Field
 from transformers import LlavaForConditionalGeneration
 
 from draftsmith.train.recipe import Strict
-from draftsmith.train.reference.pretraining_run import Course, Optimizer, make_optimizer
+from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 from draftsmith.train.reference.scenes import COLOURS, GRID, SHAPES, SIDE, SIZES, SLOT, SLOTS, Scene, Text, picture
 
 PATCHES = (SIDE // SLOT) ** 2
@@ -29,7 +29,7 @@ FACTS = {
 }
 
 
-class Eyes(Strict):
+class VisionEncoderStage(Strict):
     """The step of tower and projector alone, on pictures of the last stage's scenes."""
 
     pictures: int = Field(ge=0)
@@ -100,18 +100,24 @@ class Probes(torch.nn.Module):
         return sum(losses) / len(FACTS)
 
 
-def open_eyes(
-    model: LlavaForConditionalGeneration, spec: Eyes, optimization: Optimizer, drawn: Iterator[Scene], log
+def train_vision_encoder(
+    model: LlavaForConditionalGeneration, spec: VisionEncoderStage, optimization: Optimizer, drawn: Iterator[Scene], log
 ) -> None:
     """Trains tower and projector on `drawn`, and gives the features a mean square of 1: at the thousands that training
     leaves them with, nothing that a layer adds to the state of a patch would be seen behind the next norm.
     """
     probes = Probes(model)
-    course, optimizer = Course(optimization, spec.pictures, math.inf, log), make_optimizer(probes, optimization)
-    while course.seen < spec.pictures:
+    run, optimizer = PretrainingRun(optimization, spec.pictures, math.inf, log), make_optimizer(probes, optimization)
+    while run.seen < spec.pictures:
         some = list(islice(drawn, spec.batch))
         images = pixels([picture(scene) for scene in some])
-        course.step(probes, optimizer, probes(images, torch.stack([facts(scene) for scene in some])), len(some), "eyes")
+        run.step(
+            probes,
+            optimizer,
+            probes(images, torch.stack([facts(scene) for scene in some])),
+            len(some),
+            "vision encoder",
+        )
     with torch.no_grad():
         scale = probes.features(images).square().mean().sqrt()
         for parameter in probes.projector.linear_2.parameters():

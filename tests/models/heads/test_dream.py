@@ -149,7 +149,7 @@ def by_formula(head, embedded, states):
 
 def test_the_blocks_are_the_written_out_formulas(target):
     """No norm before block 0 nor of the states, no positions in the cross-attention, gates through tanh; the middle is
-    taught to block 0.
+    supervising block 0.
     """
     head = dream_head(target)
     embedded, states, kept = rows_of(head)
@@ -276,7 +276,7 @@ def test_trees_hung_in_a_packed_row_equal_trees_behind_the_truncated_document(fa
         torch.tensor([[1, 2]] * 6),
         torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [0, 0], [1, 0]]),
     )
-    first, beam = head.expand(head.hang(training, at), roots, zeros(6, 1))
+    first, beam = head.expand(head.root_at(training, at), roots, zeros(6, 1))
     second, beam = head.expand(beam, tokens, zeros(6, 2))
     third, _ = head.expand(beam, tokens.flip(1), parents)
     for p, (b, t) in enumerate(place(training, i) for i in at.tolist()):
@@ -285,13 +285,13 @@ def test_trees_hung_in_a_packed_row_equal_trees_behind_the_truncated_document(fa
         )
         c, alone = head.expand(alone, tokens[p : p + 1], zeros(1, 2))
         d, _ = head.expand(alone, tokens[p : p + 1].flip(1), parents[p : p + 1])
-        for hung, single in ((first, a), (second, c), (third, d)):
-            torch.testing.assert_close(hung[p], single[0], atol=1e-5, rtol=1e-5)
+        for rooted, single in ((first, a), (second, c), (third, d)):
+            torch.testing.assert_close(rooted[p], single[0], atol=1e-5, rtol=1e-5)
     gradient = torch.autograd.grad(third[..., 0].sum(), list(head.parameters()))
     assert all(g.abs().sum() > 0 for g in gradient)
     if ratio < 1:
         with pytest.raises(UserError, match="piece of an image"):
-            head.hang(training, training.visual.nonzero().flatten())
+            head.root_at(training, training.visual.nonzero().flatten())
 
 
 # Compression
@@ -340,8 +340,8 @@ def test_each_answer_is_trained_on_the_visual_rows_that_its_prompt_drafts_with(f
     ends = [i + 1 for i in range(len(ids)) if ids[i] == IMAGE][3::4]
     rows = answers_apart(ids, mask, [0, 1], ends)
     documents = [
-        (row, {name: value[: len(seen)] for name, value in images.items()}, taught.index(1))
-        for row, taught, seen in rows
+        (row, {name: value[: len(seen)] for name, value in images.items()}, supervised.index(1))
+        for row, supervised, seen in rows
     ]
     assert [(len(row), start) for row, _, start in documents] == [(first - 2, first - 6), (len(ids), len(ids) - 6)]
     training = head._documents(pack_images(target, head, documents))

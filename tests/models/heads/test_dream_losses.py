@@ -19,7 +19,7 @@ from tests.tiny_vision import tiny_vision
 @both
 @pytest.mark.parametrize("steps", [1, 3])
 def test_loss_and_gradients_equal_the_plain_formulas(family, steps):
-    """Features and the middle are taught at step 0 alone."""
+    """Features and the middle are supervised at step 0 alone."""
     target = tiny_vision(family)
     head, objective = dream_head(target), replace(PLAIN, steps=steps)
     features = packed(family, target, head.feature_spec)[0]
@@ -37,11 +37,11 @@ def test_loss_and_gradients_equal_the_plain_formulas(family, steps):
     feature = F.smooth_l1_loss(found[0][1], final, reduction="none").mean(-1)
     middle = F.smooth_l1_loss(first, features.middle[rows + 1], reduction="none").mean(-1)
     want, kls = 0.2 * feature.mean() + 0.2 * middle.mean(), []
-    for k, (taught, outputs) in enumerate(found):
-        law, q = p[torch.searchsorted(rows, taught) + k], target.project(outputs).log_softmax(-1)
+    for k, (supervised, outputs) in enumerate(found):
+        law, q = p[torch.searchsorted(rows, supervised) + k], target.project(outputs).log_softmax(-1)
         kls.append((law.exp() * (law - q)).sum(-1))
         want = want + kls[-1].mean()
-        assert sums["right"][k] == (law.argmax(-1) == q.argmax(-1)).sum() and sums["rows"][k] == len(taught)
+        assert sums["right"][k] == (law.argmax(-1) == q.argmax(-1)).sum() and sums["rows"][k] == len(supervised)
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
     for name, values in (("feature", [feature]), ("middle", [middle]), ("kl", kls)):
         torch.testing.assert_close(sums[name], torch.stack([v.sum() for v in values]), atol=1e-4, rtol=1e-4)

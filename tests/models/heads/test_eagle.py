@@ -21,7 +21,7 @@ from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import EagleConfig, EagleHead, EagleObjective
 from draftsmith.models.heads.distill import chain_walk
 from draftsmith.models.heads.eagle import noisy
-from draftsmith.models.heads.frozen import Weights, taught_by
+from draftsmith.models.heads.frozen import Weights, teacher_losses
 from draftsmith.train import distributed
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 from tests.conftest import ROOT, pack
@@ -194,7 +194,7 @@ def test_a_head_that_knows_the_features_has_the_targets_entropy_and_nothing_to_l
     states = torch.stack([final.roll(-k, 0) for k in range(3)]).requires_grad_()
     q = target.project(final).softmax(-1)
     for weights in (Weights(1.0, 0.0, 10), Weights(0.1, 1.0, 10)):
-        losses, rank = taught_by(states, features.teacher, target.project, 2**20, weights)
+        losses, rank = teacher_losses(states, features.teacher, target.project, 2**20, weights)
         right = rank == 0
         top = q.topk(10).values
         entropy = -weights.ce * (q * q.log()).sum(-1) - weights.top * (top * top.log()).sum(-1)
@@ -202,13 +202,14 @@ def test_a_head_that_knows_the_features_has_the_targets_entropy_and_nothing_to_l
             torch.testing.assert_close(losses[k, : count - k], entropy[k:], atol=1e-5, rtol=1e-5)
             assert right[k, : count - k].all() and not right[k, count - k :].any() and not losses[k, count - k :].any()
     assert (
-        taught_by(states, features.teacher, target.project, 2**20, Weights(1.0, 0.0, 10, kl=True))[0].abs().max() < 1e-5
+        teacher_losses(states, features.teacher, target.project, 2**20, Weights(1.0, 0.0, 10, kl=True))[0].abs().max()
+        < 1e-5
     )  # KL of equal laws
     # Only the full cross-entropy is proper: the part over the top k, not renormalised, still pulls the head towards
     # those tokens.
     for weights, still in ((Weights(1.0, 0.0, 10), True), (Weights(0.0, 1.0, 10), False)):
         gradient = torch.autograd.grad(
-            taught_by(states, features.teacher, target.project, 61, weights)[0].sum(), states
+            teacher_losses(states, features.teacher, target.project, 61, weights)[0].sum(), states
         )[0]
         assert (gradient.abs().max() < 1e-5) == still
 
@@ -277,15 +278,15 @@ def test_trees_hung_in_a_packed_row_equal_trees_behind_the_truncated_document(ex
         torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [0, 0], [1, 0]]),
     )
     roots = training.tokens[at][:, None]
-    first, beam = head.expand(head.hang(training, at), roots, ZERO.expand(6, 1))
+    first, beam = head.expand(head.root_at(training, at), roots, ZERO.expand(6, 1))
     second, beam = head.expand(beam, tokens, ZERO.expand(6, 2))
     third, _ = head.expand(beam, tokens.flip(1), parents)
     for p, (b, t) in enumerate(place(training, i) for i in at.tolist()):
         a, alone = head.expand(head.roots(head.prefill(cut(decoding, b, t))), roots[p : p + 1], ZERO)
         c, alone = head.expand(alone, tokens[p : p + 1], ZERO.expand(-1, 2))
         d, _ = head.expand(alone, tokens[p : p + 1].flip(1), parents[p : p + 1])
-        for hung, single in ((first, a), (second, c), (third, d)):
-            torch.testing.assert_close(hung[p], single[0], atol=1e-5, rtol=1e-5)
+        for rooted, single in ((first, a), (second, c), (third, d)):
+            torch.testing.assert_close(rooted[p], single[0], atol=1e-5, rtol=1e-5)
     gradient = torch.autograd.grad(third.sum(), list(head.parameters()))
     assert all(g.abs().sum() > 0 for g in gradient)
 
@@ -296,7 +297,7 @@ def test_gradient_through_a_hung_tree_is_that_of_a_finite_difference(exact):
     features, at = packed(target, head), torch.tensor([6, 20])
 
     def score():
-        _, beam = head.expand(head.hang(features, at), features.tokens[at][:, None], ZERO.expand(2, 1))
+        _, beam = head.expand(head.root_at(features, at), features.tokens[at][:, None], ZERO.expand(2, 1))
         return head.expand(beam, torch.tensor([[1, 2], [3, 4]]), ZERO.expand(2, 2))[1].hidden.square().sum()
 
     direction = (

@@ -145,7 +145,7 @@ def test_context_after_a_round_equals_prefill_on_the_committed_tokens(target, he
     torch.testing.assert_close(grown.cache.store[..., :12, :], fresh.cache.store[..., :12, :], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [attention.FlashOnCPU, attention.Blocks])
+@pytest.mark.parametrize("kernel", [attention.FlashOnCPU, attention.BlockwiseAttention])
 def test_kernels_equal_dense_attention_alone_and_merged_with_other_scores(kernel):
     """The merged attention has one more key per query; with the merged output and log-sum-exp the kernel's backward
     gives its own share.
@@ -170,20 +170,20 @@ def test_kernels_equal_dense_attention_alone_and_merged_with_other_scores(kernel
         out.append(torch.einsum("hk,khd->hd", scores.softmax(1), torch.cat([value[first : row + 1], more[p][None]])))
         lse.append(scores.logsumexp(1))
     want = torch.autograd.grad((torch.stack(out) * weight).sum(), (query, key, value))
-    strips = attention.strips_of(packing, packing.rows, 3)
+    blocks = attention.query_blocks(packing, packing.rows, 3)
     with torch.no_grad():
-        alone, total = kernel.forward(query, key, value, strips, scale)
+        alone, total = kernel.forward(query, key, value, blocks, scale)
         merged = torch.logaddexp(total, other)
         both = alone * (total - merged).exp()[..., None] + more * (other - merged).exp()[..., None]
         torch.testing.assert_close(merged, torch.stack(lse), atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(both, torch.stack(out), atol=1e-12, rtol=1e-12)
         sums = torch.ones_like(key), torch.ones_like(value)  # gradients are added
-        d_query = kernel.backward(weight, query, key, value, both, merged, strips, scale, *sums)
+        d_query = kernel.backward(weight, query, key, value, both, merged, blocks, scale, *sums)
         for got, w in zip((d_query, sums[0] - 1, sums[1] - 1), want):
             torch.testing.assert_close(got, w, atol=1e-11, rtol=1e-11)
 
 
-@pytest.mark.parametrize("kernel", [attention.FlashOnCPU, attention.Blocks])
+@pytest.mark.parametrize("kernel", [attention.FlashOnCPU, attention.BlockwiseAttention])
 def test_unrolled_layer_has_the_gradients_of_the_plain_computation(kernel, monkeypatch):
     """fp64: every parameter's gradient through 4 steps against autograd of the same layer written plainly, row by
     row.

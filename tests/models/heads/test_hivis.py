@@ -221,7 +221,7 @@ def test_trees_hung_in_a_packed_row_equal_trees_behind_the_truncated_document(fa
     training, _ = packed(target, family, head)
     at = torch.tensor([1, 3, 5, 14, 18, 22, 38, 45])
     tokens, parents = torch.tensor([[1, 2]]).expand(len(at), -1), torch.tensor([[1, 0]]).expand(len(at), -1)
-    _, beam = head.expand(head.hang(training, at), training.tokens[at][:, None], ZERO.expand(len(at), 1))
+    _, beam = head.expand(head.root_at(training, at), training.tokens[at][:, None], ZERO.expand(len(at), 1))
     _, beam = head.expand(beam, tokens, ZERO.expand(len(at), 2))
     got, _ = head.expand(beam, tokens, parents)
     for p, row in enumerate(at.tolist()):

@@ -62,7 +62,7 @@ def tiny_owl(target, steps: int = STEPS, width: int = 24, seed: int = 1) -> OwlH
     return head.eval()
 
 
-def taught(target, head, starts=(4, 4, 4)):
+def supervised(target, head, starts=(4, 4, 4)):
     return pack(target, head, documents(target), list(starts))
 
 
@@ -121,7 +121,7 @@ def test_the_embedding_is_scaled_by_the_width_and_the_steps(n, width, alpha):
 
 def test_training_step_k_row_t_equals_sequential_drafting(target):
     head = tiny_owl(target)
-    training = taught(target, head)
+    training = supervised(target, head)
     rows, compared = decoding(training, head), 0
     for k, (at, states) in enumerate(head.unroll(training, STEPS)):
         for row, got in zip(at.tolist(), head.logits(states)):
@@ -136,7 +136,7 @@ def test_training_step_k_row_t_equals_sequential_drafting(target):
 
 def test_drafting_in_a_ragged_batch_equals_one_by_one_and_siblings_share_their_parents_state(target):
     head = tiny_owl(target)
-    features = decoding(taught(target, head), head)
+    features = decoding(supervised(target, head), head)
     root, second, third = (
         torch.tensor([[5], [6], [7]]),
         torch.tensor([[1, 2], [3, 4], [8, 9]]),
@@ -159,7 +159,7 @@ def test_a_round_forgets_the_rounds_before_it_and_the_context_does_not_grow(targ
     length.
     """
     head = tiny_owl(target)
-    features = decoding(taught(target, head), head)
+    features = decoding(supervised(target, head), head)
     context = head.prefill(cut(features, 0, 3))
     size = context.hidden.shape
     for start, stop in ((3, 6), (6, 7), (7, 14)):
@@ -174,10 +174,10 @@ def test_a_round_forgets_the_rounds_before_it_and_the_context_does_not_grow(targ
 
 def test_trees_hung_into_a_packed_row_equal_drafting_behind_its_documents_cut_there(target):
     head = tiny_owl(target)
-    training = taught(target, head)
+    training = supervised(target, head)
     rows = decoding(training, head)
     at = torch.tensor([5, 9, 14 + 4, 26 + 9])
-    beam = head.hang(training, at)
+    beam = head.root_at(training, at)
     first, beam = head.expand(beam, training.tokens[at, None], zeros(4, 1))
     second, _ = head.expand(beam, torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]]), zeros(4, 2))
     for p, row in enumerate(at.tolist()):
@@ -244,13 +244,13 @@ def test_packed_documents_equal_documents_alone(target):
 
 def test_loss_without_taught_rows_is_zero_with_gradients_and_steps_must_be_those_of_the_head(target):
     head = tiny_owl(target)
-    loss, sums = head.loss(taught(target, head, (14, 12, 10)), OwlObjective(STEPS, 0.0))
+    loss, sums = head.loss(supervised(target, head, (14, 12, 10)), OwlObjective(STEPS, 0.0))
     loss.backward()
     assert (
         loss.item() == 0 and all(p.grad is not None for p in head.parameters()) and sums["rows"].tolist() == [0] * STEPS
     )
     with pytest.raises(UserError, match="objective.steps: found 3, expected head.n_predict 4"):
-        head.loss(taught(target, head), OwlObjective(3, 0.0))
+        head.loss(supervised(target, head), OwlObjective(3, 0.0))
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def test_trees_hung_into_a_packed_row_start_from_its_probes(target):
     rows = documents(target)
     training = pack(target, head, rows, [4, 4, 4])
     at = torch.tensor([4, 9, 14 + 5])
-    first, _ = head.expand(head.hang(training, at), training.tokens[at, None], zeros(3, 1))
+    first, _ = head.expand(head.root_at(training, at), training.tokens[at, None], zeros(3, 1))
     for p, row in enumerate(at.tolist()):
         b, t = place(training, row)
         torch.testing.assert_close(

@@ -33,8 +33,8 @@ def eager(model, ids, images):
 
 @every_family
 def test_entropies_and_columns_equal_those_of_eager_attention(family, monkeypatch):
-    """In strips of one query and one key head, with two pictures; the model's logits do not change."""
-    monkeypatch.setattr(attention, "STRIP", 1)
+    """In weight_blocks of one query and one key head, with two pictures; the model's logits do not change."""
+    monkeypatch.setattr(attention, "CHUNK", 1)
     model, (ids, images) = tiny_model(family), document(family, [3, 5, 4], wide=True)
     logits, weights, states = eager(model, ids, images)
     asking = torch.arange(len(ids))[None] < 15

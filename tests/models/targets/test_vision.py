@@ -150,9 +150,9 @@ def test_training_features_equal_hidden_states_and_the_loss_has_gradients(family
     for (ids, images), start, stop in zip(documents, packing.borders, packing.borders[1:]):
         logits, hidden = own(target, ids, images)
         torch.testing.assert_close(features.hidden[start:stop], hidden, atol=3e-5, rtol=0)
-        taught = packing.rows[(packing.rows >= start) & (packing.rows < stop)] + 1
+        supervised = packing.rows[(packing.rows >= start) & (packing.rows < stop)] + 1
         torch.testing.assert_close(
-            features.teacher.project(final[taught], None), logits[taught - start], atol=3e-5, rtol=0
+            features.teacher.project(final[supervised], None), logits[supervised - start], atol=3e-5, rtol=0
         )
         assert features.visual[start:stop].tolist() == [token == IMAGE for token in ids]
         assert features.positions[start:stop].tolist() == list(range(len(ids)))

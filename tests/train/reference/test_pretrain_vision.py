@@ -27,7 +27,15 @@ from draftsmith.train.reference.pretrain_vision import (
     talk,
 )
 from draftsmith.train.reference.scenes import GRID, SHAPES, SLOTS, describe, draw_scene, picture, questions, scenes
-from draftsmith.train.reference.vision_encoder import FACTS, PATCHES, Probes, chosen, facts, open_eyes, pixels
+from draftsmith.train.reference.vision_encoder import (
+    FACTS,
+    PATCHES,
+    Probes,
+    chosen,
+    facts,
+    pixels,
+    train_vision_encoder,
+)
 from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes" / "targets" / "shapes-vlm.yaml"
@@ -171,12 +179,12 @@ def test_few_patches_hold_all_that_a_scene_holds(processor, model):
     ] == batch.tokens.shape
 
 
-def test_opened_eyes_hand_on_features_of_mean_square_one(recipe, processor, model):
+def test_the_trained_vision_encoder_hands_on_features_of_mean_square_one(recipe, processor, model):
     lines, rng = [], torch.random.get_rng_state()
     torch.manual_seed(0)
-    open_eyes(
+    train_vision_encoder(
         model,
-        recipe.eyes.model_copy(update={"pictures": 6, "batch": 3}),
+        recipe.vision_encoder.model_copy(update={"pictures": 6, "batch": 3}),
         recipe.optimizer,
         scenes(0, False, 0.03),
         lines.append,
@@ -200,8 +208,8 @@ def test_the_majority_answer_knows_the_kind_of_a_question_alone():
 def test_a_tiny_run_goes_to_its_end_and_one_that_was_killed_to_the_same(tmp_path):
     changes = [
         *SMALL,
-        "eyes.pictures=4",
-        "eyes.batch=2",
+        "vision_encoder.pictures=4",
+        "vision_encoder.batch=2",
         "evaluation=2",
         "save_minutes=0.000001",
         "stages=[{layers: 1, shapes: [2, 3], descriptions: 0.5, length: 580, batch: 2, rows: 4}, "

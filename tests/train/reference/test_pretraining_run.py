@@ -1,10 +1,10 @@
-"""The course of a pretraining run: its rates, its log, its stop, its snapshots."""
+"""A pretraining run: its rates, its log, its stop, its snapshots."""
 
 import pytest
 import torch
 
 from draftsmith.models.errors import UserError
-from draftsmith.train.reference.pretraining_run import Course, Optimizer, make_optimizer
+from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 
 SPEC = Optimizer(muon_lr=0.02, adam_lr=0.004, warmup=4, decay=0.5, clip=1.0)
 
@@ -14,16 +14,16 @@ def test_rates_rise_by_steps_and_fall_by_what_is_seen():
     before the step.
     """
     model, told = torch.nn.Linear(3, 3), []
-    course, optimizer = Course(SPEC, 1600, 60, told.append, unit="tokens"), make_optimizer(model, SPEC)
+    run, optimizer = PretrainingRun(SPEC, 1600, 60, told.append, unit="tokens"), make_optimizer(model, SPEC)
     scales = []
     for _ in range(50):
-        course.step(model, optimizer, model(torch.ones(2, 3)).square().mean(), 32, "layers 1")
+        run.step(model, optimizer, model(torch.ones(2, 3)).square().mean(), 32, "layers 1")
         muon, adam = (group["lr"] for group in optimizer.param_groups)
         assert muon == pytest.approx(5 * adam)
         scales.append(muon / SPEC.muon_lr)
     assert scales == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 23 + [1 - n / 25 for n in range(1, 25)])
     assert (
-        course.seen == 1600
+        run.seen == 1600
         and len(told) == 1
         and told[0].startswith("layers 1 step 50 tokens 1600/1600 loss ")
         and "lr x0.04" in told[0]
@@ -32,16 +32,16 @@ def test_rates_rise_by_steps_and_fall_by_what_is_seen():
 
 def test_it_stops_at_a_loss_that_is_no_number():
     model = torch.nn.Linear(1, 1)
-    course = Course(SPEC, 8, 60, print)
+    run = PretrainingRun(SPEC, 8, 60, print)
     with pytest.raises(UserError, match="step 1: loss is nan, expected a finite number; lower optimizer.muon_lr"):
-        course.step(model, make_optimizer(model, SPEC), model(torch.tensor([[float("nan")]])).sum(), 1, "")
+        run.step(model, make_optimizer(model, SPEC), model(torch.tensor([[float("nan")]])).sum(), 1, "")
 
 
 def test_a_snapshot_is_due_once_its_minutes_have_passed():
-    course = Course(SPEC, 8, 10, print)
-    assert not course.due()
-    course.saved -= 600
-    assert course.due() and not course.due()
+    run = PretrainingRun(SPEC, 8, 10, print)
+    assert not run.due()
+    run.saved -= 600
+    assert run.due() and not run.due()
 
 
 def test_matrices_go_to_muon_and_embeddings_and_vectors_to_adam():
