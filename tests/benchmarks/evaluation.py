@@ -4,7 +4,7 @@ wall speedup, batches against single rows, and the shipped drafter against promp
     python tests/benchmarks/evaluation.py [--quick] [--output runs/benchmark]
 
 Everything is one interleaved run a comparison; speeds of the sweep are tau over median passes. Ends with one JSON line:
-auto_over_best      speed of the tree of `--tree auto` / speed of the best tree of the sweep that holds it, T = 0, one row
+auto_over_best      speed of `--tree auto`'s tree / speed of the best tree of the sweep that holds it, T = 0, batch 1
 accounted_over_wall accounted / wall speedup of the shipped drafter, T = 0, batch 1
 batch_identity      share of texts of ragged batches of 8 that equal the single runs, T = 0 and 0.6
 *_tau               acceptance length at T = 0.6 on the prompts whose plain greedy continuation does not loop: the
