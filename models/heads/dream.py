@@ -102,7 +102,7 @@ class Beam:
 
 
 @dataclass(frozen=True)
-class Grove:
+class RootedBlocks:
     """Trees rooted in a packed row: one `RootedTrees` for each block. hidden [P, k, h]: states that the next nodes go
     on from.
     """
@@ -338,7 +338,7 @@ class DreamHead(nn.Module):
         """A beam that waits for the root tokens."""
         return Beam(context)
 
-    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> Grove:
+    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedBlocks:
         """A beam of P roots at the packed indices `at` [P] (each at least 1 inside its document, no piece of an image),
         with the states of its document's rows before.
         """
@@ -357,7 +357,7 @@ class DreamHead(nn.Module):
         cross = RootedTrees.at(
             features.packing, at, rows.pairs[1], states
         )  # the state right before a root is the key that the root itself brings
-        return Grove((own[0], cross, own[1]), hidden)
+        return RootedBlocks((own[0], cross, own[1]), hidden)
 
     @staticmethod
     def _rooted(row, spans, limit, hidden, positions) -> RootedTrees:
@@ -372,11 +372,11 @@ class DreamHead(nn.Module):
             positions,
         )
 
-    def expand(self, beam: Beam | Grove, tokens: torch.Tensor, parents: torch.Tensor):
+    def expand(self, beam: Beam | RootedBlocks, tokens: torch.Tensor, parents: torch.Tensor):
         """tokens [B, k], parents [B, k] (rows of the last expand) -> log-probs [B, k, V] fp32, beam. The first call
         consumes the roots [B, 1].
         """
-        if isinstance(beam, Grove):
+        if isinstance(beam, RootedBlocks):
             output, beam = self._grow_rooted(beam, tokens, parents)
         else:
             output, beam = (
@@ -454,7 +454,7 @@ class DreamHead(nn.Module):
         output = self._through(tokens, beam.hidden[rows, parents], positions, self._cached(context, tuple(visible)))
         return output, replace(beam, hidden=output, seen=seen, depth=beam.depth + 1)
 
-    def _grow_rooted(self, beam: Grove, tokens: torch.Tensor, parents: torch.Tensor):
+    def _grow_rooted(self, beam: RootedBlocks, tokens: torch.Tensor, parents: torch.Tensor):
         grown, rows = [], torch.arange(len(tokens), device=tokens.device)[:, None]
 
         def over(block: RootedTrees):
@@ -467,4 +467,4 @@ class DreamHead(nn.Module):
 
         positions = beam.blocks[0].positions[:, None].expand(-1, tokens.size(1))
         output = self._through(tokens, beam.hidden[rows, parents], positions, [over(block) for block in beam.blocks])
-        return output, Grove(tuple(grown), output)
+        return output, RootedBlocks(tuple(grown), output)

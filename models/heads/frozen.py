@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     kl: bool = False
 
 
-class _Taught(torch.autograd.Function):
+class _TeacherLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, teacher: Teacher, project, vocab: int, weights: Weights):
         (steps, count, _), size = states.shape, max(64, CHUNK // vocab)
@@ -92,4 +92,4 @@ def teacher_losses(
     -> (losses [K, P] fp32, differentiable in the states; how many tokens are more probable than the target's own first
     choice [K, P] int64). The last k rows of step k have no supervision: 0 and `vocab`.
     """
-    return _Taught.apply(states, teacher, project, vocab, weights)
+    return _TeacherLosses.apply(states, teacher, project, vocab, weights)
