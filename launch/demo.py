@@ -149,8 +149,8 @@ def run(chosen: Demo, output: Path, report=print) -> None:
 
     started = time.time()
     stage = lambda number, text: report(f"\n[{number}/4, {(time.time() - started) / 60:.1f} min] {text}")  # noqa: E731
-    tokenizer = load_tokenizer(chosen.target)
     fetch(chosen.shipped)  # what is missing is missed before the work
+    tokenizer = load_tokenizer(chosen.target)
     prompts, answers = f"{output}/prompts.jsonl", f"{output}/answers.jsonl"
     stage(1, chosen.prompts.command(prompts))
     chosen.prompts.write(prompts, tokenizer)
