@@ -124,6 +124,7 @@ DEMOS = {
             "head.draft_vocab_size=4096",
             "objective.steps=4",
             "optimization.epochs=2",
+            "evaluation.rows=8",
             "evaluation.times=2",
         ),
         shipped="bundled:drafters/eagle3-smollm2",
