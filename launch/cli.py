@@ -303,13 +303,16 @@ def report(output: Annotated[str, typer.Argument(help="the --output of a finishe
 
 
 @app.command()
-def demo(output: str = "runs/demo"):
-    """Train a drafter for the bundled target on its own answers, measure it beside the shipped one, check
-    losslessness.
-    """
+def demo(
+    target: Annotated[
+        str, typer.Option(help="code: in the repository; smollm2: a real chat model, fetched once")
+    ] = "code",
+    output: Annotated[str, typer.Option(help="default: runs/demo, with another target runs/demo-TARGET")] = None,
+):
+    """Train a drafter for the target on its own answers, measure it beside the shipped one, check losslessness."""
     from draftsmith.launch.demo import demo
 
-    demo(Path(output), say)
+    demo(target, output and Path(output), say)
 
 
 @app.command()
