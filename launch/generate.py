@@ -169,8 +169,11 @@ class Screen:
     def show(self, text: str, number: int) -> None:
         """On a terminal coloured, and without control characters, which a text must not send there."""
         if self.text.is_terminal:
-            style = Style(color=colour_of_pass(number))
-            self.text.print(Segments([Segment(text.translate(CONTROLS), style)]), end="")
+            style, lines = Style(color="#000000", bgcolor=colour_of_pass(number)), text.translate(CONTROLS).split("\n")
+            parts = [Segment(lines[0], style)]
+            for line in lines[1:]:  # a colour across a line's end would fill the line
+                parts += [Segment("\n"), Segment(line, style)]
+            self.text.print(Segments(parts), end="")
         else:
             sys.stdout.write(text)
             sys.stdout.flush()

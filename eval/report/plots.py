@@ -235,7 +235,7 @@ def coloured_sample(samples: dict[str, list[str]], path: Path) -> None:
     grid = figure.subplots(len(pages), 1, squeeze=False, height_ratios=[h + 2 for h in heights])
     for (axes,), (name, cells), height in zip(grid, pages.items(), heights):
         for line, column, cycle, character in cells:
-            axes.add_patch(Rectangle((column, line), 1, 1, color=colour_of_pass(cycle), alpha=0.32, lw=0))
+            axes.add_patch(Rectangle((column, line), 1, 1, color=colour_of_pass(cycle), lw=0))
             axes.text(
                 column + 0.5,
                 line + 0.55,
