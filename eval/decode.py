@@ -1,6 +1,7 @@
 """The decode loop: one for every drafter, plain decoding included. Token ids only."""
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,6 +14,9 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.noise import Draw
 from draftsmith.models.targets import Prefill, TextSession, TextTarget
 from draftsmith.models.tree import DraftTree
+
+# Called with a request's id and what one pass emitted (cut as in `Trace`), the token from the prefill first.
+Emit = Callable[[int, list[int]], None]
 
 
 class Clock:
@@ -71,8 +75,10 @@ def generate(
     clock: Clock | None = None,
     margins: bool = False,
     verifier: Verifier = MATCH,
+    emit: Emit | None = None,
 ) -> list[Trace]:
-    """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise.
+    """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise. `emit` is
+    called as soon as a pass has emitted; its time is the loop's own (in no phase).
 
     At temperature 0 every verifier is greedy matching. Margins are those of sample-and-match.
     Raises UserError for an empty prompt, one that leaves no room in the target's context, and trees that the verifier
@@ -94,6 +100,7 @@ def generate(
         clock,
         margins,
         verifier,
+        emit,
     )
 
 
@@ -110,6 +117,7 @@ def decode(
     clock: Clock | None = None,
     margins: bool = False,
     verifier: Verifier = MATCH,
+    emit: Emit | None = None,
 ) -> list[Trace]:
     """`generate` behind a session's own prefill of the prompts, which the caller has checked."""
     target = session.target
@@ -122,6 +130,8 @@ def decode(
     for request, token in zip(active, root.tolist()):
         traces[request].tokens.append(token)
         histories[request].append(token)
+        if emit:
+            emit(request, [token])
     with clock.phase("total"):
         with clock.phase("draft"):
             drafter.begin(prefill.features, root)
@@ -151,6 +161,8 @@ def decode(
                 accepted = verifier(tree, logits, noise).trimmed()
                 session.commit(accepted.path, accepted.counts)
                 record(traces, histories, active, tree, accepted, max_new_tokens, eos)
+            for request in active if emit else ():
+                emit(request, traces[request].tokens[-traces[request].emitted[-1] :])
             if margins:
                 note_margins(traces, active, noise.perturb(logits, tree), accepted)
             with clock.phase("draft"):

@@ -249,6 +249,53 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    method: Annotated[str, typer.Argument(help="what `draftsmith eval` takes: a drafter, howl:DRAFTER, suffix, ...")],
+    prompt: Annotated[
+        str, typer.Argument(help="default: what is piped in, or a chat where the input is a terminal")
+    ] = None,
+    target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
+    assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini",
+    tree: Annotated[
+        str, typer.Option(help="default: dynamic:3x4x10 on a CPU, dynamic:10x7x60 on an accelerator")
+    ] = None,
+    temperature: float = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
+    seed: int = 0,
+    system: Annotated[str, typer.Option(help="system message")] = None,
+    image: Annotated[list[Path], typer.Option(help="pictures of the first message, for targets that see")] = [],
+    compare: Annotated[
+        bool, typer.Option(help="decode plainly too: speedup, and whether the texts are identical")
+    ] = True,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else that of the checkpoint")
+    ] = None,
+):
+    """Answer a prompt, or chat: the text as it comes, a new colour with every pass of the target; then the acceptance
+    length, and plain decoding beside it.
+    """
+    from draftsmith.launch.generate import Request
+    from draftsmith.launch.generate import generate as run
+
+    run(
+        Request(
+            method,
+            prompt,
+            target,
+            assistant,
+            tree,
+            temperature,
+            max_new_tokens,
+            seed,
+            system,
+            tuple(image),
+            compare,
+            dtype,
+        )
+    )
+
+
+@app.command()
 def verify(
     methods: Annotated[
         list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup")
