@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from draftsmith.eval.sampling import Noise, Sampling, process, seen_tokens
+from draftsmith.eval.sampling import Noise, Sampling, most_probable, process, seen_tokens
 from draftsmith.eval.verification.verifier import MATCH, Verifier
 from draftsmith.models.drafters import Drafter
 from draftsmith.models.errors import UserError
@@ -247,13 +247,14 @@ def passes(
             )
             accepted = verifier(tree, logits, noise).trimmed()
             session.commit(accepted.path, accepted.counts)
-            record(traces, histories, active, tree, accepted, max_new_tokens, eos)
+            kept = record(traces, histories, active, tree, accepted, max_new_tokens, eos)
+            features = observed(drafter.feature_spec, verified, tree, kept, logits)
         for request in active if emit else ():
             emit(request, traces[request].tokens[-traces[request].emitted[-1] :])
         if margins:
             note_margins(traces, active, noise.perturb(logits, tree), accepted)
         with clock.phase("draft"):
-            drafter.observe(verified.features(tree, accepted.path, accepted.counts), accepted.next_token)
+            drafter.observe(features, kept.next_token)
 
 
 def fill_gaps(going: list[int]) -> list[int]:
@@ -270,12 +271,24 @@ def processed(logits, tree, sampling, active, histories):
     return process(logits, sampling, seen, tree)
 
 
+def observed(spec, verified, tree, accepted, logits):
+    """The features of what was accepted, with the target's distributions (of processed logits) for a spec that asks."""
+    features, asked = verified.features(tree, accepted.path, accepted.counts), spec.distribution
+    if asked is None:
+        return features
+    if asked.rows == "committed":
+        logits = logits[torch.arange(len(logits), device=logits.device)[:, None], accepted.path]
+    return replace(features, distribution=most_probable(logits, asked.top))
+
+
 def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
-    """Appends what was emitted in this pass to the traces, cut at EOS and at the limit."""
+    """Appends what was emitted in this pass to the traces, cut at EOS and at the limit -> what of `accepted` is left
+    by these cuts.
+    """
     depth = tree.depths.amax(1).tolist()
     rows = torch.arange(len(active), device=tree.tokens.device)[:, None]
-    path_tokens = tree.tokens[rows, accepted.path].tolist()
-    for i, (request, count, token) in enumerate(zip(active, accepted.counts.tolist(), accepted.next_token.tolist())):
+    path_tokens, counts, left = tree.tokens[rows, accepted.path].tolist(), accepted.counts.tolist(), []
+    for i, (request, count, token) in enumerate(zip(active, counts, accepted.next_token.tolist())):
         trace, emitted = traces[request], [*path_tokens[i][1:count], token]
         kept = cut(emitted, max_new_tokens - len(trace.tokens), eos)
         trace.tokens += kept
@@ -283,6 +296,8 @@ def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
         trace.accepted.append(count - 1)
         trace.drafted.append(depth[i])
         trace.emitted.append(len(kept))
+        left.append(len(kept))
+    return accepted if left == counts else accepted.cut(tree, left)
 
 
 def cut(tokens: list[int], room: int, eos: set[int]) -> list[int]:

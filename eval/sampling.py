@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.features import Distribution
 from draftsmith.models.noise import keyed
 from draftsmith.models.tree import DraftTree
 
@@ -81,6 +82,12 @@ def process(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None,
         cut = mass.cumsum(-1) - mass >= sampling.top_p  # the first token that reaches top_p stays
         logits = logits.masked_fill(cut.scatter(-1, order, cut), float("-inf"))
     return logits
+
+
+def most_probable(logits: torch.Tensor, top: int) -> Distribution:
+    """The `top` most probable ids of processed logits [B, R, V]."""
+    found = logits.softmax(-1).topk(min(top, logits.size(-1)))
+    return Distribution(found.indices, found.values)
 
 
 def perturb(logits: torch.Tensor, sampling: Sampling, requests: list[int], positions: torch.Tensor) -> torch.Tensor:

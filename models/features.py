@@ -26,6 +26,17 @@ class Middle:
 
 
 @dataclass(frozen=True)
+class DistributionSpec:
+    """The distributions that the target draws tokens from (after penalty, temperature, top-k and top-p), each cut to
+    its `top` most probable ids. rows: those behind the committed rows, or those behind all nodes of a verified tree,
+    rejected ones included.
+    """
+
+    rows: Literal["committed", "nodes"]
+    top: int
+
+
+@dataclass(frozen=True)
 class FeatureSpec:
     """taps: Hugging Face `hidden_states` indices (0 = the target's input embeddings, projected images included, k =
     state entering layer k, "last" = after the final norm), concatenated in this order. probe [h]: the head's own
@@ -36,6 +47,7 @@ class FeatureSpec:
     rows: which rows feed the drafter; "text" hides visual tokens, and tokens of `drop_ids` that the target did not
     write (markers around images). A head that drafts over some rows and attends to all takes all. columns: attention
     column means of the last layer (of prompts). middle: the chosen intermediate state (in training only).
+    distribution: what the target draws its tokens from (in decoding only, behind trees).
     """
 
     taps: tuple[int | Literal["last"], ...]
@@ -45,6 +57,7 @@ class FeatureSpec:
     drop_ids: tuple[int, ...] = ()
     columns: bool = False
     middle: Middle | None = None
+    distribution: DistributionSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,17 @@ class Shared:
     embedding: torch.Tensor
     project: Callable[[torch.Tensor], torch.Tensor] | None = None
     scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What a `DistributionSpec` asks for. ids [B, R, k] int64, the most probable first; probs [B, R, k] fp32, not
+    renormalised, 0 where nothing more can be drawn. At temperature 0, where only the first id can follow, the
+    probabilities are those of temperature 1: they rank the others.
+    """
+
+    ids: torch.Tensor
+    probs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +104,7 @@ class Features:
     positions: torch.Tensor | None = None
     visual: torch.Tensor | None = None
     columns: torch.Tensor | None = None
+    distribution: Distribution | None = None
 
     def joined(self, other: "Features") -> "Features":
         """The requests of `other` behind these: their tokens, hidden states and lengths, nothing else."""

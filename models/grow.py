@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
+import numpy as np
 import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.noise import Draw
+from draftsmith.models.topology import ordered, read_slots
 from draftsmith.models.tree import DraftTree, Form, Kind
 
 # 25 drafted nodes of EAGLE-1, as child ranks level by level.
@@ -123,11 +125,23 @@ class StaticTree:
         return max(map(len, self.paths))
 
     @cached_property
+    def children(self) -> tuple[np.ndarray, np.ndarray]:
+        """(how many children each node has, the number of its first one) [size]. The ranks of siblings must be without
+        gaps.
+        """
+        number = {(): 0} | {path: i + 1 for i, path in enumerate(ordered(self.paths))}
+        widths, first = np.zeros(self.size, np.int64), np.zeros(self.size, np.int64)
+        for path in self.paths:
+            widths[number[path[:-1]]] += 1
+            first[number[path[:-1]]] = number[(*path[:-1], 0)]
+        return widths, first
+
+    @cached_property
     def levels(self) -> list[dict]:
         """Per level: for the expanded nodes, their row among the level before (`rows`); for the drafted nodes, the
         expanded row that is their parent (`of`), their child rank and their parent's number in the tree.
         """
-        number = {(): 0} | {path: i + 1 for i, path in enumerate(sorted(self.paths, key=lambda p: (len(p), p)))}
+        number = {(): 0} | {path: i + 1 for i, path in enumerate(ordered(self.paths))}
         levels, before = [], [()]
         for depth in range(1, self.depth + 1):
             nodes = sorted(p for p in self.paths if len(p) == depth)
@@ -318,8 +332,10 @@ def binary(depth: int) -> StaticTree:
 def parse_tree(text: str) -> TreePolicy:
     """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of
     EAGLE-1), a static one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`, or
-    `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`.
+    `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`. FILE.json is a static one that `tune-tree` wrote.
     """
+    if text.endswith(".json") and not text.startswith("sampled:"):
+        return StaticTree(tuple(read_slots(text)), text)
     kind, _, rest = text.partition(":")
     try:
         if kind == "sampled":
@@ -347,6 +363,6 @@ def parse_tree(text: str) -> TreePolicy:
         pass
     raise UserError(
         f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle, binary:DEPTH, "
-        f"sampled:TREE[:iid][@TEMPERATURE] "
-        "or sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]"
+        f"sampled:TREE[:iid][@TEMPERATURE], "
+        "sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE] or FILE.json"
     )

@@ -53,7 +53,8 @@ class DraftTree:
 
     Siblings stand in draw order. Trees with sampled edges carry the draft distributions: q [B, R, Vd] fp32, row r being
     what the children of the r-th node with sampled children (ascending) were drawn from, before any sibling was taken
-    out; ids [Vd] int64 are the target ids of its columns. known: the form, where the drafter knows it without asking
+    out; ids [Vd] int64 are the target ids of its columns, or ids [B, R, Vd] those of each row (a column that is not
+    needed has q = 0, whatever its id). known: the form, where the drafter knows it without asking
     the device. probes: whether the target also processes the drafter's probe (`FeatureSpec.probe`) behind every node,
     which doubles its rows.
     """

@@ -22,9 +22,8 @@ def shared_spec(specs: Iterable[FeatureSpec]) -> FeatureSpec:
     probing = [spec for spec in specs if spec.probe is not None]
     if any(spec.probe is not probing[0].probe for spec in probing):
         raise ValueError("found probes of several heads, expected those of one: a session processes one kind")
-    return replace(
-        probing[0] if probing else specs[0], taps=tuple(dict.fromkeys(tap for spec in specs for tap in spec.taps))
-    )
+    taps = tuple(dict.fromkeys(tap for spec in specs for tap in spec.taps))
+    return replace(probing[0] if probing else specs[0], taps=taps, distribution=None)
 
 
 class Tapped:
@@ -33,7 +32,8 @@ class Tapped:
     """
 
     def __init__(self, drafter: Drafter, shared: FeatureSpec, width: int):
-        self.drafter, self.feature_spec, self.size = drafter, shared, drafter.size
+        self.feature_spec = replace(shared, distribution=drafter.feature_spec.distribution)
+        self.drafter, self.size = drafter, drafter.size
         self.propose, self.select = drafter.propose, drafter.select
         self.columns = torch.cat(
             [torch.arange(width) + width * shared.taps.index(tap) for tap in drafter.feature_spec.taps]

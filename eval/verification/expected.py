@@ -8,10 +8,9 @@ paired tree by tree.
 
 from collections import defaultdict
 
-import torch
-
 from draftsmith.eval.verification.ceiling import ceiling
 from draftsmith.eval.verification.schedule import schedule
+from draftsmith.eval.verification.support import target_ids
 from draftsmith.eval.verification.verifier import Verifier
 from draftsmith.models.tree import Kind
 
@@ -52,7 +51,7 @@ class Recorder(Verifier):
 
     def _note_ceiling(self, tree, logits, noise):
         p, plan = logits[:, 0].softmax(-1), schedule(tree)
-        q = torch.zeros_like(p).index_copy_(1, tree.ids, tree.q[:, 0])
+        q = target_ids(tree.q.to(p.dtype), tree.ids, p.size(1))[:, 0]
         drafts, kind = int((plan.children[0, 0] >= 0).sum()), Kind(tree.form.kinds[0][int(plan.children[0, 0, 0])])
         for request, value in zip(noise.requests, ceiling(p, q, drafts, kind).tolist()):
             self.best[request].append(value)

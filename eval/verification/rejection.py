@@ -9,31 +9,25 @@ sampling and matching in law.
 import torch
 
 from draftsmith.eval.verification.schedule import Wave, schedule
+from draftsmith.eval.verification.support import support
 from draftsmith.eval.verification.verifier import Accepted, DraftVerifier, Law, accept
 from draftsmith.models.tree import DraftTree, Kind
-
-
-def target_ids(q: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Draft rows q [..., Vd] over the target's vocabulary [..., V], zero where nothing can be drafted. A copy."""
-    return q.new_zeros(*q.shape[:-1], vocab_size).index_copy_(-1, ids, q)
 
 
 class Residuals:
     """What is left of the target's distribution at every node with children while they are rejected one after the
     other.
 
-    p [I, V]: residuals, in the order of `schedule.inner`; w [B * N] fp64: the probability with which a node may still
-    be accepted (a rule that judges each level by itself leaves it at 1); q [B * R, V]: what the next child is drawn
-    from.
+    p [I, columns]: residuals, in the order of `schedule.inner`, on the columns of `support`; w [B * N] fp64: the
+    probability with which a node may still be accepted (a rule that judges each level by itself leaves it at 1);
+    q [B * R, columns]: what the next child is drawn from.
     """
 
     def __init__(self, tree: DraftTree, logits: torch.Tensor):
-        self.tokens, self.plan, self.logits = tree.tokens.flatten(), schedule(tree), logits.flatten(0, 1)
-        self.p = self.logits.index_select(0, self.plan.inner).softmax(-1)
-        self.w = torch.ones(len(self.tokens), dtype=torch.float64, device=logits.device)
-        self.q = (
-            None if tree.q is None else target_ids(tree.q.flatten(0, 1).to(logits.dtype), tree.ids, logits.size(-1))
-        )
+        self.plan, self.logits = schedule(tree), logits.flatten(0, 1)
+        self.support = support(tree, self.plan, logits)
+        self.p, self.q = self.support.target(self.plan.inner), self.support.proposals
+        self.w = torch.ones(len(self.logits), dtype=torch.float64, device=logits.device)
         self.tiny = torch.finfo(logits.dtype).eps ** 2
 
     def reject(self, wave: Wave) -> torch.Tensor:
@@ -46,7 +40,7 @@ class Residuals:
 
         where a ONE_HOT child has q = 1 at its token. S = 0: the parent can no longer be accepted.
         """
-        token, w = self.tokens.index_select(0, wave.child)[:, None], self.w.index_select(0, wave.parent)
+        token, w = self.support.letters.index_select(0, wave.child)[:, None], self.w.index_select(0, wave.parent)
         left = self.p.index_select(0, wave.inner)
         share = w * left.gather(1, token)[:, 0].double()
         if wave.kind == Kind.ONE_HOT:
@@ -76,10 +70,10 @@ class Residuals:
         """last [B] -> [B, V]: the residual of a node whose children were all rejected, the target's own row where
         nothing was (or is left).
         """
-        flat = torch.arange(len(last), device=last.device) * (len(self.tokens) // len(last)) + last
+        flat = torch.arange(len(last), device=last.device) * (len(self.logits) // len(last)) + last
         place = self.plan.slot.index_select(0, flat)
         left, raw = self.p.index_select(0, place.clamp(min=0)), self.logits.index_select(0, flat).softmax(-1)
-        return torch.where(((place < 0) | (left.sum(1) == 0))[:, None], raw, left)
+        return torch.where(((place < 0) | (left.sum(1) == 0))[:, None], raw, self.support.spread(left, flat))
 
 
 class Rejection(DraftVerifier):
@@ -101,7 +95,7 @@ class Rejection(DraftVerifier):
 
     def __call__(self, tree, logits, noise) -> Accepted:
         """The same law by walking down one path a row, which touches no node beside it: depth times width steps of [B,
-        V].
+        columns].
         """
         self.check(tree)
         plan, rows, tiny = (
@@ -110,19 +104,18 @@ class Rejection(DraftVerifier):
             torch.finfo(logits.dtype).eps ** 2,
         )
         kinds = {kind for row in tree.form.kinds for kind in row[1:]}
+        found, drafts = support(tree, plan, logits), 0 if tree.q is None else tree.q.size(1)
+        letters = found.letters.view_as(tree.tokens)
         uniform, at = noise.uniform(tree.size, logits.device), torch.zeros_like(rows)
-        going, weights = torch.ones_like(rows, dtype=torch.bool), logits[:, 0]
+        going, ended, weights = torch.ones_like(rows, dtype=torch.bool), at, None
         for width in plan.widths:
-            p, taken = logits[rows, at].softmax(-1), at
-            q = (
-                torch.zeros_like(p)
-                if tree.q is None
-                else target_ids(tree.q[rows, plan.drawn[rows, at]].to(p.dtype), tree.ids, p.size(1))
-            )
+            p, taken = found.target(rows * tree.size + at), at
+            q = found.proposal(rows * drafts + plan.drawn[rows, at])
+            weights = p if weights is None else weights
             for rank in range(width):
                 place = plan.children[rows, at, rank]
                 child, proposal = place.clamp(min=0), q
-                token, kind = tree.tokens[rows, child][:, None], tree.kind[rows, child][:, None]
+                token, kind = letters[rows, child][:, None], tree.kind[rows, child][:, None]
                 if Kind.ONE_HOT in kinds:
                     proposal = torch.where(kind == Kind.ONE_HOT, torch.zeros_like(p).scatter_(1, token, 1.0), q)
                 drawn, tried = proposal.gather(1, token)[:, 0], going & (taken == at) & (place >= 0)
@@ -136,6 +129,9 @@ class Rejection(DraftVerifier):
                         kind == Kind.WITHOUT_REPLACEMENT, without / without.sum(1, keepdim=True).clamp(min=tiny), q
                     )
                 taken = torch.where(hit, child, taken)
-            weights, going, at = torch.where(going[:, None], p, weights), going & (taken != at), taken
-        weights = torch.where(going[:, None], logits[rows, at].softmax(-1), weights)
-        return accept(tree, at, weights, noise)
+            weights, ended = torch.where(going[:, None], p, weights), torch.where(going, at, ended)
+            going, at = going & (taken != at), taken
+        raw = logits[rows, at].softmax(-1)
+        if weights is not None:
+            raw = torch.where(going[:, None], raw, found.spread(weights, rows * tree.size + ended))
+        return accept(tree, at, raw, noise)

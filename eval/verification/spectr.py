@@ -4,8 +4,8 @@ accepted.
 
 import torch
 
-from draftsmith.eval.verification.rejection import target_ids
 from draftsmith.eval.verification.schedule import schedule
+from draftsmith.eval.verification.support import target_ids
 from draftsmith.eval.verification.verifier import DraftVerifier, Law
 from draftsmith.models.tree import Form, Kind
 
@@ -43,7 +43,7 @@ class KSeq(DraftVerifier):
         plan, p = schedule(tree), logits[:, 0].softmax(-1)
         if tree.q is None or tree.size == 1:
             return Law(torch.ones_like(tree.tokens, dtype=torch.float64), lambda last: p, plan.depths)
-        q = target_ids(tree.q[:, 0].to(p.dtype), tree.ids, p.size(1))
+        q = target_ids(tree.q.to(p.dtype), tree.ids, p.size(1))[:, 0]
         here = plan.real[:, 1:]
         drafts = here.sum(1)
         rho, beta = k_seq(p, q, drafts.clamp(min=1))

@@ -11,8 +11,9 @@ from functools import lru_cache
 
 import torch
 
-from draftsmith.eval.verification.rejection import Residuals, target_ids
+from draftsmith.eval.verification.rejection import Residuals
 from draftsmith.eval.verification.schedule import schedule
+from draftsmith.eval.verification.support import target_ids
 from draftsmith.eval.verification.verifier import DraftVerifier, Law
 from draftsmith.models.tree import DraftTree, Form, Kind
 

@@ -25,6 +25,15 @@ class Accepted:
     counts: torch.Tensor
     next_token: torch.Tensor
 
+    def cut(self, tree: DraftTree, emitted: list[int]) -> "Accepted":
+        """What led to the first `emitted` tokens of each row (at most counts, at least one): the rest of a text that
+        ends within the path is no part of it.
+        """
+        kept = torch.tensor(emitted, device=self.counts.device)
+        at = self.path.gather(1, kept.clamp(max=self.path.size(1) - 1)[:, None])
+        following = torch.where(kept < self.counts, tree.tokens.gather(1, at)[:, 0], self.next_token)
+        return Accepted(self.path, kept, following)
+
     def trimmed(self) -> "Accepted":
         """Without the columns that no row uses (waits for the device)."""
         return Accepted(self.path[:, : int(self.counts.max())], self.counts, self.next_token)
