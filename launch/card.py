@@ -12,7 +12,7 @@ from draftsmith.launch.export import command
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import LAYOUTS
 from draftsmith.models.formats.layout import Layout, Stored, read_json
-from draftsmith.models.formats.place import HUB_ID
+from draftsmith.models.hub import HUB_ID
 from draftsmith.models.targets import locate
 
 SERVED_DEPTH = 5

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from draftsmith.launch.card import measured, model_card
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, layout_of, read_files, store
-from draftsmith.models.formats.place import HUB_ID, hub_reason
+from draftsmith.models.hub import HUB_ID, hub_reason
 
 WAITS = (1, 5, 20)  # seconds between attempts, where the Hub or the line fails
 FAILURES = (HTTPError, OSError, ValueError, RuntimeError)  # HTTPError is that of the library that huggingface_hub uses

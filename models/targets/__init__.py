@@ -8,6 +8,7 @@ from transformers import AutoConfig, GenerationConfig
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.targets.packed import PackedPrefix
+from draftsmith.models.targets.place import locate
 from draftsmith.models.targets.reading import ImagePrompt
 from draftsmith.models.targets.session import Prefill, TextSession, Verified
 from draftsmith.models.targets.text import TextTarget
@@ -62,19 +63,3 @@ def describe(name: str | Path) -> Description:
         else None
     )
     return Description(config.get_text_config(), generation, seen)
-
-
-def locate(name: str | Path) -> str:
-    """The directory or Hub id behind a name; `bundled:NAME` is a reference model that lies in the package."""
-    text = str(name)
-    if not text.startswith("bundled:"):
-        return text
-    import draftsmith.recipes
-
-    place = Path(draftsmith.recipes.__file__).parent / text.removeprefix("bundled:")
-    if not place.is_dir():
-        known = sorted(
-            f"{p.parent.name}/{p.name}" for p in place.parent.parent.glob("*/*") if (p / "config.json").is_file()
-        )
-        raise UserError(f"{text}: no such bundled model; found {', '.join(known) or 'none'}")
-    return str(place)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
+from draftsmith.models.targets.place import locate
 from draftsmith.models.targets.reading import Reading
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
@@ -54,8 +55,6 @@ class TextTarget:
         """A Hub id, a directory, or `bundled:NAME`. Default dtype: fp32 on a CPU, the checkpoint's own on an
         accelerator.
         """
-        from draftsmith.models.targets import locate
-
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         place = locate(name)
         try:
