@@ -57,10 +57,10 @@ def stage(
     """
     stored = read_files(fetch(place))
     named = target or stored.target
-    if named is None or not (named.startswith("bundled:") or HUB_ID.fullmatch(named)) or Path(named).is_dir():
+    if named is None or not (named.startswith(("bundled:", "hub:")) or HUB_ID.fullmatch(named)) or Path(named).is_dir():
         raise UserError(f"{stored.folder}: names the target {named}, expected a Hub id that others can load (--target)")
     serving = stored.serving and replace(stored.serving, verifier=named)
-    if serving and named.startswith("bundled:"):
+    if serving and named.startswith(("bundled:", "hub:")):
         raise UserError(
             f"{stored.folder}: found the verifier {named}, expected a Hub id that engines can load; push the drafter "
             f"that it was exported from"

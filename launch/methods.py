@@ -24,6 +24,7 @@ from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
+from draftsmith.models.formats.layout import other_weights, read_json
 from draftsmith.models.grow import DynamicTree
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
@@ -72,11 +73,18 @@ class Methods:
 
     @classmethod
     def open(
-        cls, names: list[str], target_name: str | None, assistant: str, dtype: torch.dtype | None = None
+        cls,
+        names: list[str],
+        target_name: str | None,
+        assistant: str,
+        dtype: torch.dtype | None = None,
+        report=print,
     ) -> "Methods":
         """names: `BASELINES`, drafters (directory, Hub id, `bundled:PATH`, or NAME=any of these) or `howl:` before a
-        drafter. Without target_name the drafters name theirs.
+        drafter. Without target_name the drafters name theirs, and other weights than they were trained for are refused;
+        for a target that is named, they are told.
         """
+        named = target_name is not None
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(f"methods: found {repeated[0]} twice, expected each once")
@@ -98,6 +106,11 @@ class Methods:
                 )
             target_name = next(iter(wanted.values()))
         target = TextTarget.load(target_name, dtype)
+        for name, place in {**places, **under}.items():
+            if others := other_weights(about(place), target):
+                if not named:
+                    raise UserError(f"drafter {name}: {others}; --target measures it on these all the same")
+                report(f"drafter {name}: {others}; its acceptance length may be lower than there")
         tokenizer = load_reader(target_name, target)
         load = lambda place: load_drafter(place, target.shared, target.layers)  # noqa: E731
         heads = {name: load(place) for name, place in places.items()}
@@ -171,7 +184,7 @@ class Methods:
         """Names and hashes of what is measured."""
         digest = lambda folder: hashlib.sha256((fetch(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]  # noqa: E731
         return {
-            "target": self.target.name,
+            **self.target.identity,
             "methods": ["plain", *self.baselines],
             "drafters": {n: digest(f) for n, f in self.folders.items()},
         }
@@ -217,13 +230,16 @@ def bundled(name: str) -> str:
     return locate(name)
 
 
+def about(folder: Path) -> dict:
+    """What a drafter's directory says of its training; {} where it says nothing."""
+    return read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
+
+
 def target_of(folder: Path) -> str:
-    try:
-        return json.loads((folder / "draftsmith.json").read_text("utf-8"))["target"]
-    except (OSError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{folder}/draftsmith.json: no target named; expected --target or a drafter trained here"
-        ) from None
+    target = about(folder).get("target")
+    if target is None:
+        raise UserError(f"{folder}/draftsmith.json: no target named; expected --target or a drafter trained here")
+    return target
 
 
 def check_writable(folder: Path) -> None:

@@ -41,7 +41,7 @@ def regenerate(
     room = target.context_length - max_new_tokens - 1
     digest = hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest()
     settings = {
-        "target": target_name,
+        **target.identity,
         "prompts": digest,
         "temperatures": temperatures,
         "max_new_tokens": max_new_tokens,

@@ -9,9 +9,7 @@ import importlib.util
 import json
 import shutil
 import struct
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,25 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets.cache import cache_root, known_hash, made_once
-from draftsmith.models.targets.weights import MANIFEST, quietly
+from draftsmith.models.targets.gguf_header import Header
+from draftsmith.models.targets.weights import MANIFEST, check_whole, one_line, quietly
 
 CONVERSION = 1  # counts up when a conversion comes to another result, which then has another place in the cache
 MAGIC = b"GGUF"
 NEEDED = ("gguf", "accelerate")  # by transformers
 BROKEN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError)
 BROKEN = (*BROKEN, ValueError, struct.error)  # what reading a damaged or unknown file raises
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself. metadata: its single values; sizes: how many numbers each tensor has; factors: the
-    divisors of the rotary frequencies [D / 2], where it has any; quantisation: its kind as users know it, `Q4_1`.
-    """
-
-    metadata: dict
-    sizes: dict[str, int]
-    factors: torch.Tensor | None
-    quantisation: str
 
 
 def target_place(digest: str) -> Path:
@@ -70,7 +57,7 @@ def convert(file: Path, digest: str, folder: Path, name: str, say: Callable[[str
             f"(pip install 'draftsmith[gguf]')"
         )
     try:
-        header = read_header(file)
+        header = Header.read(file)
     except BROKEN as error:
         raise UserError(f"target {name}: {file} cannot be read as GGUF ({one_line(error)})") from None
     if (parts := header.metadata.get("split.count", 1)) > 1:
@@ -80,64 +67,56 @@ def convert(file: Path, digest: str, folder: Path, name: str, say: Callable[[str
     free, needed = shutil.disk_usage(folder).free, 2 * sum(header.sizes.values())
     if free < needed:
         raise UserError(f"target {name}: found {free / 1e9:.1f} GB free in {folder}, expected {needed / 1e9:.1f} GB")
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where, source = f"target {name}: {file}", {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
         with quietly():
             config = AutoConfig.from_pretrained(**source)
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                **source, config=config, dtype=torch.bfloat16, output_loading_info=True
+            model, found = AutoModelForCausalLM.from_pretrained(
+                **source, config=config, dtype=torch.bfloat16, output_loading_info=True, **unpacked()
             )
             tokenizer = AutoTokenizer.from_pretrained(**source)
     except BROKEN as error:
-        raise UserError(f"target {name}: transformers cannot read {file} ({one_line(error)})") from None
-    save(model, folder)
+        raise UserError(f"{where}: transformers cannot read it ({one_line(error)})") from None
+    vars(model.config).pop("quantization_config", None)  # it is quantised no longer
+    check_whole(model, found, f"{name}: {file}", False)
+    header.check_tensors(model, where)
+    if header.factors is not None:
+        model.config.rope_parameters = header.llama3_rope(model.config, where)
+    header.check_figures(model.config, where)
+    header.fit_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, where, say)
+    save(model, folder, header.end_ids)
     tokenizer.save_pretrained(folder)
     made = {"sha256": digest, "quantisation": header.quantisation, "file": file.name, "conversion": CONVERSION}
     (folder / MANIFEST).write_text(json.dumps(made | {"transformers": transformers.__version__}, indent=1) + "\n")
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def unpacked() -> dict:
+    """What tells newer versions of transformers to dequantise; older ones do nothing else."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def read_header(file: Path) -> Header:
-    from gguf import GGUFReader, GGUFValueType, LlamaFileType
-
-    reader = GGUFReader(file)
-    metadata = {
-        key: field.contents() for key, field in reader.fields.items() if field.types[:1] != [GGUFValueType.ARRAY]
-    }
-    kinds, factors = Counter(), None
-    for tensor in reader.tensors:
-        kinds[tensor.tensor_type.name] += int(tensor.n_elements)
-        if tensor.name == "rope_freqs.weight":
-            factors = torch.tensor(tensor.data).float()
-    quantisation = kinds.most_common(1)[0][0] if kinds else "none"
-    if "general.file_type" in metadata:
-        quantisation = LlamaFileType(metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    return Header(metadata, {t.name: int(t.n_elements) for t in reader.tensors}, factors, quantisation)
-
-
-def save(model, folder: Path) -> None:
-    """A model that was read from GGUF as any other, in bf16. Raises RuntimeError where a tensor is not read back as it
-    was.
+def save(model, folder: Path, end_ids: list[int]) -> None:
+    """Writes a model that was read from GGUF as any other, in bf16. Raises RuntimeError where a tensor is not read back
+    as it was.
     """
-    config = model.config
-    del config.quantization_config  # it is quantised no longer
     weights = model.state_dict()
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
-    plain.generation_config = GenerationConfig.from_model_config(config)
+    plain.generation_config = GenerationConfig.from_model_config(model.config)
+    plain.generation_config.eos_token_id = end_ids or plain.generation_config.eos_token_id
     plain.save_pretrained(folder)
     stored = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                stored.add(key)
+                stored.add(weights[key].data_ptr())
                 if not torch.equal(tensors.get_tensor(key), weights[key]):
                     raise RuntimeError(f"{key} differs after it was written")
-    there = {weights[key].data_ptr() for key in stored}
-    if lost := [key for key, value in weights.items() if value.data_ptr() not in there]:
+    if lost := [key for key, value in weights.items() if value.data_ptr() not in stored]:
         raise RuntimeError(f"{', '.join(lost)} were not written")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
+from transformers import AutoConfig, PreTrainedConfig
 
 import draftsmith.recipes
 from draftsmith.models.errors import UserError
 from draftsmith.models.hub import HUB_ID, hub_reason
 from draftsmith.models.targets.fetched import FetchedTarget
 from draftsmith.models.targets.gguf import dequantised
+from draftsmith.models.targets.weights import one_line
 
 RECIPES = Path(draftsmith.recipes.__file__).parent
 BUNDLED, HUB = "bundled:", "hub:"
@@ -58,6 +60,15 @@ def present(name: str | Path) -> bool:
     if (Path(text) / "config.json").is_file() or any(Path(text).glob("*.gguf")):
         return True
     return bool(HUB_ID.fullmatch(text)) and isinstance(try_to_load_from_cache(text, "config.json"), str)
+
+
+def read_config(name: str | Path) -> tuple[str, PreTrainedConfig]:
+    """Where a target lies, and its config. Raises UserError when there is no such target."""
+    place = locate(name)
+    try:
+        return place, AutoConfig.from_pretrained(place)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"target {name}: cannot be loaded ({one_line(error)})") from None
 
 
 def bundled(name: str) -> tuple[Path, FetchedTarget | None]:
