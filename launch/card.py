@@ -12,8 +12,9 @@ from draftsmith.launch.export import command
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import LAYOUTS
 from draftsmith.models.formats.layout import Layout, Stored, read_json
-from draftsmith.models.formats.place import HUB_ID
-from draftsmith.models.targets import locate
+from draftsmith.models.hub import HUB_ID
+from draftsmith.models.targets import Weights, locate
+from draftsmith.models.targets.place import HUB_FILE
 
 SERVED_DEPTH = 5
 
@@ -25,7 +26,8 @@ def model_card(
     measured.
     """
     name, target, head = repository.split("/")[1], stored.target, layout.head.name
-    hub = bool(HUB_ID.fullmatch(target))
+    hub, file = bool(HUB_ID.fullmatch(target)), HUB_FILE.fullmatch(target)
+    base = target if hub else file and file["repository"]
     place = (
         target if hub else f"""$(python -c "from draftsmith.models.targets import locate; print(locate('{target}'))")"""
     )
@@ -40,7 +42,7 @@ def model_card(
         if engine not in served and other.described
     ]
     data = ModelCardData(
-        base_model=target if hub else None,
+        base_model=base,
         license=licence,
         library_name="draftsmith",
         pipeline_tag="text-generation",
@@ -49,8 +51,8 @@ def model_card(
         eval_results=[result(cell) for cell in cells] or None,
     )
     shown = (
-        f"[{target}](https://huggingface.co/{target})"
-        if hub
+        f"[{target.removeprefix('hub:')}](https://huggingface.co/{base})"
+        if base
         else f"`{target}`, a reference model that comes with draftsmith"
     )
     lines = [
@@ -128,7 +130,10 @@ def acceptance(repository: str, cells: list[dict], conditions: dict) -> list[str
 
 def training(about: dict) -> list[str]:
     """Recipe, data and figures of the run, as far as draftsmith.json tells."""
-    figures = {key: value for key, value in about.items() if key not in ("head", "target", "recipe", "imported")}
+    known = ("head", "target", "weights", "recipe", "imported")
+    figures = {key: value for key, value in about.items() if key not in known}
+    if about.get("weights"):
+        figures = {"weights of the target": str(Weights(**about["weights"])), **figures}
     lines = [
         f"- {key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"- {key.replace('_', ' ')}: {value}"
         for key, value in figures.items()

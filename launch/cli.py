@@ -436,6 +436,14 @@ def push(
 
 
 @app.command()
+def fetch(target: Annotated[str, typer.Argument(help="GGUF file, hub:USER/NAME/FILE.gguf or bundled:NAME")]):
+    """Fetch and dequantise a target where that is still to be done, and print its directory."""
+    from draftsmith.models.targets import locate
+
+    say(locate(target))
+
+
+@app.command()
 def doctor(recipes: Annotated[list[str], typer.Argument(help="default: the recipes that come with draftsmith")] = None):
     """Show this machine, what is installed, and what is missing for which recipe; exit code 1 when a package does not
     do.

@@ -14,15 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, get_token, try_to_load_from_cache
+from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats.place import HUB_ID
+from draftsmith.models.hub import HUB_ID
 from draftsmith.models.targets import locate
+from draftsmith.models.targets.fetched import FetchedTarget
+from draftsmith.models.targets.place import BUNDLED, HUB_FILE, bundled, present
 from draftsmith.train.distributed import read_engine_file
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
@@ -34,6 +36,7 @@ PURPOSE = {
     "deepspeed": "draftsmith train",
     "datasets": "Parquet and Hub data",
     "peft": "recipes with lora",
+    "gguf": "GGUF targets",
     "wandb": "recipes with wandb",
     "vllm": "serving",
     "sglang": "serving",
@@ -112,6 +115,7 @@ def machine() -> Iterator[tuple[str, str]]:
         "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
     )
     yield "Hub", f"{'signed in' if get_token() else 'no token (needed to push, and for gated models)'}, {home}"
+    yield from fetched()
 
 
 def gpus() -> Iterator[str]:
@@ -198,17 +202,26 @@ def packages_of(recipe: DrafterRecipe) -> Iterator[Gap]:
 
 
 def target_of(name: str) -> list[Gap]:
-    """A target counts as there when its config is: in a directory, or in the Hub's cache."""
-    try:
-        place = locate(name)
-    except UserError as error:
-        return [Gap("target", str(error))]
-    hub = bool(HUB_ID.fullmatch(place))
-    if (Path(place) / "config.json").is_file() or hub and isinstance(try_to_load_from_cache(place, "config.json"), str):
+    """What is to be done for a target to be there (`present`); nothing is fetched to find it out."""
+    if present(name):
         return []
-    if not hub or constants.HF_HUB_OFFLINE:
+    if name.startswith(BUNDLED):
+        try:
+            table = bundled(name)[1]
+        except UserError as error:
+            return [Gap("target", str(error))]
+        return [Gap("target to fetch", f"target {name}: draftsmith fetch {name} ({table.bytes / 1e6:.0f} MB, once)")]
+    if not (HUB_ID.fullmatch(name) or HUB_FILE.fullmatch(name)) or constants.HF_HUB_OFFLINE:
         return [Gap("target", f"target {name}: not on this machine")]
     return [Gap("target to download", f"target {name}: not in the cache, will be downloaded")]
+
+
+def fetched() -> Iterator[tuple[str, str]]:
+    """The targets that are fetched, and whether they were."""
+    for table in sorted(Path(locate("bundled:targets")).glob("*.yaml")):
+        if found := FetchedTarget.read(table):
+            name = f"bundled:targets/{table.stem}"
+            yield name, f"in {found.place}" if present(name) else f"not here: draftsmith fetch {name}"
 
 
 def one_by_one(recipes: list[tuple[str, list[Gap]]]) -> Table:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from draftsmith.launch.card import measured, model_card
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, layout_of, read_files, store
-from draftsmith.models.formats.place import HUB_ID, hub_reason
+from draftsmith.models.hub import HUB_ID, hub_reason
 
 WAITS = (1, 5, 20)  # seconds between attempts, where the Hub or the line fails
 FAILURES = (HTTPError, OSError, ValueError, RuntimeError)  # HTTPError is that of the library that huggingface_hub uses
@@ -57,10 +57,10 @@ def stage(
     """
     stored = read_files(fetch(place))
     named = target or stored.target
-    if named is None or not (named.startswith("bundled:") or HUB_ID.fullmatch(named)) or Path(named).is_dir():
+    if named is None or not (named.startswith(("bundled:", "hub:")) or HUB_ID.fullmatch(named)) or Path(named).is_dir():
         raise UserError(f"{stored.folder}: names the target {named}, expected a Hub id that others can load (--target)")
     serving = stored.serving and replace(stored.serving, verifier=named)
-    if serving and named.startswith("bundled:"):
+    if serving and named.startswith(("bundled:", "hub:")):
         raise UserError(
             f"{stored.folder}: found the verifier {named}, expected a Hub id that engines can load; push the drafter "
             f"that it was exported from"

@@ -82,7 +82,7 @@ def measure(request: Request, report=print) -> dict:
     names = [suite_name(file) for file in request.suites]
     if len(set(names)) < len(names):
         raise UserError(f"suites: found {', '.join(names)}, expected different names")
-    methods = Methods.open(request.methods, request.target, request.assistant)
+    methods = Methods.open(request.methods, request.target, request.assistant, report=report)
     rows = max(tree.size for tree in (plan.tree, chain(plan.chain_depth), plan.fixed or plan.tree))
     prompts = {
         name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)

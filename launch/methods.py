@@ -22,6 +22,7 @@ from draftsmith.models.chat import stop_ids
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch
+from draftsmith.models.formats.layout import other_weights, read_json
 from draftsmith.models.grow import TreePolicy
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
@@ -62,9 +63,17 @@ class Methods:
 
     @classmethod
     def open(
-        cls, names: list[str], target_name: str | None, assistant: str, dtype: torch.dtype | None = None
+        cls,
+        names: list[str],
+        target_name: str | None,
+        assistant: str,
+        dtype: torch.dtype | None = None,
+        report=print,
     ) -> "Methods":
-        """names: METHOD or NAME=METHOD. Without target_name the drafters name theirs."""
+        """names: METHOD or NAME=METHOD. Without target_name the drafters name theirs, and other weights than they were
+        trained for are refused; for a target that is named, they are told.
+        """
+        chosen = target_name is not None
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(f"methods: found {repeated[0]} twice, expected each once")
@@ -81,6 +90,11 @@ class Methods:
                 )
             target_name = wanted[0]
         target = TextTarget.load(target_name, dtype)
+        for place, folder in found.items():
+            if others := other_weights(about(folder), target):
+                if not chosen:
+                    raise UserError(f"drafter {place}: {others}; --target measures it on these all the same")
+                report(f"drafter {place}: {others}; its acceptance length may be lower than there")
         tokenizer, drafters = load_reader(target_name, target), Drafters(target, assistant)
         folders = {name: method for name, method in named.items() if trained(method)}
         heads = {name: drafters.head(place) for name, place in folders.items()}
@@ -145,7 +159,7 @@ class Methods:
         """Names and hashes of what is measured."""
         digest = lambda folder: hashlib.sha256((fetch(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]  # noqa: E731
         return {
-            "target": self.target.name,
+            **self.target.identity,
             "methods": ["plain", *self.baselines],
             "drafters": {n: digest(f) for n, f in self.folders.items()},
         }
@@ -194,13 +208,16 @@ def bundled(name: str) -> str:
     return locate(name)
 
 
+def about(folder: Path) -> dict:
+    """What a drafter's directory says of its training; {} where it says nothing."""
+    return read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
+
+
 def target_of(folder: Path) -> str:
-    try:
-        return json.loads((folder / "draftsmith.json").read_text("utf-8"))["target"]
-    except (OSError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{folder}/draftsmith.json: no target named; expected --target or a drafter trained here"
-        ) from None
+    target = about(folder).get("target")
+    if target is None:
+        raise UserError(f"{folder}/draftsmith.json: no target named; expected --target or a drafter trained here")
+    return target
 
 
 def check_writable(folder: Path) -> None:

@@ -45,7 +45,7 @@ def verify(
     found: list[Comparison] = []
     for target_name in targets or [None]:
         for dtype in precisions:
-            methods = Methods.open(names, target_name, ASSISTANT, dtype)
+            methods = Methods.open(names, target_name, ASSISTANT, dtype, report)
             prompts = methods.prompts(
                 suite, limit, max_new_tokens, max(policy.size for policy in policies), False, report
             )

@@ -30,6 +30,7 @@ from draftsmith.models.formats import fetch
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import describe
+from draftsmith.models.targets.weights import identity_of
 
 TREE = "chain:2"  # what a drafter drafts in a batch (tests/benchmarks/answers.py)
 CONCURRENCY = 64
@@ -68,7 +69,7 @@ def regenerate(
     prompts = read_prompts(prompts_file, tokenizer, limit)
     service = open_server(server, target_name, tokenizer, stops, seed, prompts) if server else None
     settings = {
-        "target": target_name,
+        **identity_of(target_name, described.weights),
         "prompts": hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest(),
         "temperatures": temperatures,
         "max_new_tokens": max_new_tokens,

@@ -29,7 +29,7 @@ def sweep(
     if not all(map(trained, labels([drafter]).values())):
         raise UserError(f"drafter: found {drafter}, expected a drafter directory")
     policies, sampling = [parse_tree(tree) for tree in trees] if trees else list(GRID), Sampling(temperature, seed=seed)
-    methods = Methods.open([drafter], target, ASSISTANT)
+    methods = Methods.open([drafter], target, ASSISTANT, report=report)
     prompts = methods.prompts(
         suite, limit, max_new_tokens, max(60, *(policy.size for policy in policies)), False, report
     )

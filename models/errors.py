@@ -1,10 +1,24 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(Exception):
     """Bad input: one line naming the file, key or row, the value found and the value expected. Exit code 2, no
     traceback.
     """
+
+
+SHOWN = 6  # differences named in one message
+
+
+def differing_keys(place: str, differences: list[str], expected: int) -> UserError:
+    """What a file of weights has otherwise than it should. differences: `key: what`, one a key; expected: how many keys
+    it should have.
+    """
+    if len(differences) == 1:
+        return UserError(f"{place}: {differences[0]}")
+    more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+    shown = "; ".join(differences[:SHOWN])
+    return UserError(f"{place}: found {len(differences)} differences from the {expected} expected keys: {shown}{more}")
 
 
 class ProcessError(UserError):

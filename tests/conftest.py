@@ -10,6 +10,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PIP_NO_INDEX", "1")  # no test fetches anything: what was fetched before is used
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.features import Packing, TrainingFeatures
 from draftsmith.models.heads import Eagle3Config, Eagle3Head, Eagle3Objective
 from draftsmith.models.targets import TextTarget
+from draftsmith.models.targets.place import present
 from draftsmith.train import telemetry
 from draftsmith.train.reference.pretrain import train_tokenizer
 
@@ -117,6 +119,23 @@ def target():
 @pytest.fixture
 def head(target):
     return tiny_head(target, draft_vocab=40)
+
+
+SMOLLM2 = "bundled:targets/smollm2"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The name of the real target, on machines where it lies."""
+    if not present(SMOLLM2):
+        pytest.skip(f"{SMOLLM2} is not on this machine (draftsmith fetch {SMOLLM2})")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2_target(smollm2) -> TextTarget:
+    """The real target, in fp32."""
+    return TextTarget.load(smollm2)
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ def estimate(
     target_parameters, spread = (
         sum(p.numel() for p in part.parameters()) for part in (model, model.get_decoder().layers)
     )
+    each = item if described.stored is None else described.stored / target_parameters  # quantised ones stay packed
     held = target_parameters - spread + spread // world if engine.target == "sharded" else target_parameters
     whole, trained = (
         sum(p.numel() for p in head.parameters()),
@@ -85,7 +86,7 @@ def estimate(
     c, probes = head.config, head.feature_spec.probe is not None
     hidden, written = config.hidden_size, corpus[1] / corpus[0] if corpus else 1.0
     memory = {
-        "target": held * item,
+        "target": round(held * each),
         "target's states": rows
         * ((len(head.feature_spec.taps) + 8) * hidden + 3 * (config.intermediate_size or hidden))
         * item,

@@ -72,7 +72,7 @@ class Cached:
         self.online, self.folder, self.rank = Online(target, rows, spec), folder, rank
         self.header = {
             "version": 1,
-            "target": target.name,
+            **target.identity,
             "taps": list(spec.taps),
             "convention": CONVENTION,
             "rows": rows.key,

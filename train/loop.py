@@ -159,6 +159,8 @@ def train(
             "data": {"max_image_pixels"},
         }  # the last is part of the rows' key
         settings = recipe.model_dump(mode="json", exclude=silent) | {"rows": rows.key}
+        if described.weights is not None:
+            settings["weights"] = described.weights.sha256
         if finished(Path(recipe.output) / "drafter", settings):
             say(
                 f"{recipe.output}/drafter is there already, trained by this recipe on these rows; remove it to train "
@@ -233,6 +235,7 @@ class Run:
         self.coverage = float(rows.counts[self.head.ids.cpu()].sum() / rows.counts.sum())
         self.about = {
             "target": recipe.target,
+            "weights": asdict(self.target.weights) if self.target.weights else None,
             "recipe": recipe.model_dump(),
             "settings": settings,
             "world_size": world,

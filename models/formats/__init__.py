@@ -12,7 +12,7 @@ import torch
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
 from draftsmith.models.formats import arctic, dream, eagle, eagle3, hivis, speculators
-from draftsmith.models.formats.layout import Layout, Serving, Stored, read_files, written
+from draftsmith.models.formats.layout import Layout, Serving, Stored, other_weights, read_files, written
 from draftsmith.models.formats.place import fetch
 from draftsmith.models.targets import TextTarget
 
@@ -51,13 +51,15 @@ def load_drafter(place: str | Path, shared: Shared, taps_below: int | None = Non
 
 def from_pretrained(place: str | Path, target: TextTarget | None = None):
     """The head at a place, in evaluation mode, for an opened target; without one the target that the drafter names is
-    loaded.
+    loaded. Raises UserError where other weights than it was trained for lie there.
     """
     if target is None:
-        name = read_files(fetch(place)).target
-        if name is None:
+        stored = read_files(fetch(place))
+        if stored.target is None:
             raise UserError(f"{place}: names no target; expected one to be given")
-        target = TextTarget.load(name)
+        target = TextTarget.load(stored.target)
+        if others := other_weights(stored.about, target):
+            raise UserError(f"{place}: {others}")
     return load_drafter(place, target.shared, target.layers)
 
 

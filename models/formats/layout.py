@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from draftsmith.models.errors import UserError
+from draftsmith.models.errors import UserError, differing_keys
 from draftsmith.models.features import Shared
+from draftsmith.models.targets import Weights
 
 Tensors = dict[str, torch.Tensor]
-SHOWN = 6  # differences named in one message
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,18 @@ def read_files(folder: Path, pickle: bool = False) -> Stored:
     return Stored(folder, config, tensors, about)
 
 
+def other_weights(about: dict, target) -> str | None:
+    """A line that names both, where a drafter was trained for other weights of a target than these; None where they are
+    the same, or where it is not known for which it was trained. about: its draftsmith.json; target: `TextTarget`.
+    """
+    if about.get("weights") is None or Weights(**about["weights"]) == target.weights:
+        return None
+    return (
+        f"found weights {target.weights or 'of no known kind'} in target {target.name}, expected the ones that the "
+        f"drafter was trained for ({Weights(**about['weights'])})"
+    )
+
+
 def read_json(file: Path) -> dict:
     try:
         document = json.loads(file.read_text("utf-8"))
@@ -170,12 +182,7 @@ def check_tensors(
         if (v.dtype != kinds[k] if k in kinds else not v.is_floating_point())
     ]
     if differences:
-        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-        raise UserError(
-            f"{place}: {len(differences)} of {len(shapes)} expected keys differ: {'; '.join(differences[:SHOWN])}{more}"
-            if len(differences) > 1
-            else f"{place}: {differences[0]}"
-        )
+        raise differing_keys(place, differences, len(shapes))
 
 
 @contextmanager

@@ -20,19 +20,24 @@ def rope_of(config, name: str) -> dict:
     rope = rope.get("full_attention", rope)
     if "rope_theta" not in rope:
         raise UserError(f"{name}: rope_parameters: found {rope or 'none'}, expected one rope or one of full_attention")
-    return {key: value for key, value in rope.items() if key != "mrope_section" and value != "mrope"}
+    rope = {key: value for key, value in rope.items() if key != "mrope_section" and value != "mrope"}
+    check_rope(rope)
+    return rope
+
+
+def check_rope(rope: dict) -> None:
+    """Raises UserError for types that change with the length, and for one that turns a part of each query."""
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"rope_type: found {kind!r}, expected default, linear, llama3 or yarn")
+    partial = rope.get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise UserError(f"partial_rotary_factor: found {partial}, expected 1 (the head turns all of a query)")
 
 
 def frequencies(config, device) -> tuple[torch.Tensor, float]:
-    """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError for types that change with
-    the length.
-    """
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(f"rope_type: found {kind!r}, expected default, linear, llama3 or yarn")
-    partial = config.rope_parameters.get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise UserError(f"partial_rotary_factor: found {partial}, expected 1 (the head turns all of a query)")
+    """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError as `check_rope`."""
+    check_rope(config.rope_parameters)
     rope = LlamaRotaryEmbedding(
         LlamaConfig(
             hidden_size=config.hidden_size,

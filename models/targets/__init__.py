@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, GenerationConfig
+import torch
+from transformers import GenerationConfig
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.targets.packed import PackedPrefix
+from draftsmith.models.targets.place import locate, read_config
 from draftsmith.models.targets.reading import ImagePrompt
 from draftsmith.models.targets.session import Prefill, TextSession, Verified
 from draftsmith.models.targets.text import TextTarget
+from draftsmith.models.targets.weights import Weights, check_checkpoint, checkpoint_bytes, quantizer_for, weights_of
 
 __all__ = [
     "Description",
@@ -21,20 +24,35 @@ __all__ = [
     "TextSession",
     "TextTarget",
     "Verified",
+    "Weights",
     "describe",
     "locate",
 ]
 
 
+FIGURES = (  # that the config of every supported target has
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True)
 class Description:
     """What is known of a target without its weights. config: the text model's; generation_config: None where the target
-    has none; image_token: the id that stands for pieces of images (None: it sees none).
+    has none; image_token: the id that stands for pieces of images (None: it sees none); weights: what they are where
+    they are quantised, or were; stored: bytes of the checkpoint, of weights that stay quantised when they are loaded.
     """
 
     config: object
     generation_config: object | None
     image_token: int | None = None
+    weights: Weights | None = None
+    stored: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -46,12 +64,18 @@ class Description:
 
 
 def describe(name: str | Path) -> Description:
-    """Raises UserError when there is no such target."""
-    place = locate(name)
-    try:
-        config = AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"target {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    """Raises UserError when there is no such target, for one of another form, for a quantised one that cannot be loaded
+    here, and for a directory whose weights are not all there.
+    """
+    place, config = read_config(name)
+    text = config.get_text_config()
+    if absent := [figure for figure in FIGURES if getattr(text, figure, None) is None]:
+        raise UserError(
+            f"target {name}: {text.model_type} is not supported: found no {absent[0]} in its config, expected one of a "
+            f"decoder like Llama"
+        )
+    quantizer = quantizer_for(config, str(name), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_checkpoint(place, str(name), config)
     try:
         generation = GenerationConfig.from_pretrained(place)
     except OSError:
@@ -61,20 +85,6 @@ def describe(name: str | Path) -> Description:
         if getattr(config, "vision_config", None)
         else None
     )
-    return Description(config.get_text_config(), generation, seen)
-
-
-def locate(name: str | Path) -> str:
-    """The directory or Hub id behind a name; `bundled:NAME` is a reference model that lies in the package."""
-    text = str(name)
-    if not text.startswith("bundled:"):
-        return text
-    import draftsmith.recipes
-
-    place = Path(draftsmith.recipes.__file__).parent / text.removeprefix("bundled:")
-    if not place.is_dir():
-        known = sorted(
-            f"{p.parent.name}/{p.name}" for p in place.parent.parent.glob("*/*") if (p / "config.json").is_file()
-        )
-        raise UserError(f"{text}: no such bundled model; found {', '.join(known) or 'none'}")
-    return str(place)
+    packed = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
+    stored = checkpoint_bytes(place) if packed else None
+    return Description(text, generation, seen, weights_of(place, config), stored)

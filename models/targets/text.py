@@ -9,23 +9,27 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
+from draftsmith.models.targets.place import read_config
 from draftsmith.models.targets.reading import Reading
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
 from draftsmith.models.targets.vision import Vision
+from draftsmith.models.targets.weights import Weights, identity_of, load_model, one_line, weights_of
 from draftsmith.models.tree import DraftTree
+
+FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # of models of another form
 
 
 class TextTarget:
-    """A frozen decoder with its output head, and the forward hooks that read the taps a FeatureSpec names."""
+    """A frozen decoder with its output head, and the forward hooks that read the taps a FeatureSpec names. weights:
+    which ones they are, where that is known.
+    """
 
-    def __init__(self, model, name: str = ""):
-        self.model, self.name = model.eval().requires_grad_(False), name
+    def __init__(self, model, name: str = "", weights: Weights | None = None):
+        self.model, self.name, self.weights = model.eval().requires_grad_(False), name, weights
         self.config = model.config.get_text_config()
         self.vision = Vision(model, name) if getattr(model.config, "vision_config", None) is not None else None
         self.window = getattr(self.config, "sliding_window", None)
@@ -51,29 +55,13 @@ class TextTarget:
 
     @classmethod
     def load(cls, name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
-        """A Hub id, a directory, or `bundled:NAME`. Default dtype: fp32 on a CPU, the checkpoint's own on an
-        accelerator.
+        """Any name that `locate` takes. Default dtype: fp32 on a CPU, the checkpoint's own on an accelerator. Raises
+        UserError.
         """
-        from draftsmith.models.targets import locate
-
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        place = locate(name)
-        try:
-            config = AutoConfig.from_pretrained(place)
-            dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-            auto = (
-                AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
-            )
-            model = auto.from_pretrained(place, config=config, dtype=dtype)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # the last two: torn weights, or of another shape
-            raise UserError(f"target {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-        return cls(model.to(device), str(name))
+        place, config = read_config(name)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        known = weights_of(place, config)  # before loading, which may change the config
+        return cls(load_model(place, str(name), config, dtype, device), str(name), known)
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +74,11 @@ class TextTarget:
     @property
     def generation_config(self):
         return getattr(self.model, "generation_config", None)
+
+    @property
+    def identity(self) -> dict:
+        """As `identity_of`."""
+        return identity_of(self.name, self.weights)
 
     @property
     def layers(self) -> int:
@@ -295,8 +288,11 @@ class TextTarget:
         """`project` must be the model's own way from final states to logits; models that scale them elsewhere are
         refused.
         """
-        own = self.model(input_ids=self._spread(), use_cache=False)
-        ours = self.project(self.body(input_ids=self._spread(), use_cache=False).last_hidden_state)
+        try:
+            own = self.model(input_ids=self._spread(), use_cache=False)
+            ours = self.project(self.body(input_ids=self._spread(), use_cache=False).last_hidden_state)
+        except (AssertionError, *FAILURES) as error:  # the first: what packages of quantised weights say
+            raise UserError(f"target {self.name}: cannot be run ({one_line(error)})") from None
         if not torch.allclose(own.logits.float(), ours.float(), rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported"
@@ -318,8 +314,8 @@ class TextTarget:
                 found = f"logits that differ by {worst:.2g} after five tokens"
             if verified.hidden.shape != (1, 2, self.config.hidden_size):
                 found = f"hidden states {list(verified.hidden.shape)}"
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            found = " ".join(str(error).split())[:200]
+        except FAILURES as error:
+            found = one_line(error)
         if found:
             raise UserError(
                 f"target {self.name}: {self.config.model_type} is not supported: found {found}; "

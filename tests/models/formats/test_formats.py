@@ -101,7 +101,7 @@ def spell(rename):
         (change_tensors(lambda t: t.update({"fc_norm.0.weight": torch.zeros(32)})), "fc_norm.0.weight: unknown key"),
         (
             change_tensors(lambda t: [t.pop("fc.weight"), t.update(x=torch.zeros(1))]),
-            "2 of 15 expected keys differ: fc.weight: missing; x: unknown key",
+            "found 2 differences from the 15 expected keys: fc.weight: missing; x: unknown key",
         ),
         (
             change_tensors(lambda t: t.update({"norm.weight": torch.zeros(3)})),

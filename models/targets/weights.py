@@ -1,0 +1,173 @@
+"""The weights of a target: all of them, or it is refused by name; quantised ones by the package that reads them. And
+which weights a target's name stood for, where that is known.
+
+transformers starts at random what a checkpoint lacks, and leaves out what it does not know. A target is never such a
+model: its own checks would all pass.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils import logging
+
+from draftsmith.models.errors import UserError, differing_keys
+
+MANIFEST = "weights.json"  # beside weights that were made from a GGUF file: what they were made from
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # the last two: torn weights
+
+
+@dataclass(frozen=True)
+class Weights:
+    """sha256: of the GGUF file that they were dequantised from (None: from none); quantisation: its kind, `Q4_1` or
+    `gptq 4 bit`.
+    """
+
+    sha256: str | None
+    quantisation: str
+
+    def __str__(self) -> str:
+        return f"{self.quantisation}, sha256 {self.sha256[:16]}" if self.sha256 else self.quantisation
+
+
+def identity_of(name: str, weights: Weights | None) -> dict:
+    """What results depend on: a target's name, and the sha256 of its weights where it is known."""
+    known = weights and weights.sha256
+    return {"target": name} | ({"weights": known} if known else {})
+
+
+def weights_of(place: str | Path, config) -> Weights | None:
+    """What is known of the weights at a place (directory or Hub id); None where they are as they were trained."""
+    if (manifest := Path(place) / MANIFEST).is_file():
+        found = json.loads(manifest.read_text("utf-8"))
+        return Weights(found["sha256"], found["quantisation"])
+    found = quantisation(config)
+    return None if found is None else Weights(None, kind(found))
+
+
+def quantisation(config) -> dict | None:
+    """The section `quantization_config` of a model's config, or of its text model's."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
+def kind(found: dict) -> str:
+    bits = found.get("bits") or (4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None)
+    return f"{found.get('quant_method', 'unknown')}{f' {bits} bit' if bits else ''}"
+
+
+def quantizer_for(config, name: str, device: torch.device):
+    """The quantizer of transformers for a quantised checkpoint, which found all that it needs; None for any other.
+    Raises UserError that names the package that is missing, or what else it lacks.
+    """
+    found = quantisation(config)
+    if found is None:
+        return None
+    method = found.get("quant_method")
+    known = {key.removesuffix("_4bit").removesuffix("_8bit") for key in AUTO_QUANTIZER_MAPPING}
+    if method not in known and not (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        raise UserError(
+            f"target {name}: quantization_config.quant_method: found {method!r}, expected one of "
+            f"{', '.join(sorted(known))}"
+        )
+    try:
+        with quietly():
+            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(found), pre_quantized=True)
+            quantizer.validate_environment(device_map={"": device}, weights_only=True)
+    except ImportError as error:
+        raise UserError(f"target {name}: is quantised ({kind(found)}): {one_line(error)}") from None
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"target {name}: cannot be run here ({kind(found)}): {one_line(error)}") from None
+    return quantizer
+
+
+def checkpoint_bytes(place: str) -> int | None:
+    """Of a checkpoint's weights on disk, or on the Hub; None where neither can be asked."""
+    if not Path(place).is_dir():
+        with suppress(HTTPError, OSError, ValueError):
+            files = HfApi().model_info(place, files_metadata=True).siblings
+            return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors")) or None
+        config = try_to_load_from_cache(place, "config.json")
+        if not isinstance(config, str):
+            return None
+        place = Path(config).parent
+    return sum(file.stat().st_size for file in Path(place).glob("*.safetensors")) or None
+
+
+def load_model(place: str, name: str, config, dtype: torch.dtype | None, device: torch.device):
+    """The model at a place (directory or Hub id) on a device, whole. dtype: None is fp32 on a CPU and the checkpoint's
+    own on an accelerator. Raises UserError for weights that are missing, of another shape, or that belong to nothing.
+    """
+    quantizer = quantizer_for(config, name, device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    if quantizer is not None:  # packed weights are not moved afterwards
+        return _loaded(place, name, config, dtype=dtype, device_map={"": device})
+    return _loaded(place, name, config, dtype=dtype).to(device)
+
+
+def check_checkpoint(place: str, name: str, config) -> None:
+    """`load_model`'s check by the names and shapes in the files alone, for a directory that holds weights. Those of a
+    quantised one depend on where it is loaded.
+    """
+    if quantisation(config) is None and any(Path(place).glob("*.safetensors")):
+        _loaded(place, name, copy.deepcopy(config), device_map="meta")
+
+
+def _loaded(place: str, name: str, config, **options):
+    auto = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
+    quantised = quantisation(config) is not None  # loading may change the config
+    options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with quietly():
+            model, found = auto.from_pretrained(place, **options)
+    except UNREADABLE as error:
+        raise UserError(f"target {name}: cannot be loaded ({one_line(error)})") from None
+    check_whole(model, found, name, quantised)
+    return model
+
+
+def check_whole(model, found: dict, name: str, quantised: bool) -> None:
+    """found: what transformers says of the loading. Keys that the class of the model ignores, tied ones and buffers
+    that older checkpoints hold are not among it. A quantised checkpoint also has numbers of its own beside weights.
+    """
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", True)
+    why = "" if tied else " (tie_word_embeddings is false)"
+    differences = [
+        f"{key}: missing{why if key.startswith('lm_head.') else ''}" for key in sorted(found["missing_keys"])
+    ]
+    differences += [
+        f"{key}: found {tuple(stored)}, expected {tuple(own)}" for key, stored, own in sorted(found["mismatched_keys"])
+    ]
+    modules = {part for part, _ in model.named_modules()} if quantised else set()
+    differences += [
+        f"{key}: unknown key" for key in sorted(found["unexpected_keys"]) if key.rpartition(".")[0] not in modules
+    ]
+    if differences:
+        raise differing_keys(f"target {name}", differences, len(model.state_dict()))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings of transformers: what matters of them becomes one line of ours."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
