@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from draftsmith.launch.export import command
+from draftsmith.launch.trained import Trained
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import LAYOUTS
 from draftsmith.models.formats.layout import Layout, Stored, read_json
@@ -17,6 +18,12 @@ from draftsmith.models.targets import Weights, locate
 from draftsmith.models.targets.place import HUB_FILE
 
 SERVED_DEPTH = 5
+DRAWN_DRAFTS = (
+    "At temperatures above 0 vLLM drafts the most probable tokens, or draws its drafts from the drafter where "
+    '`"draft_sample_method": "probabilistic"` stands in this configuration. Both keep the target\'s law; which of them '
+    "accepts more depends on the drafter."
+)
+SHOWN_ELSEWHERE = {"head", "target", "weights", "recipe", "settings", "trained", "imported"}
 
 
 def model_card(
@@ -39,8 +46,8 @@ def model_card(
         for other in LAYOUTS
         if other.head is layout.head
         for engine in other.engines
-        if engine not in served and other.described
-    ]
+        if engine not in served and (other.described or stored.config.get("bias") is False)
+    ]  # vLLM applies no bias of an EAGLE-1 head's fc, so that heads with one are not exported to it
     data = ModelCardData(
         base_model=base,
         license=licence,
@@ -66,10 +73,13 @@ def model_card(
             f"With {engine}:\n\n```bash\n{command(layout, engine, stored.config, repository, place, SERVED_DEPTH)}\n```"
             for engine in served
         ),
+        *([DRAWN_DRAFTS] if "vllm" in served else []),
         "\n".join(["With draftsmith:\n\n```bash", f"draftsmith eval {repository}", *exports, "```"]),
         f"```python\nfrom draftsmith.models.formats import from_pretrained\nfrom draftsmith.models.targets import "
         f"TextTarget\n\n"
         f'target = TextTarget.load("{target}")\nhead = from_pretrained("{repository}", target)\n```',
+        "## Trained for",
+        "\n".join(Trained.of(stored).lines()),
         "## Training",
         *training(stored.about),
     ]
@@ -124,20 +134,28 @@ def acceptance(repository: str, cells: list[dict], conditions: dict) -> list[str
         "brackets. The numbered columns are the acceptance of each drafted depth, given that the depth before was "
         "accepted.",
         "\n".join("| " + " | ".join(row) + " |" for row in rows),
+        drafts(cells),
         f"Measured with `draftsmith eval`: {machine}.",
     ]
 
 
+def drafts(cells: list[dict]) -> str:
+    """How the drafts of the table came about, in the words of an engine."""
+    most_probable = "the drafter's most probable tokens (one-hot, as with vLLM's `draft_sample_method` greedy)"
+    if not any(cell["tree"].startswith("sampled:") and cell["temperature"] > 0 for cell in cells):
+        return f"Drafts were {most_probable} at every temperature, verified by sampling and matching."
+    return (
+        f"In trees named `sampled` drafts were drawn from the drafter, else they were {most_probable}; all were "
+        f"verified by sampling and matching."
+    )
+
+
 def training(about: dict) -> list[str]:
     """Recipe, data and figures of the run, as far as draftsmith.json tells."""
-    known = ("head", "target", "weights", "recipe", "imported")
-    figures = {key: value for key, value in about.items() if key not in known}
+    figures = {key: value for key, value in about.items() if key not in SHOWN_ELSEWHERE and value is not None}
     if about.get("weights"):
         figures = {"weights of the target": str(Weights(**about["weights"])), **figures}
-    lines = [
-        f"- {key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"- {key.replace('_', ' ')}: {value}"
-        for key, value in figures.items()
-    ]
+    lines = [f"- {key.replace('_', ' ')}: {figure(value)}" for key, value in figures.items()]
     found = ["\n".join(lines)] if lines else []
     if "imported" in about:
         found.append(f"Not trained by draftsmith: imported from {about['imported'].get('from')}.")
@@ -148,6 +166,12 @@ def training(about: dict) -> list[str]:
             + "\n```"
         )
     return found or ["Not recorded."]
+
+
+def figure(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {figure(part)}" for name, part in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def result(cell: dict) -> EvalResult:

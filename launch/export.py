@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from string import Template
 
+from draftsmith.launch.trained import Trained
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
 from draftsmith.models.formats import fetch, layout_for, layout_of, read_files, save_drafter, store
@@ -22,28 +23,33 @@ def export_drafter(
 ) -> Path:
     """Writes OUT (a new place) for an engine, checked key by key by reading it back. Only layouts that describe the
     target need its files (its embedding). depth: drafted tokens in the config and in the command that is shown; an OWL
-    drafter drafts the n_predict that it was trained for.
+    drafter drafts the n_predict that it was trained for. What goes beyond the training is reported, one line each.
     """
     if to not in ENGINES:
         raise UserError(f"--to: found {to}, expected {', '.join(ENGINES)}")
     out = new_place(out)
     stored = read_files(fetch(place))
+    trained = Trained.of(stored)
     target = target or stored.target
     own = layout_of(stored)
     head = own.read(stored.config, stored.tensors, stored.shared(), None, stored.folder)
     layout, serving = layout_for(head, to), None
+    context = getattr(head.config, "max_position_embeddings", None)
     if target is None:
         raise UserError(f"{stored.folder}: names no target; expected --target")
     if layout.described:
         config, architecture, embedding = read_target(target)
         head = own.read(stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder)
         serving = Serving(locate(target), architecture, depth)
+        context = config.max_position_embeddings
     store(head, out, layout, {"head": head.name, "target": target, **stored.about}, stored.dtype, serving)
     config, tensors = layout.write(head, stored.dtype, serving)
     report(
         f"{len(tensors)} tensors in {out}, read back and "
         f"equal\n{command(layout, to, config, out, locate(target), depth)}"
     )
+    for line in trained.exceeded(getattr(head.config, "n_predict", depth), context):
+        report(line)
     return out
 
 

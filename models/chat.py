@@ -2,8 +2,10 @@
 target).
 """
 
+import re
 from pathlib import Path
 
+from jinja2 import Environment, meta
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
@@ -17,6 +19,25 @@ def load_tokenizer(name: str | Path):
         return AutoTokenizer.from_pretrained(locate(name))
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+
+
+# What rendering gives every template, besides special tokens
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+
+
+def template_variables(reader) -> dict[str, None]:
+    """What the chat template of a tokenizer (or `models.pictures.Reader`) reads besides the conversation, such as
+    `enable_thinking`: each name with None, since `render` sets none of them and leaves the template's own defaults.
+    """
+    template = reader.chat_template or ""
+    template = template.get("default", "") if isinstance(template, dict) else template
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
+    except TemplateError as error:
+        raise UserError(f"chat template: {' '.join(str(error).split())[:200]}") from None
+    names = meta.find_undeclared_variables(tree) - GIVEN - set(environment.globals)
+    return dict.fromkeys(sorted(name for name in names if not name.endswith("_token")))
 
 
 class UnstableTemplate(UserError):

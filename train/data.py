@@ -58,6 +58,14 @@ class Rows:
         place = self.folder / "conversations.npy"
         return np.load(place) if place.is_file() else np.arange(len(self))
 
+    @cached_property
+    def temperatures(self) -> list[float | None] | None:
+        """At which temperatures the answers were drawn, as the records say (None stands for records that do not), or
+        None for rows that were prepared before this was kept.
+        """
+        place = self.folder / "temperatures.json"
+        return json.loads(place.read_text("utf-8")) if place.is_file() else None
+
     @property
     def key(self) -> str:
         return self.folder.name
@@ -184,7 +192,7 @@ def _content(path: Path) -> bytes:
 
 
 def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report, pictures) -> None:
-    names, of_row, conversations = [], [0], []
+    names, of_row, conversations, temperatures = [], [0], [], set()
     borders, counts, short, shown = [0], np.zeros(vocab_size, dtype=np.int64), 0, time.time()
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "mask.bin").open("wb") as mask_file:
         for file in files:
@@ -202,6 +210,8 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
                 supervised = [row for row in rows if sum(row[1][:max_length]) >= 2]
                 short += len(rows) - len(supervised)
                 conversations += [conversations[-1] + 1 if conversations else 0] * len(supervised)
+                if supervised:
+                    temperatures.add(temperature_of(record))
                 for tokens, mask, found in supervised:
                     ids, written = (
                         np.array(tokens[:max_length], dtype=np.uint32),
@@ -238,12 +248,21 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
         report(f"{short:,} rows are left out: their answers begin behind data.max_length {max_length}")
     np.save(folder / "borders.npy", np.array(borders, dtype=np.int64))
     np.save(folder / "counts.npy", counts)
+    (folder / "temperatures.json").write_text(
+        json.dumps(sorted(temperatures, key=lambda t: (t is None, t or 0.0))), "utf-8"
+    )
     if pictures is not None:
         np.save(folder / "conversations.npy", np.array(conversations, dtype=np.int64))
         encoded = [name.encode() for name in names]
         np.save(folder / "names.npy", np.frombuffer(b"".join(encoded), dtype=np.uint8))
         np.save(folder / "name_borders.npy", np.cumsum([0, *map(len, encoded)]))
         np.save(folder / "picture_borders.npy", np.array(of_row, dtype=np.int64))
+
+
+def temperature_of(record: dict) -> float | None:
+    """At which temperature the target gave this answer, where the record says so (`draftsmith regenerate` does)."""
+    found = record.get("temperature")
+    return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
 
 
 def _encode(

@@ -19,6 +19,7 @@ from draftsmith.models.heads.vocabulary import most_frequent
 from draftsmith.models.noise import seed_of
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed
+from draftsmith.train.about import measured, trained
 from draftsmith.train.checkpoint import Checkpoints, termination
 from draftsmith.train.data import Rows, await_rows, prepare
 from draftsmith.train.features import Cached, Online
@@ -238,6 +239,8 @@ class Run:
             "weights": asdict(self.target.weights) if self.target.weights else None,
             "recipe": recipe.model_dump(),
             "settings": settings,
+            "trained": trained(recipe, rows, pictures),
+            "measured": measured(recipe) if len(self.kept) else None,
             "world_size": world,
             "draft_vocab_coverage": self.coverage,
         }

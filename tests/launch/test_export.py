@@ -17,6 +17,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter, read_files, save_drafter
 from draftsmith.models.formats.embedding import read_target
 from draftsmith.models.formats.layout import Serving
+from draftsmith.models.heads import OwlConfig, OwlHead
 from tests.conftest import tiny_head, tiny_target
 from tests.models.formats.test_formats import change_config, change_tensors, same_logits
 
@@ -63,7 +64,8 @@ def test_vllm_and_sglang_layout(place):
         assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["norm_before_residual"] is False
         assert sum(name.startswith("midlayer.") for name in tensors) == 10 and len(tensors) == 15
         assert not any(name.startswith("layers.") or "embed" in name for name in tensors)
-    assert '"method": "eagle3"' in said[0] and "--speculative-algorithm EAGLE3" in said[1]
+    shown = [line for line in said if "read back" in line]
+    assert '"method": "eagle3"' in shown[0] and "--speculative-algorithm EAGLE3" in shown[1]
 
 
 def test_speculators_layout(place):
@@ -85,6 +87,63 @@ def test_speculators_layout(place):
     assert config["transformer_layer_config"]["vocab_size"] == 61 and config["draft_vocab_size"] == 40
     assert len(tensors) == 16 and torch.equal(tensors["embed_tokens.weight"].float(), target.embedding)
     assert not any(name.startswith("midlayer") for name in tensors)
+
+
+def told(folder, **about):
+    """Adds to a directory's draftsmith.json."""
+    place = folder / "draftsmith.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **about}))
+
+
+@pytest.mark.parametrize(
+    ("about", "depth", "lines"),
+    [
+        ({"trained": {"steps": 3, "context": 256}}, 3, []),
+        (
+            {"trained": {"steps": 3, "context": 64}},
+            4,
+            [
+                "warning: 4 drafted tokens are asked for, 3 steps were trained",
+                "warning: the target takes 256 tokens, rows of at most 64 were trained on",
+            ],
+        ),
+        (
+            {"recipe": {"objective": {"steps": 2, "decay": 0.8}, "data": {"max_length": 255}}},
+            5,
+            ["warning: 5 drafted tokens are asked for, 2 steps", "warning: the target takes 256 tokens"],
+        ),
+        ({}, 5, ["trained steps: not recorded", "trained context: not recorded"]),
+    ],
+    ids=["within", "beyond", "recipe alone", "before both"],
+)
+def test_what_exceeds_the_training_is_said_in_a_line_each(place, about, depth, lines):
+    """`steps` at the top of draftsmith.json are those of the optimizer, and none of its business."""
+    folder, said = place[0], []
+    told(folder / "drafter", **about)
+    for engine in ("vllm", "speculators"):
+        said.clear()
+        out = export_drafter(folder / "drafter", folder / engine, engine, depth=depth, report=said.append)
+        assert len(said) == 1 + len(lines) and "\n" not in "".join(said[1:])
+        assert all(line.startswith(start) for line, start in zip(said[1:], lines, strict=True))
+        assert json.loads((out / "draftsmith.json").read_text()).get("trained") == about.get("trained")
+
+
+def test_an_lstm_drafts_what_it_was_trained_for_whatever_depth_is_asked(tmp_path, target):
+    target.model.save_pretrained(tmp_path / "target")
+    head = OwlHead(OwlConfig.for_target(target.config, n_predict=3), target.shared)
+    about = {"target": str(tmp_path / "target"), "trained": {"steps": 3, "context": 256}}
+    save_drafter(head, tmp_path / "drafter", about)
+    said = []
+    export_drafter(tmp_path / "drafter", tmp_path / "out", "arctic", depth=5, report=said.append)
+    assert len(said) == 1 and '"num_speculative_tokens": 3' in said[0]
+
+
+def test_what_was_trained_must_be_numbers(place):
+    folder = place[0]
+    told(folder / "drafter", trained={"steps": "three"})
+    with pytest.raises(UserError, match="draftsmith.json: trained.steps: found 'three', expected int or null"):
+        export_drafter(folder / "drafter", folder / "out", "vllm")
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(

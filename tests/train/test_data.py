@@ -88,6 +88,23 @@ def test_rows_are_encoded_once_and_again_when_anything_changes(folder, tmp_path,
     assert read([folder / "rows.jsonl", folder / "rows.jsonl"], tokenizer, tmp_path).key != first.key
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [([0, 0.8, 0.0], [0.0, 0.8]), ([0.8, None], [0.8, None]), (["hot", True], [None])],
+    ids=["as regenerate writes them", "some do not say", "no numbers"],
+)
+def test_the_temperatures_of_the_answers_are_kept(tmp_path, tokenizer, said, kept):
+    file = tmp_path / "rows.jsonl"
+    row = {"tokens": [1, 3, 9, 8, 7], "prompt_length": 2}
+    lines = [json.dumps(row | ({} if t is None else {"temperature": t})) for t in said]
+    lines.append(json.dumps(row | {"prompt_length": 5, "temperature": 0.5}))  # nothing to learn from: left out
+    file.write_text("\n".join(lines))
+    rows = read([file], tokenizer, tmp_path)
+    assert len(rows) == len(said) and rows.temperatures == kept
+    (rows.folder / "temperatures.json").unlink()  # as rows were prepared before
+    assert data.Rows(rows.folder).temperatures is None
+
+
 def test_a_few_bad_rows_are_counted_and_reported_and_many_refused(folder, tmp_path, tokenizer):
     lines, file, said = (folder / "rows.jsonl").read_text().splitlines(), tmp_path / "rows.jsonl", []
     lines[5], lines[9] = '{"messages": [', '{"messages": [{"role": "user", "content": "no answer"}]}'

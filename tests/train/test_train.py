@@ -182,6 +182,8 @@ def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, engine):
     arguments = [str(folder / "recipe.yaml"), *engine, "engine.checkpoint_minutes=0"]
     assert main([*arguments, f"output={tmp_path}/whole"]) == 0
     whole = log_of(tmp_path / "whole")
+    about = json.loads((tmp_path / "whole" / "drafter" / "draftsmith.json").read_text())
+    assert about["trained"]["steps"] == 3 and about["measured"] is None  # the recipe measures no tau
     train_killed_at(8, [*arguments, f"output={tmp_path}/cut"])
     (tmp_path / "cut" / "checkpoints" / ".step-9").mkdir()  # a checkpoint that was never completed
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-7"] and not (

@@ -1,0 +1,39 @@
+"""What a chat template reads besides the conversation."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from draftsmith.models.chat import template_variables
+from draftsmith.models.errors import UserError
+
+TURNS = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        (TURNS + "{% if add_generation_prompt %}{{ bos_token }}{% endif %}", []),
+        (TURNS + "{% if enable_thinking is defined and enable_thinking is false %}x{% endif %}", ["enable_thinking"]),
+        ("{% set ns = namespace(n=0) %}{% for i in range(3) %}{% if tools %}{{ i }}{% endif %}{% endfor %}", []),
+        (
+            "{% if not date %}{% set date = strftime_now('%d') %}{% endif %}{{ date }}"
+            "{% for m in messages %}{% if m.role == 'x' %}{% continue %}{% endif %}"
+            "{%- generation -%}{{ m.content }}{% endgeneration %}{% endfor %}{{ effort | default('low') }}",
+            ["date", "effort"],
+        ),
+        ({"default": TURNS + "{{ style }}", "rag": "{{ citations }}"}, ["style"]),
+        (None, []),
+    ],
+)
+def test_the_variables_of_a_chat_template(template, names):
+    assert template_variables(SimpleNamespace(chat_template=template)) == dict.fromkeys(names)
+
+
+def test_a_broken_template_is_one_line():
+    with pytest.raises(UserError, match="chat template: "):
+        template_variables(SimpleNamespace(chat_template="{% if %}"))
+
+
+def test_the_tests_own_tokenizer_has_none(tokenizer):
+    assert template_variables(tokenizer) == {}

@@ -1,0 +1,30 @@
+"""What draftsmith.json tells of a drafter beside its recipe: what an engine must be told, or should not exceed."""
+
+from draftsmith.models.chat import load_tokenizer, template_variables
+from draftsmith.models.grow import parse_tree
+from draftsmith.train.data import Rows
+from draftsmith.train.pictures import Pictures
+from draftsmith.train.recipe import DrafterRecipe
+
+
+def trained(recipe: DrafterRecipe, rows: Rows, pictures: Pictures | None) -> dict:
+    """What a drafter was trained for.
+
+    steps: drafted levels; context: tokens of the longest row (at most data.max_length); temperatures: of the answers
+    (`Rows.temperatures`); template_variables: those of the chat template (`models.chat.template_variables`).
+    """
+    steps, gto = recipe.objective.steps, recipe.gto
+    reader = pictures.reader if pictures else load_tokenizer(recipe.target)
+    return {
+        "steps": max(steps, parse_tree(gto.tree).depth) if gto else steps,
+        "context": int(rows.lengths.max()),
+        "temperatures": rows.temperatures,
+        "template_variables": template_variables(reader),
+    }
+
+
+def measured(recipe: DrafterRecipe) -> dict:
+    """What the acceptance length during the run (`best`) was measured with: a drafter that drafts its most probable
+    tokens (engines call such drafts greedy; their law is one-hot), verified greedily.
+    """
+    return {"tree": recipe.evaluation.tree, "temperature": 0.0, "drafts": "one-hot"}
