@@ -1,4 +1,4 @@
-"""Trees hung at inner positions of one packed row: the attention of a one-layer head that drafts at many places of a
+"""Trees rooted at inner positions of one packed row: the attention of a one-layer head that drafts at many places of a
 text at once.
 
 The row's own keys and values are computed once and shared by all roots; a root sees its document's rows before its own,
@@ -38,7 +38,7 @@ def spans_of(packing: Packing, at: torch.Tensor) -> list[Span]:
 
 
 @dataclass(frozen=True)
-class Hung:
+class RootedTrees:
     """A beam of P trees. row: (keys, values) [T, H_kv, D] of the packed row, row t consuming x_t's features and
     x_{t+1}; limit [P]: a root sees rows before this one; hidden [P, k, h]: what the next nodes go on from; own: (keys,
     values) [P, n, H_kv, D] of the nodes expanded so far, and seen [P, k, n], which of them each row of `hidden` sees;
@@ -57,7 +57,7 @@ class Hung:
     @classmethod
     def at(
         cls, packing: Packing, at: torch.Tensor, row: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor
-    ) -> "Hung":
+    ) -> "RootedTrees":
         """Roots at packed indices at [P] (CPU or the row's device), each at least 1 inside its document; hidden [T, h]
         of the packed row.
         """
