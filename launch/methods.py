@@ -42,6 +42,8 @@ SUFFIX_RULE = SuffixRule(
     factor=4
 )  # of 1, 2 and 4 the best path on prompts of training modules (tests/benchmarks/suffix_rules.py)
 KEYS = (
+    "robust_speedup",
+    "disturbance",
     "speedup",
     "tree",
     "sweep",
