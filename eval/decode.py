@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -22,19 +24,61 @@ Emit = Callable[[int, list[int]], None]
 REFILLS = 8  # a running batch takes new requests once an eighth of its places are free: one prefill for several
 
 
+class Pass(NamedTuple):
+    """One pass over a batch. rows: of the batch that were still decoded; nodes and levels of the largest draft tree;
+    length: committed tokens of the longest row; then seconds.
+    """
+
+    rows: int
+    nodes: int
+    levels: int
+    length: int
+    draft: float
+    verify: float
+    overhead: float
+
+
+@cache
+def fine_thread_time() -> bool:
+    """Whether the system counts a thread's own seconds finely enough to time a pass: some sandboxes do in 10 ms."""
+    steps, before = [], time.thread_time()
+    while len(steps) < 5:
+        now = time.thread_time()
+        if now > before:
+            steps.append(now - before)
+            before = now
+    return min(steps) < 1e-4
+
+
+def undisturbed(device: torch.device) -> bool:
+    """Whether the decoding thread's own seconds are what a pass takes without others: on a CPU, where no other thread
+    takes part. (A thread that waits for others runs for less than the pass takes.)
+    """
+    return device.type == "cpu" and torch.get_num_threads() == 1 and fine_thread_time()
+
+
 class Clock:
     """Seconds by phase, devices synchronised at every border. `total` covers the loop and the drafter's own prefill,
     not the target's; `overhead` is choosing tokens, accepting, committing and bookkeeping. What the three phases leave
     of the total is the loop's own.
 
     On a CPU `busy` has the seconds that the decoding thread itself ran: on a quiet machine the same, on a loaded one
-    without the waiting.
+    without the waiting. `begin` (the drafter's own prefill) and `passes` are in these seconds where they are
+    `undisturbed`, since a pass that another program interrupted then costs what it always does; otherwise in the
+    wall's.
     """
 
     def __init__(self, device: torch.device):
         self.seconds = {"draft": 0.0, "verify": 0.0, "overhead": 0.0, "total": 0.0}
         self.busy = dict(self.seconds) if device.type == "cpu" else None
         self.sync = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+        self.begin, self.passes, self.lapped = 0.0, [], [0.0, 0.0, 0.0]
+        self.own = self.busy if undisturbed(device) else self.seconds
+
+    def lap(self) -> list[float]:
+        """Seconds of draft, verify and overhead since the last lap."""
+        before, self.lapped = self.lapped, [self.own[phase] for phase in ("draft", "verify", "overhead")]
+        return [round(now - then, 7) for now, then in zip(self.lapped, before)]
 
     @contextmanager
     def phase(self, name: str):
@@ -227,6 +271,7 @@ def passes(
         if begun := more(len(active)):
             with clock.phase("draft"):
                 (drafter.join if active else drafter.begin)(begun.features, begun.root)
+            clock.begin += sum(clock.lap())
             active = active + begun.requests
             for request, prompt, token in zip(begun.requests, begun.prompts, begun.root.tolist()):
                 traces[request], histories[request] = Trace([token]), [*prompt, token]
@@ -255,6 +300,8 @@ def passes(
             note_margins(traces, active, noise.perturb(logits, tree), accepted)
         with clock.phase("draft"):
             drafter.observe(features, kept.next_token)
+        levels = max(traces[request].drafted[-1] for request in active)
+        clock.passes.append(Pass(len(active), tree.size, levels, max(roots), *clock.lap()))
 
 
 def fill_gaps(going: list[int]) -> list[int]:

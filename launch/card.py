@@ -94,6 +94,7 @@ def acceptance(repository: str, cells: list[dict], conditions: dict) -> list[str
         return [f"Not measured. `draftsmith eval {repository}` measures it."]
     depth = max(len(cell["acceptance_by_depth"]) for cell in cells)
     timed = any("speedup" in cell for cell in cells)
+    speed = lambda cell: cell.get("robust_speedup", cell.get("speedup"))  # noqa: E731  (earlier versions: totals alone)
     head = [
         "suite",
         "T",
@@ -118,21 +119,22 @@ def acceptance(repository: str, cells: list[dict], conditions: dict) -> list[str
                 f"{cell['tau']:.2f}{interval}",
                 *rates,
                 *[""] * (depth - len(rates)),
-                *([f"{cell['speedup']:.2f}x" if "speedup" in cell else ""] if timed else []),
+                *([f"{speed(cell):.2f}x" if speed(cell) else ""] if timed else []),
                 str(cell["prompts"]),
                 f"{cell['identical']}/{cell['prompts']}" if "identical" in cell else "",
             ]
         )
     machine = ", ".join(
         f"{key} {conditions[key]}"
-        for key in ("max_new_tokens", "seed", "dtype", "device", "processor", "cores", "torch")
+        for key in ("max_new_tokens", "seed", "dtype", "device", "processor", "cores", "threads", "torch")
         if conditions.get(key) is not None
     )
     return [
         "tau = tokens emitted / verify passes of the target, bonus token included (plain decoding is 1), all prompts "
         "pooled, 95 % interval in "
         "brackets. The numbered columns are the acceptance of each drafted depth, given that the depth before was "
-        "accepted.",
+        "accepted."
+        + (" Speedup is over plain decoding of the same prompts, from undisturbed passes." if timed else ""),
         "\n".join("| " + " | ".join(row) + " |" for row in rows),
         drafts(cells),
         f"Measured with `draftsmith eval`: {machine}.",

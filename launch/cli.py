@@ -15,6 +15,9 @@ app = typer.Typer(
     help="Train, prove, measure and publish drafters for speculative decoding.",
 )
 Count = Annotated[int, typer.Option(min=1)]
+Threads = Annotated[
+    int, typer.Option(min=1, help="on a CPU; default: OMP_NUM_THREADS, or one or all, by a short trial")
+]
 Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
 
 
@@ -247,6 +250,7 @@ def evaluate(
     limit: Count = None,
     skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False,
     seed: int = 0,
+    threads: Threads = None,
 ):
     """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a
     killed one goes on.
@@ -268,6 +272,7 @@ def evaluate(
             limit,
             skip_long,
             seed,
+            threads,
         ),
         say,
     )
@@ -359,11 +364,12 @@ def sweep(
     limit: Count = 8,
     seed: int = 0,
     output: str = "runs/sweep",
+    threads: Threads = None,
 ):
     """Time many trees of a drafter beside the one that `--tree auto` chooses. Writes OUTPUT/sweep.json."""
     from draftsmith.launch.sweep import sweep
 
-    sweep(drafter, suite, target, tree, temperature, batch, max_new_tokens, limit, seed, Path(output), say)
+    sweep(drafter, suite, target, tree, temperature, batch, max_new_tokens, limit, seed, Path(output), say, threads)
 
 
 @app.command()

@@ -9,8 +9,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftsmith.eval.measurement.journal import Journal
+import torch
+
+from draftsmith.eval.measurement.journal import Journal, settings_before
 from draftsmith.eval.measurement.suite import ACCEPTANCE_BATCH, Plan, Suite
+from draftsmith.eval.measurement.threads import chosen_threads
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import ASSISTANT, Methods, bundled, check_writable, write_json
 from draftsmith.launch.report import report as write_report_of
@@ -23,12 +26,14 @@ LARGE_TREE = "dynamic:10x7x60"
 CHAIN_DEPTH = 5
 CHOICE_PROMPTS = 8
 CODE = "bundled:prompts/code.jsonl"
+PARTIAL = "runs.jsonl.partial"  # the journal of a run that has not ended
 
 
 @dataclass(frozen=True)
 class Request:
     """What `draftsmith eval` was asked. methods: drafter directories and baselines; tree: `auto` or the tree to time;
-    timed: the temperatures at which speed is measured (acceptance length is measured at all `temperatures`).
+    timed: the temperatures at which speed is measured (acceptance length is measured at all `temperatures`); threads:
+    on a CPU, None = as `chosen_threads` says.
     """
 
     methods: list[str]
@@ -44,6 +49,7 @@ class Request:
     limit: int | None = None
     skip_long: bool = False
     seed: int = 0
+    threads: int | None = None
 
     def plan(self) -> Plan:
         """Raises UserError for values that contradict each other."""
@@ -83,6 +89,22 @@ def measure(request: Request, report=print) -> dict:
     if len(set(names)) < len(names):
         raise UserError(f"suites: found {', '.join(names)}, expected different names")
     methods = Methods.open(request.methods, request.target, request.assistant, report=report)
+    before = settings_before(request.output / PARTIAL).get("threads")
+    with chosen_threads(methods.target, request.threads, before, report) as tried:
+        document = measure_suites(request, plan, names, methods, tried, report)
+    show(document)
+    report(f"result in {request.output / 'result.json'}")
+    if importlib.util.find_spec("matplotlib") is None:
+        report("no report: matplotlib is not installed (pip install 'draftsmith[report]')")
+    else:
+        write_report_of(request.output, report)
+    return document
+
+
+def measure_suites(
+    request: Request, plan: Plan, names: list[str], methods: Methods, tried: dict[int, float], report
+) -> dict:
+    """Writes result.json and runs.jsonl. tried: what led to the number of threads, recorded in the conditions."""
     rows = max(tree.size for tree in (plan.tree, chain(plan.chain_depth), plan.fixed or plan.tree))
     prompts = {
         name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)
@@ -97,9 +119,12 @@ def measure(request: Request, report=print) -> dict:
         "tree": request.tree,
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
+        "threads": torch.get_num_threads(),
     }
     check_writable(request.output)
-    journal = Journal(request.output / "runs.jsonl.partial", json.loads(json.dumps(settings)))
+    journal = Journal(request.output / PARTIAL, json.loads(json.dumps(settings)))
+    if "threads" not in journal:
+        journal.add("threads", {"trial_ms": {str(number): ms for number, ms in tried.items()}})
     cells, documents, samples = [], {}, {}
     for name, found in prompts.items():
         suite = Suite(
@@ -135,16 +160,11 @@ def measure(request: Request, report=print) -> dict:
             "tree_of_tree_tau": LARGE_TREE,
             "batch_of_tree_tau": ACCEPTANCE_BATCH,
             **methods.machine(),
+            "thread_trial_ms": journal["threads"]["trial_ms"],
         },
     }
     write_json(request.output / "result.json", document)
     journal.path.replace(request.output / "runs.jsonl")
-    show(document)
-    report(f"result in {request.output / 'result.json'}")
-    if importlib.util.find_spec("matplotlib") is None:
-        report("no report: matplotlib is not installed (pip install 'draftsmith[report]')")
-    else:
-        write_report_of(request.output, report)
     return document
 
 

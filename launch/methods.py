@@ -28,6 +28,8 @@ from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
 
 KEYS = (
+    "robust_speedup",
+    "disturbance",
     "speedup",
     "tree",
     "sweep",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from draftsmith.eval.measurement.sweep import GRID
 from draftsmith.eval.measurement.sweep import sweep as time_trees
+from draftsmith.eval.measurement.threads import chosen_threads
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.drafters import trained
 from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
@@ -24,39 +25,42 @@ def sweep(
     seed: int,
     output: Path,
     report=print,
+    threads: int | None = None,
 ) -> dict:
-    """Writes OUTPUT/sweep.json: the result of `eval.sweep` and its conditions."""
+    """Writes OUTPUT/sweep.json: the result of `eval.sweep` and its conditions. threads: as in `chosen_threads`."""
     if not all(map(trained, labels([drafter]).values())):
         raise UserError(f"drafter: found {drafter}, expected a drafter directory")
     policies, sampling = [parse_tree(tree) for tree in trees] if trees else list(GRID), Sampling(temperature, seed=seed)
     methods = Methods.open([drafter], target, ASSISTANT, report=report)
-    prompts = methods.prompts(
-        suite, limit, max_new_tokens, max(60, *(policy.size for policy in policies)), False, report
-    )
-    check_writable(output)
-    head = next(iter(methods.heads.values()))
-    result = time_trees(
-        methods.target,
-        head,
-        [p.tokens for p in prompts],
-        methods.stops,
-        policies,
-        sampling,
-        batch,
-        max_new_tokens,
-        report,
-    )
-    result["conditions"] = {
-        "target": methods.target.name,
-        "drafter": drafter,
-        "prompts": suite,
-        "count": len(prompts),
-        "temperature": temperature,
-        "batch": batch,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        **methods.machine(),
-    }
+    with chosen_threads(methods.target, threads, None, report) as tried:
+        prompts = methods.prompts(
+            suite, limit, max_new_tokens, max(60, *(policy.size for policy in policies)), False, report
+        )
+        check_writable(output)
+        head = next(iter(methods.heads.values()))
+        result = time_trees(
+            methods.target,
+            head,
+            [p.tokens for p in prompts],
+            methods.stops,
+            policies,
+            sampling,
+            batch,
+            max_new_tokens,
+            report,
+        )
+        result["conditions"] = {
+            "target": methods.target.name,
+            "drafter": drafter,
+            "prompts": suite,
+            "count": len(prompts),
+            "temperature": temperature,
+            "batch": batch,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            **methods.machine(),
+            "thread_trial_ms": tried,
+        }
     write_json(output / "sweep.json", result)
     show_sweep(result)
     report(f"result in {output / 'sweep.json'}")

@@ -5,19 +5,23 @@ from rich.console import Console
 from rich.table import Table
 
 from draftsmith.eval.lossless import Comparison, describe
+from draftsmith.eval.measurement.speed import in_words
 
 WIDTH = 170
 
 
 def show(document: dict) -> None:
-    """The drafters side by side, then every timed cell."""
+    """The drafters side by side, then every timed cell, and how busy the machine was."""
     first, conditions = document["conditions"]["first"], document["conditions"]
     if first is not None:
         names = list(conditions["drafters"])
         Console(width=WIDTH).print(
             drafters_table({name: document if name == first else document[name] for name in names}, conditions)
         )
-    Console(width=WIDTH).print(cells_table([cell for cell in document["cells"] if "speedup" in cell]))
+    timed = [cell for cell in document["cells"] if "speedup" in cell]
+    Console(width=WIDTH).print(cells_table(timed))
+    if timed:
+        print(in_words(max(cell["disturbance"] for cell in timed if cell["method"] == "plain")))
 
 
 def drafters_table(results: dict[str, dict], conditions: dict) -> Table:
@@ -42,16 +46,21 @@ def drafters_table(results: dict[str, dict], conditions: dict) -> Table:
     row("  tau", lambda r: f"{r['timed']['tau']:.2f}")
     row(
         "  tokens/s, plain -> with drafter",
-        lambda r: f"{r['plain']['tokens_per_second']:.0f} -> {r['timed']['tokens_per_second']:.0f}",
+        lambda r: f"{r['plain']['robust_tokens_per_second']:.0f} -> {r['timed']['robust_tokens_per_second']:.0f}",
     )
-    row("  speedup (wall)", lambda r: f"{r['speedup']:.2f}x")
+    row("  speedup", lambda r: f"{r['robust_speedup']:.2f}x")
+    row(
+        "    95 % interval",
+        lambda r: "{:.2f}-{:.2f}".format(*r["timed"]["robust_speedup_interval"]),
+    )
+    row("  totals of this run: speedup (wall)", lambda r: f"{r['speedup']:.2f}x")
     if all("busy_speedup" in r["timed"] for r in results.values()):
-        row("  speedup (busy: without waiting for the CPU)", lambda r: f"{r['timed']['busy_speedup']:.2f}x")
-    row("  speedup (accounted)", lambda r: f"{r['accounted_speedup']:.2f}x")
-    row("  speedup (ideal)", lambda r: f"{r['ideal_speedup']:.2f}x")
+        row("    (busy: without waiting for the CPU)", lambda r: f"{r['timed']['busy_speedup']:.2f}x")
+    row("    (accounted)", lambda r: f"{r['accounted_speedup']:.2f}x")
+    row("    (ideal)", lambda r: f"{r['ideal_speedup']:.2f}x")
     row(
         "  ms per pass: draft, verify, overhead",
-        lambda r: " ".join(f"{r['timed']['ms_per_pass'][k]:.1f}" for k in ("draft", "verify", "overhead")),
+        lambda r: " ".join(f"{r['timed']['robust_ms_per_pass'][k]:.1f}" for k in ("draft", "verify", "overhead")),
     )
     row("texts identical to plain decoding", lambda r: r["identical"])
     row("lossless", lambda r: "yes" if r["lossless"] else "NO")
@@ -67,9 +76,8 @@ def cells_table(cells: list[dict]) -> Table:
     """One row a timed cell; intervals are 95 % bootstrap over prompts (speed: over batches)."""
     table = Table(
         box=SIMPLE,
-        title="timed, interleaved (95 % intervals); identical: texts equal to plain decoding, - where the library "
-        "draws its own "
-        "random numbers",
+        title="timed, interleaved (95 % intervals); wall and acc.: totals of this run; identical: texts equal to plain "
+        "decoding, - where the library draws its own random numbers",
     )
     for name in ("suite", "method", "tree"):
         table.add_column(name, no_wrap=True)
@@ -80,7 +88,7 @@ def cells_table(cells: list[dict]) -> Table:
         "tau, no loops",
         "tokens/s",
         "speedup",
-        "busy",
+        "wall",
         "acc.",
         "ms draft+verify+rest",
         "identical",
@@ -91,7 +99,7 @@ def cells_table(cells: list[dict]) -> Table:
         place = (cell["suite"], cell["temperature"], cell["batch"])
         if before not in (None, place):
             table.add_section()
-        split, rest = cell["ms_per_pass"], cell["not_looping"]
+        split, rest = cell["robust_ms_per_pass"], cell["not_looping"]
         same = (
             f"{cell['identical']}/{cell['prompts']}" + ("" if cell["lossless"] else " NO")
             if "identical" in cell
@@ -105,9 +113,9 @@ def cells_table(cells: list[dict]) -> Table:
             str(cell["batch"]),
             interval(cell, "tau"),
             interval(rest, "tau") if rest else "-",
-            f"{cell['tokens_per_second']:.0f}",
-            interval(cell, "speedup"),
-            f"{cell['busy_speedup']:.2f}" if "busy_speedup" in cell else "-",
+            f"{cell['robust_tokens_per_second']:.0f}",
+            interval(cell, "robust_speedup"),
+            f"{cell['speedup']:.2f}",
             f"{cell['accounted_speedup']:.2f}",
             f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}",
             same,
@@ -170,3 +178,4 @@ def show_sweep(result: dict) -> None:
             f"{split['draft']:.1f}+{split['verify']:.1f}+{split['overhead']:.1f}",
         )
     Console(width=WIDTH).print(table)
+    print(in_words(result["disturbance"]))

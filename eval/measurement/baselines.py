@@ -8,11 +8,13 @@ texts come from the library's own random numbers: they follow the same law as ou
 
 import hashlib
 import time
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from draftsmith.eval.decode import Emit, Trace, cut
+from draftsmith.eval.decode import Emit, Pass, Trace, cut, undisturbed
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import TextTarget
@@ -44,13 +46,20 @@ class Emissions(BaseStreamer):
         pass
 
 
+class Forward(NamedTuple):
+    """(wall, the thread's own) seconds at its start and end, and tokens a row."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+    rows: int
+
+
 class Stopwatch:
-    """Forwards of a model while it is entered: (start, end, tokens a row, the thread's own seconds at the end) of each,
-    devices synchronised.
-    """
+    """Forwards of a model while it is entered, devices synchronised."""
 
     def __init__(self, model):
         self.model, self.forwards = model, []
+        self.now = lambda: (time.perf_counter(), time.thread_time())
         device = next(model.parameters()).device
         self.sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
@@ -58,11 +67,12 @@ class Stopwatch:
         def before(_module, inputs, options):
             ids = options.get("input_ids", inputs[0] if inputs else None)
             self.sync()
-            self.forwards.append([time.perf_counter(), 0.0, ids.size(1), 0.0])
+            self.began = self.now(), ids.size(1)
 
         def after(_module, _inputs, _output):
             self.sync()
-            self.forwards[-1][1], self.forwards[-1][3] = time.perf_counter(), time.thread_time()
+            start, rows = self.began
+            self.forwards.append(Forward(start, self.now(), rows))
 
         self.hooks = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -100,8 +110,8 @@ class Generate:
         stops: set[int],
         emit: Emit | None = None,
     ):
-        """Traces and seconds {"draft", "verify", "overhead", "total"} (on a CPU also the thread's own: {"busy":
-        {"total"}}); `draft` counts the assistant's forwards only.
+        """Traces and seconds {"draft", "verify", "overhead", "total", "begin", "passes"} (on a CPU also the thread's
+        own: {"busy": {"total"}}); `draft` counts the assistant's forwards only.
         """
         width, device = max(map(len, prompts)), self.target.device
         tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
@@ -136,20 +146,41 @@ class Generate:
                 **self.options,
             )[:, width:].tolist()
             verifying.sync()
-            ended, ran = time.perf_counter(), time.thread_time()
-        _, began, _, busy = verifying.forwards[0]
-        seconds = {
-            "draft": sum(end - start for start, end, *_ in drafting.forwards if start > began) if drafting else 0.0,
-            "verify": sum(end - start for start, end, *_ in verifying.forwards[1:]),
-            "total": ended - began,
-        }
+            ended = verifying.now()
+        first, *behind = verifying.forwards
+        drafts = [forward for forward in drafting.forwards if forward.start > first.end] if drafting else []
+        spent = lambda forwards: sum(forward.end[0] - forward.start[0] for forward in forwards)  # noqa: E731
+        seconds = {"draft": spent(drafts), "verify": spent(behind), "total": ended[0] - first.end[0]}
         seconds["overhead"] = seconds["total"] - seconds["verify"] - seconds["draft"]
         if device.type == "cpu":
-            seconds["busy"] = {"total": ran - busy}
+            seconds["busy"] = {"total": ended[1] - first.end[1]}
         if emissions:
-            emissions.trace.drafted = [rows - 1 for _, _, rows, _ in verifying.forwards[1:]]
-            return [emissions.trace], seconds
-        return [plain_trace(text, stops) for text in texts], seconds
+            emissions.trace.drafted = [forward.rows - 1 for forward in behind]
+            traces = [emissions.trace]
+        else:
+            traces = [plain_trace(text, stops) for text in texts]
+        own = int(undisturbed(device))  # the times of the passes: as in `Clock`
+        longest = max(traces, key=lambda trace: len(trace.emitted)).emitted
+        lengths = accumulate(longest, initial=width)
+        seconds["begin"] = 0.0
+        seconds["passes"] = passes(verifying.forwards, drafts, ended, own, len(prompts), list(lengths))
+        return traces, seconds
+
+
+def passes(
+    forwards: list[Forward], drafts: list[Forward], ended: tuple[float, float], own: int, rows: int, lengths: list[int]
+) -> list[Pass]:
+    """The target's forwards behind the first, each from the end of the one before; what follows the last is its own.
+    own: which of the two times.
+    """
+    found = []
+    for before, forward, length in zip(forwards, forwards[1:], lengths):
+        until = ended if forward is forwards[-1] else forward.end
+        among = [draft for draft in drafts if before.end < draft.start < forward.start]
+        verify, draft = (sum(f.end[own] - f.start[own] for f in some) for some in ([forward], among))
+        overhead = until[own] - before.end[own] - verify - draft
+        found.append(Pass(rows, forward.rows, forward.rows - 1, length, draft, verify, overhead))
+    return found
 
 
 def plain_trace(text: list[int], stops: set[int]) -> Trace:

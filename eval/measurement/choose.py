@@ -6,8 +6,9 @@ the accepted levels m_t at every root t can be read off, and its tau by walking 
 it. (A narrower search is cut out of the wide one; where it would have met a node that the wide one dropped, the node
 counts as not drafted.)
 
-Costs: a few trees are timed in the decode loop; lines are laid through the medians of verify and overhead over the
-tree's size and of drafting over its depth and width. Expected speedup = tau * plain / (draft + verify + overhead).
+Costs: a few trees are timed in the decode loop; lines are laid through the robust costs (`speed`) of verify and
+overhead over the tree's size and of drafting over its depth and width. Expected speedup = tau * plain / (draft + verify
++ overhead).
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from draftsmith.eval.decode import Trace
-from draftsmith.eval.measurement.measure import Looped, Run, interleaved, median_pass
+from draftsmith.eval.measurement.measure import Looped, Run, interleaved
+from draftsmith.eval.measurement.speed import robust_ms
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.grow import Candidates, DynamicTree, TreePolicy, chain
@@ -197,9 +199,10 @@ class Costs:
 
 
 def fit(runs: dict[TreePolicy | None, Run]) -> Costs:
-    """Costs from timed runs, least squares through the median passes; None is plain decoding."""
-    draft = {tree: median_pass(run, "draft") for tree, run in runs.items()}
-    flat = {tree: median_pass(run, "verify") + median_pass(run, "overhead") for tree, run in runs.items()}
+    """Costs from timed runs, least squares through the robust passes; None is plain decoding."""
+    passes = {tree: robust_ms(run.seconds) for tree, run in runs.items()}
+    draft = {tree: ms["draft"] for tree, ms in passes.items()}
+    flat = {tree: ms["verify"] + ms["overhead"] for tree, ms in passes.items()}
     trees = [tree for tree in runs if tree is not None]
     dynamic = [tree for tree in trees if isinstance(tree, DynamicTree)]
     static = [tree for tree in trees if tree not in dynamic]

@@ -27,6 +27,16 @@ class Journal:
             file.write(json.dumps(self.entries[key]) + "\n")
 
 
+def settings_before(path: Path) -> dict:
+    """Settings of the run that would go on; {} where there is none (or what `read` will refuse)."""
+    line, complete, _ = path.read_text().partition("\n") if path.is_file() else ("", "", "")
+    try:
+        found = json.loads(line) if complete else {}
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
 def read(path: Path, settings: dict) -> list[dict]:
     """Entries of an earlier run with these settings. A torn last line is cut off; a file of other settings is refused
     (UserError).

@@ -4,16 +4,17 @@ tau = tokens emitted / verify passes, bonus token included (plain = 1), micro-av
 prefill counts in neither. Speedup = plain seconds / speculative seconds of the loops (per token, which only matters
 where a baseline samples other texts). Accounted speedup = tau * t_plain / (t_verify + t_draft + t_overhead) per pass,
 the same as tokens / accounted seconds / plain rate; ideal speedup leaves the overhead out. Busy speedup is that of the
-decoding thread's own seconds: what the wall's would be on a quiet CPU.
+decoding thread's own seconds. Robust speedup (`speed`) is the one to quote: these four are ratios of totals, which
+whatever else runs on the machine goes into.
 """
 
-import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from draftsmith.eval.decode import Clock, Emit, Trace, generate
 from draftsmith.eval.measurement.interval import quotient_interval, ratio_interval
 from draftsmith.eval.measurement.journal import Journal
+from draftsmith.eval.measurement.speed import robust_figures
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import Drafter
 from draftsmith.models.targets import TextTarget
@@ -24,8 +25,8 @@ PHASES = ("draft", "verify", "overhead", "total")
 
 
 class Decoder(Protocol):
-    """A method: decodes a batch. Returns one trace a prompt, and the seconds of each phase for all of them. `emit`
-    hears of every pass as it ends (Hugging Face's loops: of single prompts only).
+    """A method: decodes a batch. Returns one trace a prompt, and what `Run.seconds` holds of a unit. `emit` hears of
+    every pass as it ends (Hugging Face's loops: of single prompts only).
     """
 
     one_at_a_time: bool  # refuses batches
@@ -64,13 +65,14 @@ class Looped:
             self.margins,
             emit=emit,
         )
-        return traces, clock.seconds | ({"busy": clock.busy} if clock.busy else {})
+        seconds = clock.seconds | ({"busy": clock.busy} if clock.busy else {})
+        return traces, seconds | {"begin": clock.begin, "passes": clock.passes}
 
 
 @dataclass
 class Run:
-    """Traces of one method, one per prompt; units: the prompts decoded together; seconds {phase: ...} of each unit, on
-    a CPU with "busy": {phase: ...} as in `Clock`.
+    """Traces of one method, one per prompt; units: the prompts decoded together; seconds {phase: ...} of each unit,
+    with "begin" and "passes", and on a CPU "busy": {phase: ...}, as in `Clock`.
     """
 
     traces: list[Trace] = field(default_factory=list)
@@ -161,7 +163,8 @@ def interleaved(
     journal: Journal | None = None,
     key: str = "",
 ) -> dict[str, Run]:
-    """Every decoder in turn on each batch of ragged prompts of similar length. Request ids are the prompts' places.
+    """Every decoder in turn on each batch of ragged prompts of similar length, in the other order on every second one,
+    so that a machine that slows down or gets faster favours none. Request ids are the prompts' places.
 
     The warm-up decodes a little of the first batch and is forgotten. With a journal, finished batches are kept under
     KEY/BATCH.
@@ -175,7 +178,7 @@ def interleaved(
             for decode in decoders.values() if cold else ():
                 decode(texts, unit, sampling, min(16, max_new_tokens), stops)
             cold, entry = False, {}
-            for name, decode in decoders.items():
+            for name, decode in list(decoders.items())[:: -1 if number % 2 else 1]:
                 found, seconds = decode(texts, unit, sampling, max_new_tokens, stops)
                 entry[name] = {"traces": [asdict(trace) for trace in found], "seconds": seconds}
             if journal is not None:
@@ -249,6 +252,12 @@ def summary(run: Run, plain: list[Trace] | None, timed_plain: Run | None = None,
             "accounted_speedup": speedup(split["draft"] + split["verify"] + split["overhead"]),
             "ideal_speedup": speedup(split["draft"] + split["verify"]),
             "ms_per_pass": {phase: 1e3 * seconds / run.cycles for phase, seconds in split.items()},
+            **robust_figures(
+                tokens_and_seconds(run)[0],
+                run.seconds,
+                (tokens_and_seconds(timed_plain)[0], timed_plain.seconds),
+                seed,
+            ),
         }
         if all("busy" in seconds for seconds in (*run.seconds, *timed_plain.seconds)):
             mine, plains = (tokens_and_seconds(one, busy=True) for one in (run, timed_plain))
@@ -258,18 +267,6 @@ def summary(run: Run, plain: list[Trace] | None, timed_plain: Run | None = None,
                 "busy_speedup_interval": quotient_interval(mine, plains, seed),
             }
     return figures
-
-
-def median_pass(run: Run, phase: str, rows: set[int] | None = None) -> float:
-    """Milliseconds of a pass over a batch: the median of the batches (of those that hold prompts of `rows`), in busy
-    time where there is one: what a neighbour's load on the machine hardly moves.
-    """
-    chosen = [
-        (max(len(run.traces[row].emitted) for row in unit), seconds.get("busy", seconds))
-        for unit, seconds in zip(run.units, run.seconds)
-        if rows is None or rows & set(unit)
-    ]
-    return 1e3 * statistics.median(seconds[phase] / passes for passes, seconds in chosen if passes)
 
 
 def rate(run: Run) -> float:

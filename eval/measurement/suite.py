@@ -289,7 +289,8 @@ def documented(name: str, cells: Iterable[dict], choice: tuple[TreePolicy, dict]
     """The keys of `result.json` that one timed comparison gives for a drafter."""
     mine, plain = (figures(next(cell for cell in cells if cell["method"] == method)) for method in (name, "plain"))
     return {
-        **{key: mine[key] for key in ("speedup", "accounted_speedup", "ideal_speedup")},
+        **{key: mine[key] for key in ("robust_speedup", "speedup", "accounted_speedup", "ideal_speedup")},
+        "disturbance": plain["disturbance"],
         "tree": str(choice[0]),
         "sweep": choice[1],
         "timed": mine,

@@ -1,8 +1,9 @@
 """Timing many trees of one drafter on the same prompts, interleaved, beside what `choose` expects of each."""
 
 from draftsmith.eval.measurement.choose import expected_tau, measure_costs, ranking, record
-from draftsmith.eval.measurement.measure import PHASES, Looped, Run, interleaved, median_pass, summary
+from draftsmith.eval.measurement.measure import Looped, Run, interleaved, summary
 from draftsmith.eval.measurement.progress import Progress
+from draftsmith.eval.measurement.speed import robust_ms
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.grow import DynamicTree, TreePolicy, chain
@@ -48,13 +49,13 @@ def sweep(
     max_new_tokens: int,
     report=print,
 ) -> dict:
-    """{"auto": tree, "best": tree, "auto_over_best", "trees": {tree: {"tau", "speedup", "wall_speedup",
+    """{"auto": tree, "best": tree, "auto_over_best", "disturbance", "trees": {tree: {"tau", "speedup", "wall_speedup",
     "tokens_per_second", "expected_tau", "expected_speedup", "ms_per_pass"}}}; auto is timed with the others.
 
-    speedup = tau * plain / tree over median passes: tau is exact, and medians keep a loaded machine from choosing the
-    best tree. auto_over_best = speed of auto / speed of the best tree. The best of many noisy figures flatters itself,
-    so it is found on one half of the batches and compared on the other, both ways round, and the geometric mean is
-    taken (`best` is that of all batches).
+    speedup, tokens_per_second and ms_per_pass are robust (`speed`), so that a loaded machine does not choose the best
+    tree; disturbance is that of the plain passes. auto_over_best = speed of auto / speed of the best tree. The best of
+    many noisy figures flatters itself, so it is found on one half of the batches and compared on the other, both ways
+    round, and the geometric mean is taken (`best` is that of all batches).
     """
     order = choose(target, head, prompts, stops, sampling, batch, max_new_tokens)
     auto, expected = order[0][0], {tree: (tau, speedup) for tree, tau, speedup in order}
@@ -71,18 +72,14 @@ def sweep(
         figures, (tau, speedup) = summary(run, plain.traces, plain), expected.get(tree, (None, None))
         table[str(tree)] = {
             "tau": figures["tau"],
-            "speedup": speed(run, figures["tau"]) / speed(plain, 1.0),
+            "speedup": figures["robust_speedup"],
             "wall_speedup": figures["speedup"],
-            "tokens_per_second": figures["tokens_per_second"],
-            "ms_per_pass": {phase: median_pass(run, phase) for phase in PHASES},
+            "tokens_per_second": figures["robust_tokens_per_second"],
+            "ms_per_pass": figures["robust_ms_per_pass"],
             "expected_tau": tau,
             "expected_speedup": speedup,
         }
-    halves = (
-        [{row for unit in plain.units[start::2] for row in unit} for start in (0, 1)]
-        if len(plain.units) > 1
-        else [None, None]
-    )
+    halves = [slice(0, None, 2), slice(1, None, 2)] if len(plain.units) > 1 else [slice(None)] * 2  # of the batches
     ratio = 1.0
     for seen, unseen in (halves, halves[::-1]):
         best = max(table, key=lambda tree: speed(runs[tree], table[tree]["tau"], seen))
@@ -91,10 +88,11 @@ def sweep(
         "auto": str(auto),
         "best": max(table, key=lambda tree: table[tree]["speedup"]),
         "auto_over_best": ratio**0.5,
+        "disturbance": summary(plain, plain.traces, plain)["disturbance"],
         "trees": table,
     }
 
 
-def speed(run: Run, tau: float, rows: set[int] | None = None) -> float:
+def speed(run: Run, tau: float, units: slice) -> float:
     """Tokens of a row per millisecond."""
-    return tau / median_pass(run, "total", rows)
+    return tau / sum(robust_ms(run.seconds[units]).values())

@@ -4,6 +4,7 @@ where they are.
 
 from pathlib import Path
 
+from draftsmith.eval.measurement.speed import in_words
 from draftsmith.eval.report import plots as pictures
 
 SAMPLES = 3  # methods whose text is shown
@@ -18,7 +19,7 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     timed = [cell for cell in document["cells"] if "speedup" in cell]
-    parts = ["# Measurement\n", conditions(document["conditions"]), MEANING]
+    parts = ["# Measurement\n", conditions(document["conditions"]), MEANING, disturbance(timed)]
     parts += [
         "## All timed cells\n",
         table(timed),
@@ -42,7 +43,7 @@ def write_report(
             picture(
                 "sweep.png",
                 f"Speedup of every tree of the sweep (drafter {where['drafter']}, T={where['temperature']:g}, batch "
-                f"{where['batch']}, {where['count']} prompts; tau times the ratio of median passes). The chosen tree "
+                f"{where['batch']}, {where['count']} prompts; robust speedup). The chosen tree "
                 f"reached "
                 f"{sweep['auto_over_best']:.1%} of the best one's speed.",
             )
@@ -59,12 +60,27 @@ def write_report(
 
 MEANING = """
 tau = tokens emitted / verify passes of the target, bonus token included (plain decoding = 1.00), all prompts pooled;
-the token from the prefill counts in neither. Speedup = tokens per second over those of plain decoding in the same
-interleaved run. Accounted speedup is computed from the time split, and must agree with it. Busy speedup, on a CPU, is
-that of the seconds that the decoding thread itself ran: what other programs on the machine take is not in it.
-Intervals are 95 % (bootstrap over prompts; of speed over batches). A prompt loops when 30 % of the 4-grams of its
-plain greedy continuation occurred in it before.
+the token from the prefill counts in neither. Speedup = tau * q(plain pass) / (q(draft) + q(verify) + q(overhead)) in
+one interleaved run, where q is the 10 % quantile of passes that do the same work: what a pass costs when nothing else
+disturbs it. Tokens per second and milliseconds are those of the same passes. Wall speedup is the ratio of the tokens
+per second of all of the run, with whatever else the machine did; accounted speedup is computed from the time split of
+the totals; busy speedup, on a CPU, is that of the seconds that the decoding thread itself ran. On a quiet machine all
+of them agree within a few per cent. Intervals are 95 % (bootstrap over prompts; of speed over batches). A prompt loops
+when 30 % of the 4-grams of its plain greedy continuation occurred in it before.
 """
+
+
+def disturbance(cells: list[dict]) -> str:
+    """In words, of the timed comparison that was disturbed most; "" where none says it."""
+    found = [cell["disturbance"] for cell in cells if cell["method"] == "plain" and "disturbance" in cell]
+    return f"{in_words(max(found)).capitalize()}.\n" if found else ""
+
+
+def speed(cells: list[dict]) -> str:
+    """What stands before `speedup` and its kin in the keys that are shown; results of earlier versions have totals
+    alone.
+    """
+    return "robust_" if all("robust_speedup" in cell for cell in cells) else ""
 
 
 def conditions(where: dict) -> str:
@@ -85,19 +101,21 @@ def span(cell: dict | None, key: str) -> str:
 
 def table(cells: list[dict]) -> str:
     rows = [
-        "| suite | T | batch | method | tau | tau, not looping | tau, looping | tokens/s | speedup | busy speedup | "
+        "| suite | T | batch | method | tau | tau, not looping | tau, looping | tokens/s | speedup | wall | busy | "
         "accounted | ideal | "
         "ms draft / verify / overhead | identical |",
-        "|-|-|-|-|-|-|-|-|-|-|-|-|-|-|",
+        "|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|",
     ]
+    key = speed(cells)
     for c in cells:
-        split = c["ms_per_pass"]
+        split = c[f"{key}ms_per_pass"]
         rows.append(
             f"| {c['suite']} | {c['temperature']:g} | {c['batch']} | {label(c)} | {span(c, 'tau')} | "
             f"{span(c['not_looping'], 'tau')} | "
-            f"{span(c['looping'], 'tau')} | {c['tokens_per_second']:.0f} | {span(c, 'speedup')} | "
-            f"{span(c, 'busy_speedup') if 'busy_speedup' in c else '-'} | {c['accounted_speedup']:.2f} | "
-            f"{c['ideal_speedup']:.2f} | {split['draft']:.1f} / {split['verify']:.1f} / {split['overhead']:.1f} | "
+            f"{span(c['looping'], 'tau')} | {c[f'{key}tokens_per_second']:.0f} | {span(c, f'{key}speedup')} | "
+            f"{span(c, 'speedup')} | {span(c, 'busy_speedup') if 'busy_speedup' in c else '-'} | "
+            f"{c['accounted_speedup']:.2f} | {c['ideal_speedup']:.2f} | "
+            f"{split['draft']:.1f} / {split['verify']:.1f} / {split['overhead']:.1f} | "
             f"{identical(c)} |"
         )
     return "\n".join(rows) + "\n"
@@ -219,14 +237,12 @@ def draw_all(cells: list[dict], timed: list[dict], samples: dict[str, list[str]]
         )
     trees = {f"{c['drafter']} {c['tree']}" for c in large if c["tree"].startswith("dynamic")}
     paint = pictures.colours([*dict.fromkeys(c["method"] for c in timed), *sorted(trees)])
-    # On a CPU other programs stretch the wall's time; the tables have both.
-    speed, time = (
-        ("busy_", "the decoding thread's own time") if all("busy_speedup" in c for c in timed) else ("", "wall time")
-    )
+    key = speed(timed)
+    time = "undisturbed passes" if key else "wall time"
     smallest = min(c["batch"] for c in timed)
     place = timed[0]["temperature"]
     bars = [
-        (label(c), c["ms_per_pass"])
+        (label(c), c[f"{key}ms_per_pass"])
         for c in timed
         if (c["suite"], c["temperature"], c["batch"]) == (suite, place, smallest)
     ]
@@ -255,7 +271,7 @@ def draw_all(cells: list[dict], timed: list[dict], samples: dict[str, list[str]]
             folder / "tau.png",
         )
         pictures.points_by_place(
-            [(spot(c), c["method"], c[f"{speed}speedup"], c[f"{speed}speedup_interval"]) for c in single],
+            [(spot(c), c["method"], c[f"{key}speedup"], c[f"{key}speedup_interval"]) for c in single],
             paint,
             "speedup over plain decoding",
             f"Speedup, batch {smallest} ({time})",
@@ -271,13 +287,13 @@ def draw_all(cells: list[dict], timed: list[dict], samples: dict[str, list[str]]
         parts.append(
             picture(
                 "speedup.png",
-                f"Speedup by suite and temperature in {time}, 95 % intervals; the dashed line is plain decoding.",
+                f"Speedup by suite and temperature, of {time}, 95 % intervals; the dashed line is plain decoding.",
             )
         )
     if len({c["batch"] for c in timed}) > 1:
         pictures.by_batch(
             [
-                (c["temperature"], c["method"], c["batch"], c["tau"], c["tau_interval"], c[f"{speed}tokens_per_second"])
+                (c["temperature"], c["method"], c["batch"], c["tau"], c["tau_interval"], c[f"{key}tokens_per_second"])
                 for c in timed
                 if c["suite"] == suite
             ],
@@ -285,7 +301,7 @@ def draw_all(cells: list[dict], timed: list[dict], samples: dict[str, list[str]]
             time,
             folder / "batch.png",
         )
-        parts.append(picture("batch.png", f"Throughput in {time} and acceptance length by batch size (suite {suite})."))
+        parts.append(picture("batch.png", f"Throughput of {time} and acceptance length by batch size (suite {suite})."))
     shown = {name: texts for name, texts in samples.items() if name != "plain" and not name.startswith("hf-")}
     shown = dict(list(sorted(shown.items(), key=lambda item: len(item[1])))[:SAMPLES])
     if shown:

@@ -5,7 +5,7 @@ timed runs.
 import pytest
 import torch
 
-from draftsmith.eval.decode import Trace
+from draftsmith.eval.decode import Pass, Trace
 from draftsmith.eval.measurement.choose import Costs, expected_tau, fit, ranking, record, walk
 from draftsmith.eval.measurement.interval import difference_interval, quotient_interval, ratio_interval
 from draftsmith.eval.measurement.measure import Run, decode_batches, tau
@@ -47,18 +47,15 @@ def test_walk_goes_from_root_to_root():
 
 def test_costs_are_read_off_timed_runs():
     def run(draft, verify, overhead, passes=4):
+        parts = [part / 1e3 for part in (draft, verify, overhead)]
         return Run(
             [Trace(emitted=[1] * passes)] * 3,
             [[0], [1], [2]],
             [
-                {
-                    "draft": draft * passes / 1e3 * noise,
-                    "verify": verify * passes / 1e3 * noise,
-                    "overhead": overhead * passes / 1e3 * noise,
-                }
-                for noise in (1, 1, 9)
+                {"begin": 0.0, "passes": [Pass(1, 1, 0, 9, *(part * noise for part in parts))] * passes}
+                for noise in (1, 9, 9)
             ],
-        )  # one disturbed batch
+        )  # two disturbed batches
 
     drafting = lambda t: 2 + (t.depth - 1) * (1 + 0.1 * t.top_k)  # noqa: E731
     dynamic = [DynamicTree(3, 2, 5), DynamicTree(4, 4, 12), DynamicTree(10, 7, 60)]

@@ -74,6 +74,8 @@ DOCUMENTED = {
     "tree_tau",
     "chain_tau",
     "predicted_chain_tau",
+    "robust_speedup",
+    "disturbance",
     "speedup",
     "accounted_speedup",
     "ideal_speedup",
@@ -114,7 +116,11 @@ def test_evaluation_gives_all_documented_keys_and_finds_a_lossy_drafter(target, 
         assert low <= cell["tau"] <= high and sum(
             cell[k]["prompts"] for k in ("looping", "not_looping") if cell[k]
         ) == len(PROMPTS)
-        assert cell["speedup"] == 1.0 if cell["method"] == "plain" else True
+        assert cell["speedup"] == cell["robust_speedup"] == 1.0 if cell["method"] == "plain" else True
+        if "speedup" in cell:
+            assert cell["robust_ms_per_pass"].keys() == {"draft", "verify", "overhead"} and cell["disturbance"] > 0
+            low, high = cell["robust_speedup_interval"]
+            assert 0 < low <= high and cell["robust_tokens_per_second"] > 0
     assert samples.keys() == {"plain", "lookup", "hf-lookup", "one", "two"}
     from draftsmith.eval.verification import verifier as verify
 
