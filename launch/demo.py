@@ -123,9 +123,10 @@ DEMOS = {
         overrides=(
             "head.draft_vocab_size=4096",
             "objective.steps=4",
-            "optimization.epochs=2",
+            "optimization.epochs=2.5",
             "evaluation.rows=8",
             "evaluation.times=2",
+            "evaluation.tree=dynamic:6x4x16",
         ),
         shipped="bundled:drafters/eagle3-smollm2",
         suite="bundled:prompts/chat.jsonl",
