@@ -238,7 +238,7 @@ def test_identity_is_claimed_in_fp32_only(speaker, tokenizer):
     plain = one.again(prompt, NEW).tokens
     assert judge(one, prompt, plain, plain) == ("the text is identical", "green")
     found, style = judge(one, prompt, [*plain[:5], (plain[5] + 1) % 300], plain[:6])
-    assert "differs from token 5 on" in found and "claimed in fp32, this is bfloat16" in found and style == "yellow"
+    assert "differs from token 6 on" in found and "claimed in fp32, this is bfloat16" in found and style == "yellow"
 
 
 ERRORS = {
