@@ -7,7 +7,7 @@ The text goes to the standard output, everything else to the standard error. Col
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -107,7 +107,7 @@ class Passes:
         return self.verified / self.seconds
 
 
-class Speaker:
+class Responder:
     """A method that answers prompts, and plain decoding beside it. Every answer draws the same keyed noise, whatever
     was answered before.
     """
@@ -181,11 +181,16 @@ class Screen:
     def note(self, line: str, style: str = "dim") -> None:
         self.notes.print(line, style=style)
 
-    def passing(self, line: str = "") -> None:
-        """A note that the next one takes the place of; terminals only."""
+    @contextmanager
+    def during(self, line: str):
+        """A note that stands only meanwhile; on terminals alone."""
         if self.notes.is_terminal:
-            self.notes.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
             self.notes.print(line, style="dim", end="")
+        try:
+            yield
+        finally:
+            if self.notes.is_terminal:
+                self.notes.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
 
     def read(self) -> str:
         """A message of the user; a line that ends in a backslash goes on in the next."""
@@ -218,73 +223,73 @@ def generate(request: Request) -> None:
         raise UserError("prompt: found nothing, expected text")
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # the library's remarks would stand in the text
-    screen.passing(f"loading {request.method} ...")
-    methods = Methods.open([request.method], request.target, request.assistant, dtype)
-    if tree is None and grows(method):
-        tree = parse_tree(CPU_TREE if methods.target.device.type == "cpu" else LARGE_TREE)
-    speaker = Speaker(methods, methods.decoder(name, tree), sampling, request.max_new_tokens)
-    conversation = Conversation(methods.tokenizer, speaker.room, request.system, request.images)
+    with screen.during(f"loading {request.method} ..."):
+        methods = Methods.open([request.method], request.target, request.assistant, dtype)
+        if tree is None and grows(method):
+            tree = parse_tree(CPU_TREE if methods.target.device.type == "cpu" else LARGE_TREE)
+        responder = Responder(methods, methods.decoder(name, tree), sampling, request.max_new_tokens)
+        conversation = Conversation(methods.tokenizer, responder.room, request.system, request.images)
+        responder.warm_up()
     title = f"{name}, {tree}" if tree else name
     compare = request.compare and method != "plain"
-    speaker.warm_up()
-    screen.passing()
 
     def answer(text: str, compared: int) -> Passes:
         tokens, dropped = conversation.prompt(text)
         if dropped:
-            screen.note(f"the oldest {counted(dropped, 'turn')} left out: the context takes {speaker.room} tokens")
-        passes = speaker.answer(tokens, screen.show)
+            screen.note(f"the oldest {counted(dropped, 'turn')} left out: the context takes {responder.room} tokens")
+        passes = responder.answer(tokens, screen.show)
         if passes.text:
             conversation.add(passes.text)
         if not passes.text.endswith("\n"):
             print(flush=True)
-        tell(screen, speaker, title, tokens, passes, compared if compare else 0)
+        tell(screen, responder, title, tokens, passes, compared if compare else 0)
         return passes
 
     if prompt is None:
         screen.note(f"{title} drafts for {methods.target.name}; {COMMANDS}")
-        with suppress(ImportError):
-            import_module("readline")  # `input` edits lines, remembers them, and takes pasted ones together
+        with suppress(ImportError):  # with it `input` edits and remembers lines, and takes pasted ones together
+            import_module("readline").parse_and_bind("set enable-bracketed-paste on")
         chat(conversation, lambda text: answer(text, COMPARED), screen.read, screen.note)
         return
     if answer(prompt, request.max_new_tokens).stopped:
         raise SystemExit(130)
 
 
-def tell(screen: Screen, speaker: Speaker, title: str, prompt: list[int], passes: Passes, compared: int) -> None:
+def tell(screen: Screen, responder: Responder, title: str, prompt: list[int], passes: Passes, compared: int) -> None:
     """The figures of an answer, and those of plain decoding for its first `compared` tokens (0: none)."""
     if not passes.verified:
         return screen.note(f"{'stopped before' if passes.stopped else 'ended with'} the first token")
-    how = f"{passes.verified} tokens / {passes.passes} passes, {passes.rate:.1f} tokens/s"
+    legend = " (a colour each)" if screen.text.is_terminal and screen.text.color_system else ""
+    how = f"{passes.verified} tokens / {passes.passes} passes{legend}, {passes.rate:.1f} tokens/s"
     end = ", stopped" if passes.stopped else ""
-    if len(passes.tokens) == speaker.max_new_tokens and passes.tokens[-1] not in speaker.methods.stops:
-        end = f", cut at --max-new-tokens {speaker.max_new_tokens}"
+    if len(passes.tokens) == responder.max_new_tokens and passes.tokens[-1] not in responder.methods.stops:
+        end = f", cut at --max-new-tokens {responder.max_new_tokens}"
     screen.note(f"tau {passes.verified / passes.passes:.2f} = {how} ({title}{end})")
     if passes.stopped or not compared:
         return
-    screen.passing("plain decoding beside it (Ctrl-C skips it) ...")
-    plain = speaker.again(prompt, min(len(passes.tokens), compared))
-    screen.passing()
+    with screen.during("plain decoding beside it (Ctrl-C skips it) ..."):
+        plain = responder.again(prompt, min(len(passes.tokens), compared))
     if plain.stopped or not plain.verified:
         return screen.note("plain decoding: skipped")
     part = f" (of the first {len(plain.tokens)} tokens)" if len(plain.tokens) < len(passes.tokens) else ""
     line = f"plain decoding: {plain.rate:.1f} tokens/s{part}, so {passes.rate / plain.rate:.2f}x"
-    verdict, style = judge(speaker, prompt, passes.tokens[: len(plain.tokens)], plain.tokens)
+    verdict, style = judge(responder, prompt, passes.tokens[: len(plain.tokens)], plain.tokens)
     screen.note(f"{line}; {verdict}", style)
 
 
-def judge(speaker: Speaker, prompt: list[int], found: list[int], plain: list[int]) -> tuple[str, str]:
+def judge(responder: Responder, prompt: list[int], found: list[int], plain: list[int]) -> tuple[str, str]:
     """What to say of the two texts, and in which style."""
-    if not speaker.comparable:
+    if not responder.comparable:
         return "the library draws its own random numbers, so that sampled texts differ", "dim"
-    difference = speaker.difference(prompt, found, plain)
+    difference = responder.difference(prompt, found, plain)
     if difference is None:
         return "the text is identical", "green"
-    gap = difference["margin"]
-    where = f"from token {difference['token']} on, where the two best scores are {gap:.1e} apart"
+    where = f"from token {difference['token'] + 1} on"
+    if difference["margin"] is not None:
+        where += f", where the two best scores are {difference['margin']:.1e} apart"
     if difference["tolerated"]:
         return f"the text differs {where}: a near-tie", "yellow"
-    dtype = str(speaker.methods.target.dtype).removeprefix("torch.")
+    dtype = str(responder.methods.target.dtype).removeprefix("torch.")
     if dtype != "float32":
         return f"the text differs {where}: identity is claimed in fp32, this is {dtype}", "yellow"
     return f"the text is NOT identical: it differs {where}", "bold red"

@@ -13,9 +13,10 @@ from draftsmith.eval import decode
 from draftsmith.eval.report.palette import colour_of_pass
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification import verifier
+from draftsmith.launch import generate
 from draftsmith.launch.cli import main
 from draftsmith.launch.conversation import Conversation
-from draftsmith.launch.generate import Passes, Screen, Speaker, judge
+from draftsmith.launch.generate import Passes, Responder, Screen, judge
 from draftsmith.launch.methods import Methods
 from draftsmith.models.chat import encode_prompt
 from draftsmith.models.drafters import NoDrafter
@@ -122,7 +123,8 @@ def test_what_is_piped_in_is_one_prompt(run, plain, monkeypatch):
     assert run("lookup", "--no-compare").out.removesuffix("\n") == plain(PROMPT).removesuffix("\n")
 
 
-def test_a_chat_is_prompting_with_its_history(run, plain):
+def test_a_chat_is_prompting_with_its_history(run, plain, monkeypatch):
+    monkeypatch.setattr(generate, "COMPARED", 8)
     shown = run("{drafter}", "--system", "brief", typed=["one\\", "two", "  ", "three", "/reset", "/help", "three"])
     before = [{"role": "system", "content": "brief"}]
     first = [*before, {"role": "user", "content": "one\ntwo"}]
@@ -131,7 +133,7 @@ def test_a_chat_is_prompting_with_its_history(run, plain):
     texts = [plain(messages) for messages in (first, second, alone)]
     assert len(set(texts)) == 3
     assert shown.out == "".join(text if text.endswith("\n") else text + "\n" for text in texts)
-    assert shown.err.count("the text is identical") == 3
+    assert shown.err.count("the text is identical") == shown.err.count("(of the first 8 tokens)") == 3
     assert "forgotten" in shown.err and "no such command: /help" in shown.err
 
 
@@ -160,18 +162,18 @@ def test_the_oldest_turns_are_left_out_where_the_context_ends(tokenizer):
 
 
 @pytest.fixture
-def speaker(place):
-    """speaker(dtype) over the trained drafter."""
+def responder(place):
+    """responder(dtype) over the trained drafter."""
 
     def open_(dtype=None):
         methods = Methods.open([f"drafter={place / 'drafter'}"], None, "", dtype)
-        return Speaker(methods, methods.decoder("drafter", DynamicTree(3, 4, 10)), Sampling(), NEW)
+        return Responder(methods, methods.decoder("drafter", DynamicTree(3, 4, 10)), Sampling(), NEW)
 
     return open_
 
 
-def test_ctrl_c_stops_an_answer_and_what_was_said_is_kept(speaker, tokenizer):
-    one, prompt = speaker(), encode_prompt(tokenizer, [{"role": "user", "content": PROMPT}])
+def test_ctrl_c_stops_an_answer_and_what_was_said_is_kept(responder, tokenizer):
+    one, prompt = responder(), encode_prompt(tokenizer, [{"role": "user", "content": PROMPT}])
     whole, said, pressed = one.answer(prompt), [], []
 
     def show(text, number):
@@ -233,12 +235,12 @@ def test_a_lossy_method_is_found_out(run, monkeypatch):
     assert "the text is NOT identical: it differs from token " in run("{drafter}", PROMPT).err
 
 
-def test_identity_is_claimed_in_fp32_only(speaker, tokenizer):
-    one, prompt = speaker(torch.bfloat16), encode_prompt(tokenizer, [{"role": "user", "content": PROMPT}])
+def test_identity_is_claimed_in_fp32_only(responder, tokenizer):
+    one, prompt = responder(torch.bfloat16), encode_prompt(tokenizer, [{"role": "user", "content": PROMPT}])
     plain = one.again(prompt, NEW).tokens
     assert judge(one, prompt, plain, plain) == ("the text is identical", "green")
     found, style = judge(one, prompt, [*plain[:5], (plain[5] + 1) % 300], plain[:6])
-    assert "differs from token 5 on" in found and "claimed in fp32, this is bfloat16" in found and style == "yellow"
+    assert "differs from token 6 on" in found and "claimed in fp32, this is bfloat16" in found and style == "yellow"
 
 
 ERRORS = {
