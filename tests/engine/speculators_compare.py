@@ -1,8 +1,10 @@
-"""The speculators library loads the exported shipped drafter and gives the logits of our own head, for three
+"""The speculators library loads exported EAGLE-3 drafters and gives the logits of our own head, for three
 training-time-test steps.
 
-Runs in .venv-vllm (`make test-vllm`). Prints one JSON line; exits with 1 when a logit is off by more than 1e-4 of the
-largest.
+    python -m tests.engine.speculators_compare [DRAFTER ...]     # default: the shipped one of the target `code`
+
+Runs in .venv-vllm (`make test-vllm`). Prints one JSON line a drafter; exits with 1 when a logit is off by more than
+1e-4 of the largest.
 """
 
 import json
@@ -18,18 +20,23 @@ from speculators import SpeculatorModel, SpeculatorModelConfig
 
 from draftsmith.launch.export import export_drafter
 from draftsmith.models.features import Packing
-from draftsmith.models.formats import load_drafter
+from draftsmith.models.formats import fetch, load_drafter, read_files
 from draftsmith.models.targets import TextTarget
 
-DRAFTER, TARGET, STEPS, TOLERANCE = "bundled:drafters/eagle3-code", "bundled:targets/code", 3, 1e-4
+STEPS, TOLERANCE = 3, 1e-4
+
+
+def main() -> int:
+    return 0 if all([compare(drafter) for drafter in sys.argv[1:] or ["bundled:drafters/eagle3-code"]]) else 1
 
 
 @torch.no_grad()
-def main() -> int:
-    target = TextTarget.load(TARGET)
+def compare(drafter: str) -> bool:
+    target_name = read_files(fetch(drafter)).target
+    target = TextTarget.load(target_name)
     tokens = torch.randint(3, target.vocab_size, (96,), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = export_drafter(DRAFTER, Path(temporary) / "eagle3-code", "speculators")
+        folder = export_drafter(drafter, Path(temporary) / "eagle3", "speculators", report=lambda line: None)
         head = load_drafter(folder, target.shared, target.layers)
         config = SpeculatorModelConfig.from_pretrained(folder)
         config.transformer_layer_config._attn_implementation = "eager"
@@ -49,10 +56,16 @@ def main() -> int:
     equal = torch.equal(model.d2t + torch.arange(len(model.d2t)), head.ids)
     print(
         json.dumps(
-            {"largest_difference": worst, "largest_logit": scale, "steps": STEPS, "draft_vocabulary_equal": equal}
+            {
+                "drafter": drafter,
+                "largest_difference": worst,
+                "largest_logit": scale,
+                "steps": STEPS,
+                "draft_vocabulary_equal": equal,
+            }
         )
     )
-    return 0 if equal and worst <= TOLERANCE * scale else 1
+    return equal and worst <= TOLERANCE * scale
 
 
 if __name__ == "__main__":
