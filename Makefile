@@ -1,10 +1,13 @@
 .PHONY: setup demo test test-vllm lint
 
+# Of the demo: code, in the repository, or smollm2, a real chat model that is fetched.
+TARGET = code
+
 setup:
 	@bash launch/setup.sh
 
 demo: setup
-	@.venv/bin/draftsmith demo
+	@.venv/bin/draftsmith demo --target $(TARGET)
 
 test: setup
 	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python -m pytest -q -n 2 --dist worksteal

@@ -1,6 +1,7 @@
 """The decode loop: one for every drafter, plain decoding included. Token ids only."""
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -10,9 +11,15 @@ from draftsmith.eval.sampling import Noise, Sampling, most_probable, process, se
 from draftsmith.eval.verification.verifier import MATCH, Verifier
 from draftsmith.models.drafters import Drafter
 from draftsmith.models.errors import UserError
+from draftsmith.models.features import Features
 from draftsmith.models.noise import Draw
 from draftsmith.models.targets import Prefill, TextSession, TextTarget
 from draftsmith.models.tree import DraftTree
+
+# Called with a request's id and what one pass emitted (cut as in `Trace`), the token from the prefill first.
+Emit = Callable[[int, list[int]], None]
+
+REFILLS = 8  # a running batch takes new requests once an eighth of its places are free: one prefill for several
 
 
 class Clock:
@@ -71,8 +78,10 @@ def generate(
     clock: Clock | None = None,
     margins: bool = False,
     verifier: Verifier = MATCH,
+    emit: Emit | None = None,
 ) -> list[Trace]:
-    """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise.
+    """Decodes a batch of ragged prompts (token ids, none empty); `requests` are the ids that key their noise. `emit` is
+    called as soon as a pass has emitted; its time is the loop's own (in no phase).
 
     At temperature 0 every verifier is greedy matching. Margins are those of sample-and-match.
     Raises UserError for an empty prompt, one that leaves no room in the target's context, and trees that the verifier
@@ -94,6 +103,7 @@ def generate(
         clock,
         margins,
         verifier,
+        emit,
     )
 
 
@@ -110,53 +120,141 @@ def decode(
     clock: Clock | None = None,
     margins: bool = False,
     verifier: Verifier = MATCH,
+    emit: Emit | None = None,
 ) -> list[Trace]:
     """`generate` behind a session's own prefill of the prompts, which the caller has checked."""
-    target = session.target
-    clock, active = clock or Clock(target.device), list(requests or range(len(prompts)))
-    traces, histories = {r: Trace() for r in active}, {r: list(p) for r, p in zip(active, prompts)}
-    order, verifier = list(active), MATCH if sampling.temperature == 0 else verifier
-    start = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=target.device))
-    first = Noise(sampling, active, [len(p) - 1 for p in prompts])
-    root = first.perturb(processed(prefill.logits[:, None], start, sampling, active, histories), start)[:, 0].argmax(-1)
-    for request, token in zip(active, root.tolist()):
-        traces[request].tokens.append(token)
-        histories[request].append(token)
+    requests, clock = list(requests or range(len(prompts))), clock or Clock(session.target.device)
+    waiting = [Begun.of(prefill, requests, prompts, sampling)]
+    more = lambda going: waiting.pop() if waiting else None  # noqa: E731
     with clock.phase("total"):
+        traces = dict(passes(session, drafter, more, sampling, max_new_tokens, eos, clock, margins, verifier, emit))
+    return [traces[request] for request in requests]
+
+
+@torch.inference_mode()
+def stream(
+    target: TextTarget,
+    drafter: Drafter,
+    take: Callable[[int], list[tuple[int, list[int]]]],
+    batch: int,
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos: set[int] = frozenset(),
+    verifier: Verifier = MATCH,
+) -> Iterator[tuple[int, Trace]]:
+    """Continuous batching: decodes any number of requests, at most `batch` at a time. Those that end give their places
+    to others. Yields (request, trace) as they end, each trace being the one that `generate` gives.
+
+    take(count) gives up to `count` more requests with their prompts, and none when none are left. Prompts that begin
+    together are padded to the longest of them, so that the longest should come first and each near its like; then the
+    cache never grows either. Raises UserError as `generate` does.
+    """
+    group, left = max(1, batch // REFILLS), True
+    first = take(group)
+    if not first:
+        return
+    longest = max(len(prompt) for _, prompt in first)
+    session = target.open(drafter.feature_spec, batch, longest + max_new_tokens + 2 * drafter.size)
+
+    def more(going: int) -> Begun | None:
+        nonlocal first, left
+        if not left or batch - going < group:
+            return None
+        taken, first = first or take(group), []
+        if not taken:
+            left = False
+            return None
+        if going == 0:
+            session.select(torch.empty(0, dtype=torch.int64, device=target.device))
+        requests, prompts = (list(part) for part in zip(*taken))
+        check_prompts(target, prompts, max_new_tokens, drafter.size)
+        return Begun.of(session.admit(prompts), requests, prompts, sampling)
+
+    yield from passes(
+        session, drafter, more, sampling, max_new_tokens, eos, Clock(target.device), margins=False, verifier=verifier
+    )
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Requests behind their prefill. features: of their prompts; root [B]: their first emitted tokens."""
+
+    requests: list[int]
+    prompts: list[list[int]]
+    features: Features
+    root: torch.Tensor
+
+    @classmethod
+    def of(cls, prefill: Prefill, requests: list[int], prompts: list[list[int]], sampling: Sampling) -> "Begun":
+        last = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=prefill.logits.device))
+        noise = Noise(sampling, requests, [len(p) - 1 for p in prompts])
+        logits = processed(prefill.logits[:, None], last, sampling, requests, dict(zip(requests, prompts)))
+        return cls(requests, prompts, prefill.features, noise.perturb(logits, last)[:, 0].argmax(-1))
+
+
+def passes(
+    session: TextSession,
+    drafter: Drafter,
+    more: Callable[[int], Begun | None],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos: set[int],
+    clock: Clock,
+    margins: bool,
+    verifier: Verifier,
+    emit: Emit | None = None,
+) -> Iterator[tuple[int, Trace]]:
+    """The loop: draft, verify, accept, commit, until nothing is left. more(requests that go on) gives those that begin
+    beside them, already in the session, or None. Yields (request, trace) as they end.
+    """
+    device, verifier = session.target.device, MATCH if sampling.temperature == 0 else verifier
+    active, traces, histories = [], {}, {}
+    while True:
+        going = [
+            i
+            for i, r in enumerate(active)
+            if traces[r].tokens[-1] not in eos and len(traces[r].tokens) < max_new_tokens
+        ]
+        if len(going) < len(active):
+            rows = fill_gaps(going)
+            if rows:
+                session.select(torch.tensor(rows, device=device))
+                drafter.select(torch.tensor(rows, device=device))
+            active, before = [active[i] for i in rows], active
+            for request in set(before) - set(active):
+                del histories[request]
+                yield request, traces.pop(request)
+        if begun := more(len(active)):
+            with clock.phase("draft"):
+                (drafter.join if active else drafter.begin)(begun.features, begun.root)
+            active = active + begun.requests
+            for request, prompt, token in zip(begun.requests, begun.prompts, begun.root.tolist()):
+                traces[request], histories[request] = Trace([token]), [*prompt, token]
+                if emit:
+                    emit(request, [token])
+            continue
+        if not active:
+            return
+        roots = session.lengths.tolist()
         with clock.phase("draft"):
-            drafter.begin(prefill.features, root)
-        while True:
-            going = [
-                i
-                for i, r in enumerate(active)
-                if traces[r].tokens[-1] not in eos and len(traces[r].tokens) < max_new_tokens
-            ]
-            if len(going) < len(active):
-                if not going:
-                    break
-                rows = fill_gaps(going)
-                session.select(torch.tensor(rows, device=target.device))
-                drafter.select(torch.tensor(rows, device=target.device))
-                active = [active[i] for i in rows]
-            roots = session.lengths.tolist()
-            with clock.phase("draft"):
-                tree = drafter.propose(Draw(sampling.temperature, sampling.seed, active, roots))
-            with clock.phase("verify"):
-                verified = session.verify(tree)
-            with clock.phase("overhead"):
-                logits, noise = (
-                    processed(verified.logits, tree, sampling, active, histories),
-                    Noise(sampling, active, roots),
-                )
-                accepted = verifier(tree, logits, noise).trimmed()
-                session.commit(accepted.path, accepted.counts)
-                kept = record(traces, histories, active, tree, accepted, max_new_tokens, eos)
-                features = observed(drafter.feature_spec, verified, tree, kept, logits)
-            if margins:
-                note_margins(traces, active, noise.perturb(logits, tree), accepted)
-            with clock.phase("draft"):
-                drafter.observe(features, kept.next_token)
-    return [traces[r] for r in order]
+            tree = drafter.propose(Draw(sampling.temperature, sampling.seed, active, roots))
+        with clock.phase("verify"):
+            verified = session.verify(tree)
+        with clock.phase("overhead"):
+            logits, noise = (
+                processed(verified.logits, tree, sampling, active, histories),
+                Noise(sampling, active, roots),
+            )
+            accepted = verifier(tree, logits, noise).trimmed()
+            session.commit(accepted.path, accepted.counts)
+            kept = record(traces, histories, active, tree, accepted, max_new_tokens, eos)
+            features = observed(drafter.feature_spec, verified, tree, kept, logits)
+        for request in active if emit else ():
+            emit(request, traces[request].tokens[-traces[request].emitted[-1] :])
+        if margins:
+            note_margins(traces, active, noise.perturb(logits, tree), accepted)
+        with clock.phase("draft"):
+            drafter.observe(features, kept.next_token)
 
 
 def fill_gaps(going: list[int]) -> list[int]:

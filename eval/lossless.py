@@ -15,6 +15,7 @@ from draftsmith.eval.measurement.measure import decode_batches, divergences
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import Drafter, NoDrafter
+from draftsmith.models.errors import UserError
 from draftsmith.models.targets import TextTarget
 
 
@@ -101,4 +102,7 @@ def describe(sampling: Sampling) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in dtypes:
+        raise UserError(f"dtype: found {name}, expected fp32, bf16 or fp16")
+    return dtypes[name]

@@ -5,6 +5,7 @@ Plain and speculative decoding call the same functions. Randomness is keyed by (
 that sample-and-match reproduces plain sampling token for token.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+        if (
+            not 0 <= self.temperature < math.inf
+            or self.top_k < 0
+            or not 0 < self.top_p <= 1
+            or self.repetition_penalty <= 0
+        ):
             raise UserError(
                 f"sampling: found {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0"
             )

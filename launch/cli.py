@@ -80,10 +80,10 @@ def launch(
     raise UserError(f"launch: found {' '.join(found) or 'no place to run'}, expected --gpus N, --hosts FILE or --slurm")
 
 
-def _belong(options: dict, there: bool, owner: str) -> None:
+def _belong(options: dict, there: bool, owner: str, command: str = "launch") -> None:
     given = [name for name, value in options.items() if value is not None]
     if given and not there:
-        raise UserError(f"launch: found {given[0]} without {owner}, expected both or neither")
+        raise UserError(f"{command}: found {given[0]} without {owner}, expected both or neither")
 
 
 @app.command()
@@ -187,14 +187,39 @@ def regenerate(
     output: str,
     temperature: list[float] = [0.0],
     max_new_tokens: Count = 160,
-    batch: Count = 64,
+    batch: Annotated[int, typer.Option(min=1, help="prompts at a time, in each process")] = 64,
     limit: Count = None,
     seed: int = 0,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else the checkpoint's")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="that share the prompts and the cores, or the GPUs")] = 1,
+    drafter: Annotated[str, typer.Option(help="drafts meanwhile: directory, Hub id or bundled:NAME")] = None,
+    tree: Annotated[str, typer.Option(help="of the drafter: chain:DEPTH or dynamic:TOP_KxDEPTHxSIZE")] = None,
+    server: Annotated[str, typer.Option(help="http://HOST:PORT with OpenAI's completions answers instead")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="requests at a time to the server; default: 64")] = None,
 ):
     """Let the target answer prompts; a killed run goes on where it stopped."""
-    from draftsmith.launch.regenerate import regenerate
+    from draftsmith.launch import regenerate as answers
 
-    say(f"answers in {regenerate(target, prompts, output, temperature, max_new_tokens, batch, limit, seed, say)}")
+    _belong({"--tree": tree}, drafter is not None, "--drafter", "regenerate")
+    _belong({"--concurrency": concurrency}, server is not None, "--server", "regenerate")
+    place = answers.regenerate(
+        target,
+        prompts,
+        output,
+        temperature,
+        max_new_tokens,
+        batch,
+        limit,
+        seed,
+        say,
+        dtype,
+        processes,
+        drafter,
+        tree or answers.TREE,
+        server,
+        concurrency or answers.CONCURRENCY,
+    )
+    say(f"answers in {place}")
 
 
 @app.command(name="eval")
@@ -245,6 +270,53 @@ def evaluate(
             seed,
         ),
         say,
+    )
+
+
+@app.command()
+def generate(
+    method: Annotated[str, typer.Argument(help="what `draftsmith eval` takes: a drafter, howl:DRAFTER, suffix, ...")],
+    prompt: Annotated[
+        str, typer.Argument(help="default: what is piped in, or a chat where the input is a terminal")
+    ] = None,
+    target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
+    assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini",
+    tree: Annotated[
+        str, typer.Option(help="default: dynamic:3x4x10 on a CPU, dynamic:10x7x60 on an accelerator")
+    ] = None,
+    temperature: float = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
+    seed: int = 0,
+    system: Annotated[str, typer.Option(help="system message")] = None,
+    image: Annotated[list[Path], typer.Option(help="pictures of the first message, for targets that see")] = [],
+    compare: Annotated[
+        bool, typer.Option(help="decode plainly too: speedup, and whether the texts are identical")
+    ] = True,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else that of the checkpoint")
+    ] = None,
+):
+    """Answer a prompt, or chat: the text as it comes, a new colour with every pass of the target; then the acceptance
+    length, and plain decoding beside it.
+    """
+    from draftsmith.launch.generate import Request
+    from draftsmith.launch.generate import generate as run
+
+    run(
+        Request(
+            method,
+            prompt,
+            target,
+            assistant,
+            tree,
+            temperature,
+            max_new_tokens,
+            seed,
+            system,
+            tuple(image),
+            compare,
+            dtype,
+        )
     )
 
 
@@ -303,13 +375,16 @@ def report(output: Annotated[str, typer.Argument(help="the --output of a finishe
 
 
 @app.command()
-def demo(output: str = "runs/demo"):
-    """Train a drafter for the bundled target on its own answers, measure it beside the shipped one, check
-    losslessness.
-    """
+def demo(
+    target: Annotated[
+        str, typer.Option(help="code: in the repository; smollm2: a real chat model, fetched once")
+    ] = "code",
+    output: Annotated[str, typer.Option(help="default: runs/demo, with another target runs/demo-TARGET")] = None,
+):
+    """Train a drafter for the target on its own answers, measure it beside the shipped one, check losslessness."""
     from draftsmith.launch.demo import demo
 
-    demo(Path(output), say)
+    demo(target, output and Path(output), say)
 
 
 @app.command()

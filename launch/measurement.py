@@ -15,6 +15,7 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import ASSISTANT, Methods, bundled, check_writable, write_json
 from draftsmith.launch.report import report as write_report_of
 from draftsmith.launch.tables import show
+from draftsmith.models.detokenizer import Detokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import chain, parse_tree
 
@@ -152,8 +153,11 @@ def suite_name(file: str) -> str:
 
 
 def pieces(trace, tokenizer) -> list[str]:
-    """What each pass emitted as text, the token from the prefill first."""
-    borders, texts = [1, *trace.emitted], []
-    for count in borders:
-        texts.append(tokenizer.decode(trace.tokens[sum(borders[: len(texts)]) :][:count]))
-    return texts
+    """What each pass emitted as text, what the prefill emitted first; a character belongs to the pass that completes
+    it.
+    """
+    detokenizer, texts, at = Detokenizer(tokenizer), [], 0
+    for count in [len(trace.tokens) - sum(trace.emitted), *trace.emitted]:
+        texts.append(detokenizer.push(trace.tokens[at : at + count]))
+        at += count
+    return [*texts[:-1], texts[-1] + detokenizer.rest()]

@@ -7,40 +7,25 @@ import json
 import os
 import platform
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from draftsmith.eval.measurement.baselines import Generate
-from draftsmith.eval.measurement.measure import Decoder, Looped, decode_batches
+from draftsmith.eval.measurement.measure import Decoder, decode_batches
 from draftsmith.eval.measurement.prompts import Prompt, all_turns, first_turn
 from draftsmith.eval.measurement.suites import read_suite
 from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.drafters import KINDS, LIBRARY, Drafters, places, trained
 from draftsmith.models.chat import stop_ids
-from draftsmith.models.drafters import HeadDrafter, NoDrafter
-from draftsmith.models.drafters.howl import HowlDrafter
-from draftsmith.models.drafters.lookup import LookupDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import fetch, load_drafter
-from draftsmith.models.grow import DynamicTree
+from draftsmith.models.formats import fetch
+from draftsmith.models.grow import TreePolicy
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
 
-BASELINES = (
-    "plain",
-    "lookup",
-    "suffix",
-    "hf-generate",
-    "hf-lookup",
-    "hf-assisted",
-)  # every other method is a drafter's directory
-HOWL = "howl:"  # before a drafter's directory: HOWL over it
-HOWL_TREE, HOWL_ROWS = DynamicTree(10, 7, 60), 60
-SUFFIX_RULE = SuffixRule(
-    factor=4
-)  # of 1, 2 and 4 the best path on prompts of training modules (tests/benchmarks/suffix_rules.py)
 KEYS = (
     "speedup",
     "tree",
@@ -61,7 +46,10 @@ ANSWER_BATCH = 16
 
 @dataclass
 class Methods:
-    """A target with its tokenizer and stop ids, heads {name: head} and where each lies, baselines {name: decoder}."""
+    """A target with its tokenizer and stop ids, and methods by the names that results give them. heads {name: head} of
+    the trained drafters, and where each lies; baselines {name: decoder}, all the others but plain decoding; named: the
+    METHOD of each, as `drafters` knows it.
+    """
 
     target: TextTarget
     tokenizer: object
@@ -69,59 +57,45 @@ class Methods:
     heads: dict
     folders: dict[str, str]
     baselines: dict[str, Decoder]
+    named: dict[str, str]
+    drafters: Drafters
 
     @classmethod
     def open(
         cls, names: list[str], target_name: str | None, assistant: str, dtype: torch.dtype | None = None
     ) -> "Methods":
-        """names: `BASELINES`, drafters (directory, Hub id, `bundled:PATH`, or NAME=any of these) or `howl:` before a
-        drafter. Without target_name the drafters name theirs.
-        """
+        """names: METHOD or NAME=METHOD. Without target_name the drafters name theirs."""
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(f"methods: found {repeated[0]} twice, expected each once")
-        if HOWL in names:
-            raise UserError(f"{HOWL[:-1]}: found no drafter behind it, expected {HOWL}DRAFTER")
-        folders = labels([name for name in names if name not in BASELINES and not name.startswith(HOWL)])
-        places = {name: fetch(folder) for name, folder in folders.items()}
-        under = {name: fetch(name.removeprefix(HOWL)) for name in names if name.startswith(HOWL)}
+        named = labels(names)
+        found = {place: fetch(place) for name in named.values() for place in places(name)}
         if target_name is None:
-            wanted = {name: target_of(place) for name, place in {**places, **under}.items()}
-            if len(set(wanted.values())) > 1:
-                raise UserError(
-                    f"drafters: found targets {', '.join(sorted(set(wanted.values())))}, expected one (or --target)"
-                )
+            wanted = sorted({target_of(folder) for folder in found.values()})
+            if len(wanted) > 1:
+                raise UserError(f"drafters: found targets {', '.join(wanted)}, expected one (or --target)")
             if not wanted:
                 raise UserError(
                     f"methods: found no drafter among {', '.join(names)}, expected one that names its target, or "
                     f"--target"
                 )
-            target_name = next(iter(wanted.values()))
+            target_name = wanted[0]
         target = TextTarget.load(target_name, dtype)
-        tokenizer = load_reader(target_name, target)
-        load = lambda place: load_drafter(place, target.shared, target.layers)  # noqa: E731
-        heads = {name: load(place) for name, place in places.items()}
-        lookup, baselines = LookupDrafter(), {}
-        for name in names:
-            if name == "lookup":
-                baselines[name] = Looped(target, lookup)
-            elif name == "suffix":
-                baselines[name] = Looped(target, SuffixDrafter(HOWL_ROWS, SUFFIX_RULE))
-            elif name in under:
-                head = load(under[name])
-                tree = HOWL_TREE if head.feature_spec.probe is None else replace(HOWL_TREE, size=HOWL_ROWS // 2)
-                baselines[name] = Looped(
-                    target, HowlDrafter(HeadDrafter(head, tree), SuffixDrafter(HOWL_ROWS, SUFFIX_RULE))
-                )
-            elif name == "hf-generate":
-                baselines[name] = Generate(target)
-            elif name == "hf-lookup":
-                baselines[name] = Generate(
-                    target, prompt_lookup_num_tokens=lookup.depth, max_matching_ngram_size=max(lookup.grams)
-                )
-            elif name == "hf-assisted":
-                baselines[name] = Generate(target, assistant=TextTarget.load(assistant, target.dtype))
-        return cls(target, tokenizer, stop_ids(target, tokenizer), heads, folders, baselines)
+        tokenizer, drafters = load_reader(target_name, target), Drafters(target, assistant)
+        folders = {name: method for name, method in named.items() if trained(method)}
+        heads = {name: drafters.head(place) for name, place in folders.items()}
+        baselines = {
+            name: drafters.decoder(method)
+            for name, method in named.items()
+            if name not in folders and method != "plain"
+        }
+        return cls(target, tokenizer, stop_ids(target, tokenizer), heads, folders, baselines, named, drafters)
+
+    def decoder(self, name: str, tree: TreePolicy | None = None) -> Decoder:
+        """A method by its name here; tree: what a head in it grows."""
+        if name in self.baselines and tree is None:
+            return self.baselines[name]
+        return self.drafters.decoder(self.named[name], tree)
 
     def prompts(
         self, file: str, limit: int | None, max_new_tokens: int, rows: int, skip_long: bool, report=print
@@ -187,21 +161,24 @@ class Methods:
         }
 
 
-def labels(folders: list[str]) -> dict[str, str]:
-    """Drafters by name: NAME=FOLDER says it; otherwise the folder's own (the one above it for `drafter`), or all of the
-    path where two agree.
+def labels(methods: list[str]) -> dict[str, str]:
+    """Methods by name: NAME=METHOD says it; otherwise a drafter's is that of its folder (the one above it for
+    `drafter`), or all of the path where two agree, and any other method is its own.
     """
     named = {}
-    for folder in folders:
-        name, said, place = folder.partition("=")
-        if not said or "/" in name:
-            parts = folder.removeprefix("bundled:").rstrip("/").split("/")
-            name, place = parts[-2] if parts[-1] == "drafter" and len(parts) > 1 else parts[-1], folder
-        if name in KEYS:
+    for asked in methods:
+        name, said, method = asked.partition("=")
+        if not said or "/" in name or ":" in name:
+            name = method = asked
+            if trained(asked):
+                parts = asked.removeprefix("bundled:").rstrip("/").split("/")
+                name = parts[-2] if parts[-1] == "drafter" and len(parts) > 1 else parts[-1]
+        if name in KEYS and (name, method) != ("plain", "plain"):
             raise UserError(
-                f"drafter {folder}: found the name {name}, which result.json uses; expected another (NAME={place})"
+                f"drafter {asked}: found the name {name}, which result.json uses; expected another (NAME={method})"
             )
-        named[folder if name in named or name in BASELINES else name] = place
+        taken = name in named or trained(method) and (name in KINDS or name in LIBRARY)
+        named[asked if taken else name] = method
     return named
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from draftsmith.eval.lossless import Comparison, describe, dtype_of, prove
 from draftsmith.eval.measurement.measure import Looped
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, write_json
+from draftsmith.launch.drafters import LIBRARY
+from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
 from draftsmith.launch.tables import show_proof
-from draftsmith.models.drafters import HeadDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import parse_tree
 
@@ -32,13 +32,11 @@ def verify(
 
     Without targets the drafters name theirs; several targets must share the drafters' shapes (a fine-tuned copy, say).
     """
-    unknown = [d for d in dtypes if d not in ("fp32", "bf16", "fp16")]
-    if unknown:
-        raise UserError(f"dtype: found {unknown[0]}, expected fp32, bf16 or fp16")
+    precisions = [dtype_of(name) for name in dtypes]
     policies = [parse_tree(tree) for tree in trees]
     samplings = [Sampling(t, seed=seed) for t in temperatures]
     samplings += [Sampling(t, 20, 0.9, 1.2, seed) for t in temperatures if t > 0]
-    if any(name.startswith("hf-") or name == "plain" for name in names):
+    if any(method in LIBRARY or method == "plain" for method in labels(names).values()):
         raise UserError(
             f"methods: found {', '.join(names)}, expected drafters, howl:DRAFTER, suffix, lookup (the loops of "
             f"Hugging Face are not ours to prove)"
@@ -46,14 +44,14 @@ def verify(
     check_writable(output)
     found: list[Comparison] = []
     for target_name in targets or [None]:
-        for dtype in dtypes:
-            methods = Methods.open(names, target_name, ASSISTANT, dtype_of(dtype))
+        for dtype in precisions:
+            methods = Methods.open(names, target_name, ASSISTANT, dtype)
             prompts = methods.prompts(
                 suite, limit, max_new_tokens, max(policy.size for policy in policies), False, report
             )
             drafters = {
-                f"{name} {policy}": HeadDrafter(head, policy)
-                for name, head in methods.heads.items()
+                f"{name} {policy}": methods.drafters.drafter(place, policy)
+                for name, place in methods.folders.items()
                 for policy in policies
             }
             drafters |= {

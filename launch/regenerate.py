@@ -1,21 +1,38 @@
-"""`draftsmith regenerate`: the target answers prompts; the answers are what a drafter for it should be trained on."""
+"""`draftsmith regenerate`: the target answers prompts; the answers are what a drafter for it should be trained on.
+
+The prompts of each temperature are taken longest first, since those that are processed together are padded to one
+length. What ends first is written first; the finished file is in the order of the prompts.
+"""
 
 import hashlib
 import json
 import os
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
-from draftsmith.eval.decode import generate
+import torch
+
+from draftsmith.eval.lossless import dtype_of
 from draftsmith.eval.measurement import journal
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.measurement.prompts import Prompt, read_prompts
 from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.answers.answer import Answer, row_of
+from draftsmith.launch.answers.check import check_server
+from draftsmith.launch.answers.decoding import Work, decoded, spread
+from draftsmith.launch.answers.precision import cpu_flags, slow_on
+from draftsmith.launch.answers.server import Server, served
 from draftsmith.models.chat import stop_ids
-from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
+from draftsmith.models.formats import fetch
+from draftsmith.models.grow import parse_tree
 from draftsmith.models.pictures import load_reader
-from draftsmith.models.targets import TextTarget
+from draftsmith.models.targets import describe
+
+TREE = "chain:2"  # what a drafter drafts in a batch (tests/benchmarks/answers.py)
+CONCURRENCY = 64
 
 
 def regenerate(
@@ -28,81 +45,107 @@ def regenerate(
     limit: int | None,
     seed: int,
     report=print,
+    dtype: str | None = None,
+    processes: int = 1,
+    drafter: str | None = None,
+    tree: str = TREE,
+    server: str | None = None,
+    concurrency: int = CONCURRENCY,
 ) -> Path:
-    """Writes one JSONL row per prompt: messages, tokens (prompt and answer ids), prompt_length, finished, temperature.
+    """Writes one JSONL row per prompt: messages, tokens (prompt and answer ids), prompt_length, finished, temperature;
+    of a server also its model's name, and no ids where it gives none.
 
     Row i is decoded at temperatures[i % len]. Answers already in `output.partial` are kept, so that a killed run goes
-    on; the file appears under its name only when complete.
+    on; the file appears under its name only when complete. dtype: fp32, bf16 or fp16, by default that of
+    `TextTarget.load`; of the copy that checks a server, where there is one. Neither the batch, nor the processes, nor a
+    drafter with its tree changes a text in fp32. Raises UserError.
     """
-    target = TextTarget.load(target_name)
-    tokenizer = load_reader(target_name, target)
-    stops = stop_ids(target, tokenizer)
+    check_options(dtype, processes, drafter, server)
+    kinds = [Sampling(temperature, seed=seed).temperature for temperature in temperatures]
+    described = describe(target_name)
+    tokenizer = load_reader(target_name, described)
+    stops = stop_ids(described, tokenizer)
     prompts = read_prompts(prompts_file, tokenizer, limit)
-    room = target.context_length - max_new_tokens - 1
-    digest = hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest()
+    service = open_server(server, target_name, tokenizer, stops, seed, prompts) if server else None
     settings = {
         "target": target_name,
-        "prompts": digest,
+        "prompts": hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest(),
         "temperatures": temperatures,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "dtype": "server's" if service else dtype or ("checkpoint's" if torch.cuda.is_available() else "fp32"),
     }
     partial = Path(f"{output}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     done = {entry["row"] for entry in journal.read(partial, settings)}
-    fitting = [i for i in range(len(prompts)) if len(prompts[i].tokens) <= room]
-    left = [i for i in fitting if i not in done]
+    context = min(described.context_length, (service and service.context) or described.context_length)
+    room = context - max_new_tokens - (2 * parse_tree(tree).size if drafter else 1)  # a tree, with its probes
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt.tokens) <= room]
     if len(fitting) < len(prompts):
         report(f"{len(prompts) - len(fitting)} prompts of more than {room} tokens are left out")
-    tokens, answered, started = 0, 0, time.time()
-    progress = Progress(report, "answers", len(left))
-    with partial.open("a") as file:
-        if not done and partial.stat().st_size == 0:
-            file.write(json.dumps(settings) + "\n")
-        for kind, temperature in enumerate(temperatures):
-            mine = [i for i in left if i % len(temperatures) == kind]
-            for start in range(0, len(mine), batch):
-                group = mine[start : start + batch]
-                traces = generate(
-                    target,
-                    NoDrafter(),
-                    [prompts[i].tokens for i in group],
-                    Sampling(temperature, seed=seed),
-                    max_new_tokens,
-                    stops,
-                    group,
-                )
-                for i, trace in zip(group, traces):
-                    file.write(
-                        json.dumps(answer(i, prompts[i], trace.tokens, tokenizer, stops, temperature, partial.parent))
-                        + "\n"
-                    )
-                    tokens += len(trace.tokens)
-                file.flush()
-                answered += len(group)
-                progress(answered, f", {tokens / (time.time() - started):.0f} tok/s")
-    lines = sorted(partial.read_text().splitlines()[1:], key=lambda line: json.loads(line)["row"])
-    partial.write_text("".join(line + "\n" for line in lines))
-    return partial.replace(output)
-
-
-def answer(
-    row: int, prompt: Prompt, tokens: list[int], tokenizer, stops: set[int], temperature: float, folder: Path
-) -> dict:
-    """folder: what file names of pictures start from. Raises UserError for pictures that are no files."""
-    finished = tokens[-1] in stops
-    text = tokenizer.decode(tokens[:-1] if finished else tokens)
-    if not all(isinstance(picture, Path) for picture in prompt.pictures):
-        raise UserError(
-            f"prompt {prompt.name}: found a picture inside the data, expected the name of a file (answers refer to it)"
+    left = sorted((i for i in fitting if i not in done), key=lambda i: -len(prompts[i].tokens))
+    if not left:
+        answers = iter(())
+    elif service:
+        check_server(
+            service, target_name, dtype and dtype_of(dtype), [prompts[i].tokens for i in fitting], kinds, report
         )
-    images = {"images": [os.path.relpath(picture, folder) for picture in prompt.pictures]} if prompt.pictures else {}
-    return {
-        "row": row,
-        "messages": [*prompt.messages, {"role": "assistant", "content": text}],
-        **images,
-        "tokens": [*prompt.tokens, *tokens],
-        "prompt_length": len(prompt.tokens),
-        "finished": finished,
-        "temperature": temperature,
-    }
+        asked = [(i, prompts[i].tokens, kinds[i % len(kinds)]) for i in left]
+        answers = served(service, asked, max_new_tokens, concurrency)
+    else:
+        if line := dtype and not torch.cuda.is_available() and slow_on(cpu_flags(), dtype):
+            report(line)
+        work = Work(target_name, frozenset(stops), tuple(kinds), max_new_tokens, seed, batch, dtype, drafter, tree)
+        answers = (
+            Answer.of(row, tokens, tokenizer, stops)
+            for row, tokens in decode_all(work, prompts, left, min(processes, len(left)))
+        )
+    tokens, started, progress = 0, time.time(), Progress(report, "answers", len(left))
+    with partial.open("a") as file:
+        if partial.stat().st_size == 0:
+            file.write(json.dumps(settings) + "\n")
+        for number, answer in enumerate(answers, 1):
+            row = row_of(answer, prompts[answer.row], kinds[answer.row % len(kinds)], partial.parent)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            tokens += answer.count
+            progress(number, f", {tokens / (time.time() - started):.0f} tok/s")
+    return finish(partial, Path(output))
+
+
+def decode_all(work: Work, prompts: list[Prompt], left: list[int], processes: int) -> Iterator[tuple[int, list[int]]]:
+    """(row, tokens) of the rows that are left, taken in this order at each temperature."""
+    count = len(work.temperatures)
+    waiting = [deque(i for i in left if i % count == number) for number in range(count)]
+
+    def take(number: int, most: int) -> list[tuple[int, list[int]]]:
+        rows = [waiting[number].popleft() for _ in range(min(most, len(waiting[number])))]
+        return [(i, prompts[i].tokens) for i in rows]
+
+    return decoded(work, take) if processes == 1 else spread(work, take, processes)
+
+
+def finish(partial: Path, output: Path) -> Path:
+    """The rows of a complete journal in order, under their own name: the journal goes only when they are there."""
+    lines = sorted(partial.read_text().splitlines()[1:], key=lambda line: json.loads(line)["row"])
+    ordered = Path(f"{output}.ordered")
+    ordered.write_text("".join(line + "\n" for line in lines))
+    os.replace(ordered, output)
+    partial.unlink()
+    return output
+
+
+def check_options(dtype: str | None, processes: int, drafter: str | None, server: str | None) -> None:
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        raise UserError(f"dtype: found {dtype}, expected fp32, bf16 or fp16")
+    if drafter:
+        fetch(drafter)
+    beside = [name for name, given in {"--drafter": drafter, "--processes": processes > 1}.items() if given]
+    if server and beside:
+        raise UserError(f"regenerate: found --server beside {beside[0]}, expected one of them: the server decodes")
+
+
+def open_server(url: str, target_name: str, tokenizer, stops: set[int], seed: int, prompts: list[Prompt]) -> Server:
+    if picture := next((prompt for prompt in prompts if prompt.pictures), None):
+        raise UserError(f"prompt {picture.name}: found a picture, expected text alone with --server")
+    return Server(url, target_name, getattr(tokenizer, "tokenizer", tokenizer), stops, seed)

@@ -5,7 +5,8 @@ from pathlib import Path
 from draftsmith.eval.measurement.sweep import GRID
 from draftsmith.eval.measurement.sweep import sweep as time_trees
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.methods import ASSISTANT, BASELINES, Methods, check_writable, write_json
+from draftsmith.launch.drafters import trained
+from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
 from draftsmith.launch.tables import show_sweep
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import parse_tree
@@ -25,7 +26,7 @@ def sweep(
     report=print,
 ) -> dict:
     """Writes OUTPUT/sweep.json: the result of `eval.sweep` and its conditions."""
-    if drafter in BASELINES:
+    if not all(map(trained, labels([drafter]).values())):
         raise UserError(f"drafter: found {drafter}, expected a drafter directory")
     policies, sampling = [parse_tree(tree) for tree in trees] if trees else list(GRID), Sampling(temperature, seed=seed)
     methods = Methods.open([drafter], target, ASSISTANT)

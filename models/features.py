@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,16 @@ class Features:
     visual: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     distribution: Distribution | None = None
+
+    def joined(self, other: "Features") -> "Features":
+        """The requests of `other` behind these: their tokens, hidden states and lengths, nothing else."""
+        width = max(self.tokens.size(1), other.tokens.size(1))
+        pad = lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, width - x.size(1)))  # noqa: E731
+        return Features(
+            torch.cat([pad(self.tokens), pad(other.tokens)]),
+            torch.cat([pad(self.hidden), pad(other.hidden)]),
+            torch.cat([self.lengths, other.lengths]),
+        )
 
 
 @dataclass(frozen=True)

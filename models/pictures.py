@@ -141,6 +141,7 @@ class Reader:
     def __init__(self, processor):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.decode, self.eos_token_id = processor.tokenizer.decode, processor.tokenizer.eos_token_id
+        self.convert_ids_to_tokens = processor.tokenizer.convert_ids_to_tokens
 
     @property
     def chat_template(self) -> str:

@@ -47,17 +47,39 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """lengths [B] int64 are the committed rows; `place(T)` chooses where the next forward writes."""
+    """lengths [B] int64 are the committed rows; `place(T)` chooses where the next forward writes.
+
+    `store` is the part of the tensor that the B requests have. What `select` gives up stays allocated, for those that
+    `join`.
+    """
 
     def __init__(self, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype, device):
-        self.store = torch.zeros(2 * layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.whole = torch.zeros(2 * layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.store = self.whole
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         super().__init__(layers=[SlotLayer(self, self.store[2 * i], self.store[2 * i + 1]) for i in range(layers)])
 
     def _bind(self):
-        """Points the layers at the store after it was replaced or cut."""
+        """Points the store and the layers at the rows of the requests that there are now."""
+        self.store = self.whole[:, : len(self.lengths)]
         for i, layer in enumerate(self.layers):
             layer.keys, layer.values = self.store[2 * i], self.store[2 * i + 1]
+
+    def _make_room(self, batch: int, slots: int) -> None:
+        """A larger tensor where there is no room for `batch` requests of `slots` slots, at least twice as large."""
+        (_, rows, heads, capacity, width), layers = self.whole.shape, len(self.whole)
+        if batch <= rows and slots <= capacity:
+            return
+        wider = self.whole.new_zeros(
+            layers,
+            rows if batch <= rows else max(batch, 2 * rows),
+            heads,
+            capacity if slots <= capacity else max(slots, 2 * capacity),
+            width,
+        )
+        wider[:, : len(self.lengths), :, :capacity] = self.store
+        self.whole = wider
+        self._bind()
 
     @property
     def capacity(self) -> int:
@@ -70,13 +92,7 @@ class SlotCache(Cache):
         """
         shortest, longest = int(self.lengths.min()) + offset, int(self.lengths.max()) + offset
         self.visible = longest + new
-        if self.visible > self.capacity:
-            wider = self.store.new_zeros(
-                *self.store.shape[:3], max(self.visible, 2 * self.capacity), self.store.size(4)
-            )
-            wider[:, :, :, : self.capacity] = self.store
-            self.store = wider
-            self._bind()
+        self._make_room(len(self.lengths), self.visible)
         self.start = shortest if shortest == longest else None
         if self.start is None:
             self.rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
@@ -103,5 +119,13 @@ class SlotCache(Cache):
         moved, used = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten(), int(self.lengths.max())
         if len(moved):
             self.store[:, moved, :, :used] = self.store[:, rows[moved], :, :used]
-        self.store, self.lengths = self.store[:, : len(rows)], self.lengths[rows]
+        self.lengths = self.lengths[rows]
         self._bind()
+
+    def join(self, other: "SlotCache") -> None:
+        """Takes the requests of another cache of the same shape behind its own."""
+        before, used = len(self.lengths), int(other.lengths.max())
+        self._make_room(before + len(other.lengths), used)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._bind()
+        self.store[:, before:, :, :used] = other.store[:, :, :, :used]

@@ -69,11 +69,15 @@ def pack(target: TextTarget, head, rows: list[list[int]], starts: list[int]) -> 
     return target.features(torch.tensor([token for row in rows for token in row]), packing, head.feature_spec)
 
 
-def trained_head(target: TextTarget, draft_vocab: int | None = None) -> Eagle3Head:
+def trained_head(
+    target: TextTarget,
+    draft_vocab: int | None = None,
+    prompts: list[list[int]] = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]],
+) -> Eagle3Head:
     """A tiny head trained for a moment on the target's own greedy text: right now and then, so that walks of every
     length occur.
     """
-    head, prompts = tiny_head(target, draft_vocab), [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
+    head = tiny_head(target, draft_vocab)
     rows = [p + t.tokens for p, t in zip(prompts, generate(target, NoDrafter(), prompts, Sampling(), 40))]
     features = pack(target, head, rows, [0] * len(rows))
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)

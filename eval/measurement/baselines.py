@@ -12,25 +12,33 @@ import time
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from draftsmith.eval.decode import Trace, cut
+from draftsmith.eval.decode import Emit, Trace, cut
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import TextTarget
 
 
 class Emissions(BaseStreamer):
-    """The tokens that each pass of `generate` hands out, one request at a time; the prompt comes first and is
-    dropped.
+    """The trace of one request, from the tokens that each pass of `generate` hands out: the prompt comes first and is
+    dropped, then what the pass over it emitted. `drafted` is not known here.
     """
 
-    def __init__(self):
-        self.passes: list[list[int]] | None = None
+    def __init__(self, request: int, max_new_tokens: int, stops: set[int], emit: Emit | None = None):
+        self.request, self.max_new_tokens, self.stops, self.emit = request, max_new_tokens, stops, emit
+        self.trace, self.calls = Trace(), 0
 
     def put(self, value: torch.Tensor) -> None:
-        if self.passes is None:
-            self.passes = []
-        else:
-            self.passes.append(value.flatten().tolist())
+        self.calls += 1
+        if self.calls == 1:
+            return
+        tokens, trace = value.flatten().tolist(), self.trace
+        kept = cut(tokens, self.max_new_tokens - len(trace.tokens), self.stops)
+        trace.tokens += kept
+        if self.calls > 2:
+            trace.accepted.append(len(tokens) - 1)
+            trace.emitted.append(len(kept))
+        if self.emit:
+            self.emit(self.request, kept)
 
     def end(self) -> None:
         pass
@@ -84,7 +92,13 @@ class Generate:
 
     @torch.inference_mode()
     def __call__(
-        self, prompts: list[list[int]], requests: list[int], sampling: Sampling, max_new_tokens: int, stops: set[int]
+        self,
+        prompts: list[list[int]],
+        requests: list[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stops: set[int],
+        emit: Emit | None = None,
     ):
         """Traces and seconds {"draft", "verify", "overhead", "total"} (on a CPU also the thread's own: {"busy":
         {"total"}}); `draft` counts the assistant's forwards only.
@@ -105,7 +119,8 @@ class Generate:
                 "top_p": sampling.top_p,
             }
         )
-        emissions = Emissions() if self.one_at_a_time else None
+        single = self.one_at_a_time or emit is not None  # the library streams single requests only
+        emissions = Emissions(requests[0], max_new_tokens, stops, emit) if single else None
         drafting = Stopwatch(self.assistant.model) if self.assistant else None
         with Stopwatch(self.target.model) as verifying, drafting or torch.no_grad():
             texts = self.target.model.generate(
@@ -131,12 +146,9 @@ class Generate:
         seconds["overhead"] = seconds["total"] - seconds["verify"] - seconds["draft"]
         if device.type == "cpu":
             seconds["busy"] = {"total": ran - busy}
-        if self.one_at_a_time:
-            return [
-                speculative_trace(
-                    emissions.passes, [rows - 1 for _, _, rows, _ in verifying.forwards[1:]], max_new_tokens, stops
-                )
-            ], seconds
+        if emissions:
+            emissions.trace.drafted = [rows - 1 for _, _, rows, _ in verifying.forwards[1:]]
+            return [emissions.trace], seconds
         return [plain_trace(text, stops) for text in texts], seconds
 
 
@@ -145,15 +157,3 @@ def plain_trace(text: list[int], stops: set[int]) -> Trace:
     tokens = cut(text, len(text), stops)
     passes = len(tokens) - 1
     return Trace(tokens, [0] * passes, [0] * passes, [1] * passes)
-
-
-def speculative_trace(passes: list[list[int]], drafted: list[int], max_new_tokens: int, stops: set[int]) -> Trace:
-    """passes: tokens of every pass, that over the prompt first; drafted: tokens drafted for each pass behind it."""
-    trace = Trace(cut(passes[0], max_new_tokens, stops))
-    for tokens, levels in zip(passes[1:], drafted):
-        kept = cut(tokens, max_new_tokens - len(trace.tokens), stops)
-        trace.tokens += kept
-        trace.accepted.append(len(tokens) - 1)
-        trace.drafted.append(levels)
-        trace.emitted.append(len(kept))
-    return trace

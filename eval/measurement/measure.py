@@ -11,7 +11,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
-from draftsmith.eval.decode import Clock, Trace, generate
+from draftsmith.eval.decode import Clock, Emit, Trace, generate
 from draftsmith.eval.measurement.interval import quotient_interval, ratio_interval
 from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.sampling import Sampling
@@ -24,7 +24,9 @@ PHASES = ("draft", "verify", "overhead", "total")
 
 
 class Decoder(Protocol):
-    """A method: decodes a batch. Returns one trace a prompt, and the seconds of each phase for all of them."""
+    """A method: decodes a batch. Returns one trace a prompt, and the seconds of each phase for all of them. `emit`
+    hears of every pass as it ends (Hugging Face's loops: of single prompts only).
+    """
 
     one_at_a_time: bool  # refuses batches
 
@@ -35,6 +37,7 @@ class Decoder(Protocol):
         sampling: Sampling,
         max_new_tokens: int,
         stops: set[int],
+        emit: Emit | None = None,
     ) -> tuple[list[Trace], dict]: ...
 
 
@@ -47,10 +50,19 @@ class Looped:
     margins: bool = False
     one_at_a_time = False
 
-    def __call__(self, prompts, requests, sampling, max_new_tokens, stops):
+    def __call__(self, prompts, requests, sampling, max_new_tokens, stops, emit=None):
         clock = Clock(self.target.device)
         traces = generate(
-            self.target, self.drafter, prompts, sampling, max_new_tokens, stops, requests, clock, self.margins
+            self.target,
+            self.drafter,
+            prompts,
+            sampling,
+            max_new_tokens,
+            stops,
+            requests,
+            clock,
+            self.margins,
+            emit=emit,
         )
         return traces, clock.seconds | ({"busy": clock.busy} if clock.busy else {})
 

@@ -50,6 +50,9 @@ class Tapped:
     def observe(self, features, root):
         self.drafter.observe(self.own(features), root)
 
+    def join(self, features, root):
+        self.drafter.join(self.own(features), root)
+
     def __str__(self):
         return str(self.drafter)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#8B5A2B", "#5D3A9B")
+from draftsmith.eval.report.palette import PALETTE, colour_of_pass
+
 PHASES = {"draft": "#E69F00", "verify": "#0072B2", "overhead": "#999999"}
 COLUMNS, LINES = 100, 24  # characters of a sample
 
@@ -235,7 +235,7 @@ def coloured_sample(samples: dict[str, list[str]], path: Path) -> None:
     grid = figure.subplots(len(pages), 1, squeeze=False, height_ratios=[h + 2 for h in heights])
     for (axes,), (name, cells), height in zip(grid, pages.items(), heights):
         for line, column, cycle, character in cells:
-            axes.add_patch(Rectangle((column, line), 1, 1, color=PALETTE[cycle % 6], alpha=0.32, lw=0))
+            axes.add_patch(Rectangle((column, line), 1, 1, color=colour_of_pass(cycle), lw=0))
             axes.text(
                 column + 0.5,
                 line + 0.55,

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import torch
+
 from draftsmith.models.grow import AdaptiveTree, SampledTree, TreePolicy
 
 
@@ -31,6 +33,10 @@ class HeadDrafter:
     def select(self, rows):
         self.context.select(rows)
         self.root = self.root[rows]
+
+    def join(self, features, root):
+        self.context.join(self.head.prefill(features))
+        self.root = torch.cat([self.root, root])
 
     def __str__(self):
         return str(self.policy)

@@ -58,6 +58,11 @@ class HowlDrafter:
         self.suffix.select(rows)
         self.means = [self.means[r] for r in rows.tolist()]
 
+    def join(self, features, root):
+        self.head.join(features, root)
+        self.suffix.join(features, root)
+        self.means += [INITIAL] * len(root)
+
     def __str__(self):
         return f"howl:{self.head}:{self.suffix}" + ("" if self.threshold is None else f">{self.threshold:g}")
 

@@ -20,11 +20,17 @@ class LookupDrafter:
         self.depth, self.grams, self.size = depth, grams, depth + 1
 
     def begin(self, features: Features, root: torch.Tensor) -> None:
-        self.texts: list[list[int]] = [[] for _ in range(len(root))]
-        self.places: list[dict[tuple[int, ...], int]] = [
-            {} for _ in range(len(root))
-        ]  # n-gram -> the index behind its latest place
-        self.observe(features, root)
+        self.texts: list[list[int]] = []
+        self.places: list[dict[tuple[int, ...], int]] = []  # n-gram -> the index behind its latest place
+        self.root = root[:0]
+        self.join(features, root)
+
+    def join(self, features: Features, root: torch.Tensor) -> None:
+        self.root = torch.cat([self.root, root])
+        for tokens, length, last in zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist()):
+            self.texts.append([])
+            self.places.append({})
+            self._append(-1, [*tokens[:length], last])
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         """The old root is known already, so that only what stands behind the text so far is new."""
@@ -32,8 +38,7 @@ class LookupDrafter:
         for row, (tokens, length, last) in enumerate(
             zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())
         ):
-            committed = tokens[:length] if not self.texts[row] else tokens[1:length]
-            self._append(row, [*committed, last])
+            self._append(row, [*tokens[1:length], last])
 
     def _append(self, row: int, tokens: list[int]) -> None:
         """The n-grams that end before the last token are indexed: the last ones are what is looked up."""

@@ -1,5 +1,7 @@
 """Plain decoding as a drafter: the root alone is proposed."""
 
+import torch
+
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.tree import DraftTree
 
@@ -20,6 +22,9 @@ class NoDrafter:
 
     def select(self, rows):
         self.root = self.root[rows]
+
+    def join(self, features, root):
+        self.root = torch.cat([self.root, root])
 
     def __str__(self):
         return "plain"

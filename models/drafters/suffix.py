@@ -292,15 +292,20 @@ class SuffixDrafter:
         self.started = 0
 
     def begin(self, features: Features, root: torch.Tensor) -> None:
-        self.own = [SuffixIndex(self.max_tokens) for _ in range(len(root))]
-        self.tails: list[list[int]] = [[] for _ in range(len(root))]
-        self.numbers = list(range(self.started, self.started + len(root)))
-        self.started += len(root)
-        self.root, self.scores, self.steps = root, [], []
-        for row, (tokens, length, last) in enumerate(
-            zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())
-        ):
-            self._commit(row, [*tokens[:length], last], [last])
+        self.own: list[SuffixIndex] = []
+        self.tails: list[list[int]] = []
+        self.numbers: list[int] = []
+        self.root, self.scores, self.steps = root[:0], [], []
+        self.join(features, root)
+
+    def join(self, features: Features, root: torch.Tensor) -> None:
+        self.root = torch.cat([self.root, root])
+        for tokens, length, last in zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist()):
+            self.own.append(SuffixIndex(self.max_tokens))
+            self.tails.append([])
+            self.numbers.append(self.started)
+            self.started += 1
+            self._commit(-1, [*tokens[:length], last], [last])
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         """The old root is known already."""

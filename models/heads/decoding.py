@@ -32,6 +32,10 @@ class Context:
         p, self.shift = self.pending, self.shift[rows]
         self.pending = Features(p.tokens[rows], p.hidden[rows], p.lengths[rows])
 
+    def join(self, other: "Context") -> None:
+        self.cache.join(other.cache)
+        self.pending, self.shift = self.pending.joined(other.pending), torch.cat([self.shift, other.shift])
+
 
 def prefill(head, features: Features, places: torch.Tensor | None = None) -> Context:
     """Keys and values of all rows whose next token is known; the last row of each request stays pending. places [B, S]:

@@ -88,6 +88,11 @@ class Context:
         self.skipped, p = self.skipped[rows], self.pending
         self.pending = Features(p.tokens[rows], p.hidden[rows], p.lengths[rows])
 
+    def join(self, other: "Context") -> None:
+        self.own.join(other.own)
+        self.cross.join(other.cross)
+        self.skipped, self.pending = torch.cat([self.skipped, other.skipped]), self.pending.joined(other.pending)
+
 
 @dataclass(frozen=True)
 class Beam:

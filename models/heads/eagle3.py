@@ -20,7 +20,7 @@ from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.attention import kernel_for, query_blocks
 from draftsmith.models.heads.decoding import Beam, Context
 from draftsmith.models.heads.distill import soft_cross_entropy, tally, teacher_distribution
-from draftsmith.models.heads.layer import Layer, angles, frequencies, rope_of
+from draftsmith.models.heads.layer import Layer, angles, copy_matrix, copy_norm, frequencies, rope_of
 from draftsmith.models.heads.rooted import RootedTrees
 from draftsmith.models.heads.unroll import Plan, turn, unroll
 
@@ -142,17 +142,28 @@ class Eagle3Head(nn.Module):
 
     @torch.no_grad()
     def start_from(self, target) -> None:
-        """Starts the output head from the target's own rows and final norm; both are trained on (fresh starts learn
-        slower).
+        """Starts from the target's own weights, all of which are trained on: the output head from its rows and final
+        norm, `fc` as a pass-through of the high tap, and the layer from the target's last one, whose matrices read H
+        (the embedding's half of the attention keeps its random start). Parts of another shape keep their own start.
         """
         self.lm_head.weight.copy_(target.head.weight[self.ids])
-        norm = getattr(target.body, "norm", None)
-        if norm is not None and norm.weight.shape == self.norm.weight.shape:
-            signs = torch.ones_like(norm.weight)
-            signs[1::2] = -1
-            # The factor that the norm applies, not what it stores: some families store it less one (Gemma), some have a
-            # bias as well
-            self.norm.weight.copy_((norm(signs) - norm(-signs)) * signs / 2)
+        copy_norm(getattr(target.body, "norm", None), self.norm)
+        hidden, last = self.config.hidden_size, target.body.layers[-1]
+        if self.embedding.size(1) == hidden:
+            self.fc.weight.zero_()
+            self.fc.weight[:, -hidden:] = torch.eye(hidden)
+        attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
+        normed = hasattr(attention, "q_norm")  # scores of another scale: the head has no such norms
+        for name in ("v_proj",) if normed else ("q_proj", "k_proj", "v_proj"):
+            copy_matrix(getattr(attention, name, None), getattr(self.midlayer.self_attn, name).weight[:, -hidden:])
+        copy_matrix(getattr(attention, "o_proj", None), self.midlayer.self_attn.o_proj.weight)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            copy_matrix(getattr(mlp, name, None), getattr(self.midlayer.mlp, name).weight)
+        copy_norm(getattr(last, "input_layernorm", None), self.midlayer.hidden_norm)
+        before_mlp = (
+            "pre_feedforward_layernorm" if hasattr(last, "pre_feedforward_layernorm") else "post_attention_layernorm"
+        )
+        copy_norm(getattr(last, before_mlp, None), self.midlayer.post_attention_layernorm)
 
     @property
     def shared(self) -> Shared:

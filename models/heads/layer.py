@@ -113,3 +113,22 @@ class Layer(nn.Module):
         """base [..., h] (residual), attended [..., H, D] -> layer output [..., h]."""
         y = base + self.self_attn.o_proj(attended.flatten(-2))
         return y + self.mlp(self.post_attention_layernorm(y))
+
+
+def copy_matrix(source: nn.Module | None, weight: torch.Tensor) -> None:
+    """A target's linear layer into a head's weight [out, in], where there is one of that shape."""
+    matrix = getattr(source, "weight", None)
+    if matrix is not None and matrix.shape == weight.shape:
+        weight.copy_(matrix)
+
+
+def copy_norm(source: nn.Module | None, norm: nn.RMSNorm) -> None:
+    """A target's norm into a head's, where there is one of that width: the factor that it applies, not what it stores.
+    Some families store the factor less one (Gemma), some add a bias.
+    """
+    if getattr(getattr(source, "weight", None), "shape", None) != norm.weight.shape:
+        return
+    signs = torch.ones_like(norm.weight)
+    signs[1::2] = -1
+    signs = signs.to(source.weight)
+    norm.weight.copy_((source(signs) - source(-signs)) * signs / 2)

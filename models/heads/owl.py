@@ -116,6 +116,9 @@ class Context:
     def select(self, rows: torch.Tensor) -> None:
         self.hidden = self.hidden[rows]
 
+    def join(self, other: "Context") -> None:
+        self.hidden = torch.cat([self.hidden, other.hidden])
+
 
 @dataclass(frozen=True)
 class Beam:

@@ -133,6 +133,14 @@ class TextSession:
         self.cache.select(rows)
         self.shift = self.shift[rows]
 
+    def admit(self, prompts: list[list[int] | ImagePrompt]) -> Prefill:
+        """Processes more prompts, whose rows stand behind those that go on (none at first, where all were given up)."""
+        new = TextSession(self.target, self.spec, len(prompts), max(map(len, prompts)) + 1)
+        prefill = new.prefill(prompts)
+        self.cache.join(new.cache)
+        self.shift = torch.cat([self.shift, new.shift])
+        return prefill
+
     def rewind(self, lengths: torch.Tensor) -> None:
         """Drops the kept rows behind the first lengths [B] of each row, so that one prefill serves several methods.
         Rows that `select` gave up do not come back. Raises ValueError for more rows than are kept.

@@ -45,6 +45,17 @@ def test_speculative_decoding_emits_what_plain_decoding_emits(target, tree, samp
         assert sum(sum(t.accepted) for t in batched) > 0
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, seed=3)], ids=["greedy", "sampled"])
+def test_passes_are_told_as_they_end(target, head, sampling):
+    told = {request: [] for request in (5, 3, 8, 9)}
+    emit = lambda request, tokens: told[request].append(tokens)  # noqa: E731
+    drafter = HeadDrafter(head, DynamicTree(4, 3, 10))
+    traces = generate(target, drafter, PROMPTS, sampling, 20, {7}, list(told), emit=emit)
+    for passes, trace in zip(told.values(), traces):
+        assert [len(tokens) for tokens in passes] == [1, *trace.emitted]
+        assert [token for tokens in passes for token in tokens] == trace.tokens
+
+
 def test_plain_decoding_equals_generate_of_transformers(target):
     for prompt in PROMPTS:
         want = target.model.generate(

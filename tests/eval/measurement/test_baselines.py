@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from draftsmith.eval.decode import generate
-from draftsmith.eval.measurement.baselines import Generate, Stopwatch, plain_trace, speculative_trace
+from draftsmith.eval.measurement.baselines import Emissions, Generate, Stopwatch, plain_trace
 from draftsmith.eval.measurement.measure import Looped
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import NoDrafter
@@ -106,14 +106,17 @@ def test_sampled_generate_is_seeded_by_request_and_batches_only_plain(target):
 
 def test_tokens_behind_the_end_and_the_limit_do_not_count():
     assert plain_trace([3, 4, 7, 0, 0], {7}).tokens == [3, 4, 7] and plain_trace([3], {7}).emitted == []
-    trace = speculative_trace([[1, 2], [3, 4, 5], [6, 7, 8]], [4, 2], 100, {7})
-    assert (
-        trace.tokens == [1, 2, 3, 4, 5, 6, 7]
-        and trace.emitted == [3, 2]
-        and trace.accepted == [2, 2]
-        and trace.drafted == [4, 2]
-    )
-    assert speculative_trace([[1], [2, 3, 4]], [2], 3, set()).emitted == [2]
+    heard = []
+    streamed = Emissions(4, 100, {7}, lambda request, tokens: heard.append((request, tokens)))
+    for tokens in ([9, 9, 9], [1, 2], [3, 4, 5], [6, 7, 8]):  # the prompt, what the pass over it emitted, two passes
+        streamed.put(torch.tensor(tokens))
+    assert streamed.trace.tokens == [1, 2, 3, 4, 5, 6, 7]
+    assert streamed.trace.emitted == [3, 2] and streamed.trace.accepted == [2, 2]
+    assert heard == [(4, [1, 2]), (4, [3, 4, 5]), (4, [6, 7])]
+    limited = Emissions(0, 3, set())
+    for tokens in ([9], [1], [2, 3, 4]):
+        limited.put(torch.tensor(tokens))
+    assert limited.trace.emitted == [2]
 
 
 def test_an_assistant_of_another_vocabulary_is_refused(target):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from draftsmith.eval.decode import Trace, generate
+from draftsmith.eval.decode import Trace
 from draftsmith.eval.measurement import measure
 from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.journal import Journal
@@ -185,16 +185,17 @@ def test_regenerate_resumes_and_feeds_training(tmp_path, monkeypatch):
     )
     calls = []
 
-    def killed(*call, **settings):
+    def killed(*call):
         calls.append(call)
-        if len(calls) == 3:
+        if len(calls) == 7:
             raise KeyboardInterrupt
-        return generate(*call, **settings)
+        return row_of(*call)
 
     from draftsmith.launch import regenerate as module
 
+    row_of = module.row_of
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "generate", killed)
+        patch.setattr(module, "row_of", killed)
         regenerate(*arguments, None, 0, lambda line: None)
     partial = tmp_path / "answers.jsonl.partial"
     partial.write_text(partial.read_text() + '{"row": 9, "tor')  # torn last line

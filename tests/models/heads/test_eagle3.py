@@ -378,3 +378,32 @@ def test_rope_and_head_dim_come_from_the_target():
         tiny_head(tiny_target(rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}))
     loss = F.softplus(head.loss(packed(target, head), Eagle3Objective(steps=2, decay=0.8))[0])
     assert torch.isfinite(loss)
+
+
+def test_a_fresh_head_is_the_targets_last_layer_over_its_high_tap():
+    """`start_from`: without the embedding's half of the attention, step 0 computes what the target's last layer makes
+    of the states that enter layer n - 3, and its logits are the target's output head on that.
+    """
+    target = tiny_target()
+    head = tiny_head(target, draft_vocab=40)
+    head.start_from(target)
+    attention, hidden = head.midlayer.self_attn, target.config.hidden_size
+    assert all(
+        bool((getattr(attention, name).weight[:, :hidden] != 0).all()) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(attention, name).weight[:, :hidden] = 0
+    row = torch.randint(3, 61, (9,), generator=torch.Generator().manual_seed(5)).tolist()
+    features = pack(target, head, [row], [0])
+    (rows, found), *_ = head.unroll(features, 1)
+    tap = features.hidden[None, :, -hidden:]
+    positions = torch.arange(len(row))[None]
+    with torch.no_grad():
+        rope = target.body.rotary_emb(tap, positions)
+        mask = torch.full((1, 1, len(row), len(row)), torch.finfo(torch.float32).min).triu(1)
+        want = target.body.layers[-1](tap, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+    want = want[0] if isinstance(want, tuple) else want
+    torch.testing.assert_close(found, want[0, rows], atol=1e-5, rtol=1e-5)
+    logits = target.project(target.body.norm(want[0, rows]))[:, head.ids]
+    torch.testing.assert_close(head.logits(found), logits, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,47 @@
+"""An answer, and the row of JSONL that it becomes."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftsmith.eval.measurement.prompts import Prompt
+from draftsmith.models.errors import UserError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """row: the prompt's place in its file, from 0; tokens: what the target wrote, the stop id included, None where only
+    the text is known; text: without the stop id; count: of tokens; finished: the target ended it; server: the name of
+    the model that a server calls this.
+    """
+
+    row: int
+    tokens: list[int] | None
+    text: str
+    count: int
+    finished: bool
+    server: str | None = None
+
+    @classmethod
+    def of(cls, row: int, tokens: list[int], tokenizer, stops: set[int], server: str | None = None) -> "Answer":
+        finished = tokens[-1] in stops
+        text = tokenizer.decode(tokens[:-1] if finished else tokens)
+        return cls(row, tokens, text, len(tokens), finished, server)
+
+
+def row_of(answer: Answer, prompt: Prompt, temperature: float, folder: Path) -> dict:
+    """folder: what file names of pictures start from. Raises UserError for pictures that are no files."""
+    if not all(isinstance(picture, Path) for picture in prompt.pictures):
+        raise UserError(
+            f"prompt {prompt.name}: found a picture inside the data, expected the name of a file (answers refer to it)"
+        )
+    row = {
+        "row": answer.row,
+        "messages": [*prompt.messages, {"role": "assistant", "content": answer.text}],
+    }
+    if prompt.pictures:
+        row["images"] = [os.path.relpath(picture, folder) for picture in prompt.pictures]
+    if answer.tokens is not None:
+        row |= {"tokens": [*prompt.tokens, *answer.tokens], "prompt_length": len(prompt.tokens)}
+    row |= {"finished": answer.finished, "temperature": temperature}
+    return row if answer.server is None else row | {"server": answer.server}
