@@ -20,12 +20,11 @@ from transformers.utils import logging
 
 from draftsmith.eval.decode import Trace
 from draftsmith.eval.lossless import dtype_of
-from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped, divergences
 from draftsmith.eval.report.palette import colour_of_pass
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.conversation import COMMANDS, Conversation, chat
-from draftsmith.launch.drafters import grows
+from draftsmith.launch.drafters import grows, shaped
 from draftsmith.launch.methods import ASSISTANT, Methods, labels
 from draftsmith.models.detokenizer import Detokenizer
 from draftsmith.models.drafters import NoDrafter
@@ -124,8 +123,8 @@ class Speaker:
 
     @property
     def comparable(self) -> bool:
-        """The library samples by other random numbers: its texts follow the same law and are not the same."""
-        return self.sampling.temperature == 0 or not isinstance(self.decoder, Generate)
+        """Some methods sample by other random numbers: their texts follow the same law and are not the same."""
+        return self.sampling.temperature == 0 or self.decoder.keyed
 
     def answer(self, prompt: list[int], show=lambda text, number: None) -> Passes:
         """Ctrl-C stops it: what was said until then is the answer."""
@@ -220,7 +219,7 @@ def generate(request: Request) -> None:
     logging.set_verbosity_error()  # the library's remarks would stand in the text
     screen.passing(f"loading {request.method} ...")
     methods = Methods.open([request.method], request.target, request.assistant, dtype)
-    if tree is None and grows(method):
+    if tree is None and grows(method) and not shaped(method):
         tree = parse_tree(CPU_TREE if methods.target.device.type == "cpu" else LARGE_TREE)
     speaker = Speaker(methods, methods.decoder(name, tree), sampling, request.max_new_tokens)
     conversation = Conversation(methods.tokenizer, speaker.room, request.system, request.images)
@@ -276,7 +275,7 @@ def tell(screen: Screen, speaker: Speaker, title: str, prompt: list[int], passes
 def judge(speaker: Speaker, prompt: list[int], found: list[int], plain: list[int]) -> tuple[str, str]:
     """What to say of the two texts, and in which style."""
     if not speaker.comparable:
-        return "the library draws its own random numbers, so that sampled texts differ", "dim"
+        return "this method draws its own random numbers, so that sampled texts differ", "dim"
     difference = speaker.difference(prompt, found, plain)
     if difference is None:
         return "the text is identical", "green"

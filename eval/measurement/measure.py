@@ -15,6 +15,7 @@ from draftsmith.eval.decode import Clock, Emit, Trace, generate
 from draftsmith.eval.measurement.interval import quotient_interval, ratio_interval
 from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.sampling import Sampling
+from draftsmith.eval.verification.verifier import MATCH, Verifier
 from draftsmith.models.drafters import Drafter
 from draftsmith.models.targets import TextTarget
 
@@ -29,6 +30,7 @@ class Decoder(Protocol):
     """
 
     one_at_a_time: bool  # refuses batches
+    keyed: bool  # sampled texts are those of plain decoding: their noise is keyed by seed, request and position
 
     def __call__(
         self,
@@ -43,12 +45,19 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Looped:
-    """A drafter in the decode loop. margins: record how near each plain choice was to another one (not for timing)."""
+    """A drafter in the decode loop. margins: record how near each plain choice was to another one (not for timing).
+    verifier: the rule that judges its trees at temperatures above 0.
+    """
 
     target: TextTarget
     drafter: Drafter
     margins: bool = False
+    verifier: Verifier = MATCH
     one_at_a_time = False
+
+    @property
+    def keyed(self) -> bool:
+        return self.verifier is MATCH
 
     def __call__(self, prompts, requests, sampling, max_new_tokens, stops, emit=None):
         clock = Clock(self.target.device)
@@ -62,7 +71,8 @@ class Looped:
             requests,
             clock,
             self.margins,
-            emit=emit,
+            self.verifier,
+            emit,
         )
         return traces, clock.seconds | ({"busy": clock.busy} if clock.busy else {})
 
