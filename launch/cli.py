@@ -230,8 +230,8 @@ def evaluate(
     methods: Annotated[
         list[str],
         typer.Argument(
-            help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup, "
-            "hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
+            help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, stand[:deterministic|:sequential], "
+            "recycling, suffix, lookup, hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
         ),
     ],
     suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = [
@@ -241,7 +241,7 @@ def evaluate(
     assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini",
     output: str = "runs/eval",
     tree: Annotated[
-        str, typer.Option(help="tree to time: auto, chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE or eagle")
+        str, typer.Option(help="tree to time: auto, chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle or FILE.json")
     ] = "auto",
     temperature: list[float] = [0.0, 0.6, 1.0],
     time_at: Annotated[list[float], typer.Option(help="temperatures at which speed is measured; default: all")] = None,
@@ -328,7 +328,11 @@ def generate(
 @app.command()
 def verify(
     methods: Annotated[
-        list[str], typer.Argument(help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, suffix, lookup")
+        list[str],
+        typer.Argument(
+            help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, stand[:MODE], recycling, suffix, "
+            "lookup"
+        ),
     ],
     suite: str = "bundled:prompts/code.jsonl",
     target: Annotated[list[str], typer.Option(help="default: the one that the drafters name")] = None,

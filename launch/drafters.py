@@ -7,34 +7,45 @@ is one line of `KINDS`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped
+from draftsmith.eval.verification.rules import RULES
+from draftsmith.eval.verification.verifier import MATCH
 from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
 from draftsmith.models.drafters.howl import HowlDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
+from draftsmith.models.drafters.recycling import TEMPLATE, RecyclingDrafter
+from draftsmith.models.drafters.stand import HEURISTIC, StandDrafter
 from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
-from draftsmith.models.grow import DynamicTree, TreePolicy
+from draftsmith.models.grow import DynamicTree, StaticTree, TreePolicy
 from draftsmith.models.targets import TextTarget
 
 HOWL_TREE, HOWL_ROWS = DynamicTree(10, 7, 60), 60
 # of 1, 2 and 4 the best path on prompts of training modules (tests/benchmarks/suffix_rules.py)
 SUFFIX_RULE = SuffixRule(factor=4)
+SAMPLED_RULE = RULES["traversal"]  # for trees that carry the distributions they were drawn from
+CACHED_REQUESTS = 1_000_000  # of a suffix drafter whose memory lasts: all of them
 
 
 @dataclass(frozen=True)
 class Kind:
     """form: how it is written; behind a colon stands its argument, which `[...]` makes optional. make(drafters,
     argument, tree) -> drafter; tree: what a head in it grows, None = the kind's own choice. methods(argument) -> the
-    methods in it that draft for the same target. grows: whether it takes a tree.
+    methods in it that draft for the same target. grows: whether it takes a tree; shaped: whether it takes a static one,
+    and has one of its own. lasting: as `make`, a drafter that keeps what it learns as long as it lives; None where
+    nothing is learned.
     """
 
     form: str
     make: Callable[["Drafters", str, TreePolicy | None], Drafter]
     methods: Callable[[str], list[str]] = lambda argument: []
     grows: bool = False
+    shaped: bool = False
+    lasting: Callable[["Drafters", str, TreePolicy | None], Drafter] | None = None
 
 
 class Drafters:
@@ -52,15 +63,24 @@ class Drafters:
             self.heads[folder] = load_drafter(folder, self.target.shared, self.target.layers)
         return self.heads[folder]
 
-    def drafter(self, name: str, tree: TreePolicy | None = None) -> Drafter:
-        """tree: what heads grow; a trained drafter needs one."""
+    def drafter(self, name: str, tree: TreePolicy | None = None, lasting: bool = False) -> Drafter:
+        """tree: what heads grow; a trained drafter needs one. lasting: one that learns from all that it ever drafts for
+        (trajectories of one problem), if its kind can.
+        """
         kind, argument = parse(name)
-        return HeadDrafter(self.head(argument), tree) if kind is None else kind.make(self, argument, tree)
+        if kind is None:
+            return HeadDrafter(self.head(argument), tree)
+        return (lasting and kind.lasting or kind.make)(self, argument, tree)
 
     def decoder(self, name: str, tree: TreePolicy | None = None) -> Decoder:
         if name in LIBRARY:
             return LIBRARY[name](self)
-        return Looped(self.target, self.drafter(name, tree))
+        return self.looped(self.drafter(name, tree))
+
+    def looped(self, drafter: Drafter) -> Looped:
+        """A drafter in the decode loop, under the rule that its trees are made for."""
+        samples = isinstance(drafter, StandDrafter) and drafter.mode != "deterministic"
+        return Looped(self.target, drafter, verifier=SAMPLED_RULE if samples else MATCH)
 
 
 def howl(drafters: Drafters, place: str, tree: TreePolicy | None) -> HowlDrafter:
@@ -70,11 +90,32 @@ def howl(drafters: Drafters, place: str, tree: TreePolicy | None) -> HowlDrafter
     return HowlDrafter(HeadDrafter(head, tree), SuffixDrafter(HOWL_ROWS, SUFFIX_RULE))
 
 
+def static(tree: TreePolicy | None, own: StaticTree) -> StaticTree:
+    """The tree that a kind with a static shape of its own drafts. Raises UserError for other trees."""
+    if tree is not None and not isinstance(tree, StaticTree):
+        raise UserError(f"tree: found {tree}, expected a static one: chain:DEPTH, binary:DEPTH, eagle or FILE.json")
+    return tree or own
+
+
+def stand(drafters: Drafters, mode: str, tree: TreePolicy | None, lasting: bool = False) -> StandDrafter:
+    return StandDrafter(static(tree, HEURISTIC), mode or "gumbel", lasting)
+
+
+def recycling(drafters: Drafters, argument: str, tree: TreePolicy | None, lasting: bool = False) -> RecyclingDrafter:
+    return RecyclingDrafter(drafters.target.vocab_size, static(tree, TEMPLATE), lasting)
+
+
 KINDS = {
     "plain": Kind("plain", lambda drafters, argument, tree: NoDrafter()),
     "lookup": Kind("lookup", lambda drafters, argument, tree: LookupDrafter()),
-    "suffix": Kind("suffix", lambda drafters, argument, tree: SuffixDrafter(HOWL_ROWS, SUFFIX_RULE)),
+    "suffix": Kind(
+        "suffix",
+        lambda drafters, argument, tree: SuffixDrafter(HOWL_ROWS, SUFFIX_RULE),
+        lasting=lambda drafters, argument, tree: SuffixDrafter(HOWL_ROWS, SUFFIX_RULE, CACHED_REQUESTS),
+    ),
     "howl": Kind("howl:DRAFTER", howl, lambda argument: [argument], grows=True),
+    "stand": Kind("stand[:MODE]", stand, shaped=True, lasting=partial(stand, lasting=True)),
+    "recycling": Kind("recycling", recycling, shaped=True, lasting=partial(recycling, lasting=True)),
 }
 
 
@@ -115,7 +156,12 @@ def trained(name: str) -> bool:
 
 def grows(name: str) -> bool:
     """Whether a method drafts trees of a shape that one may choose."""
-    return trained(name) or name not in LIBRARY and parse(name)[0].grows
+    return trained(name) or shaped(name) or name not in LIBRARY and parse(name)[0].grows
+
+
+def shaped(name: str) -> bool:
+    """Whether a method drafts a static tree, and has one of its own."""
+    return not trained(name) and name not in LIBRARY and parse(name)[0].shaped
 
 
 def places(name: str) -> list[str]:

@@ -20,12 +20,11 @@ from transformers.utils import logging
 
 from draftsmith.eval.decode import Trace
 from draftsmith.eval.lossless import dtype_of
-from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped, divergences
 from draftsmith.eval.report.palette import colour_of_pass
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.conversation import COMMANDS, Conversation, chat
-from draftsmith.launch.drafters import grows
+from draftsmith.launch.drafters import grows, shaped
 from draftsmith.launch.methods import ASSISTANT, Methods, labels
 from draftsmith.models.detokenizer import Detokenizer
 from draftsmith.models.drafters import NoDrafter
@@ -124,8 +123,8 @@ class Responder:
 
     @property
     def comparable(self) -> bool:
-        """The library samples by other random numbers: its texts follow the same law and are not the same."""
-        return self.sampling.temperature == 0 or not isinstance(self.decoder, Generate)
+        """Some methods sample by other random numbers: their texts follow the same law and are not the same."""
+        return self.sampling.temperature == 0 or self.decoder.keyed
 
     def answer(self, prompt: list[int], show=lambda text, number: None) -> Passes:
         """Ctrl-C stops it: what was said until then is the answer."""
@@ -225,7 +224,7 @@ def generate(request: Request) -> None:
     logging.set_verbosity_error()  # the library's remarks would stand in the text
     with screen.during(f"loading {request.method} ..."):
         methods = Methods.open([request.method], request.target, request.assistant, dtype)
-        if tree is None and grows(method):
+        if tree is None and grows(method) and not shaped(method):
             tree = parse_tree(CPU_TREE if methods.target.device.type == "cpu" else LARGE_TREE)
         responder = Responder(methods, methods.decoder(name, tree), sampling, request.max_new_tokens)
         conversation = Conversation(methods.tokenizer, responder.room, request.system, request.images)
@@ -280,7 +279,7 @@ def tell(screen: Screen, responder: Responder, title: str, prompt: list[int], pa
 def judge(responder: Responder, prompt: list[int], found: list[int], plain: list[int]) -> tuple[str, str]:
     """What to say of the two texts, and in which style."""
     if not responder.comparable:
-        return "the library draws its own random numbers, so that sampled texts differ", "dim"
+        return "this method draws its own random numbers, so that sampled texts differ", "dim"
     difference = responder.difference(prompt, found, plain)
     if difference is None:
         return "the text is identical", "green"

@@ -20,7 +20,7 @@ from draftsmith.launch.report import report as write_report_of
 from draftsmith.launch.tables import show
 from draftsmith.models.detokenizer import Detokenizer
 from draftsmith.models.errors import UserError
-from draftsmith.models.grow import chain, parse_tree
+from draftsmith.models.grow import StaticTree, chain, parse_tree
 
 LARGE_TREE = "dynamic:10x7x60"
 CHAIN_DEPTH = 5
@@ -105,9 +105,13 @@ def measure_suites(
     request: Request, plan: Plan, names: list[str], methods: Methods, tried: dict[int, float], report
 ) -> dict:
     """Writes result.json and runs.jsonl. tried: what led to the number of threads, recorded in the conditions."""
+    if isinstance(plan.fixed, StaticTree):
+        methods.shape(plan.fixed)
     rows = max(tree.size for tree in (plan.tree, chain(plan.chain_depth), plan.fixed or plan.tree))
     prompts = {
-        name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)
+        name: methods.prompts(
+            file, request.limit, request.max_new_tokens, max(rows, methods.rows), request.skip_long, report
+        )
         for name, file in zip(names, request.suites)
     }
     digest = lambda found: hashlib.sha256(json.dumps([p.identity for p in found]).encode()).hexdigest()[:16]  # noqa: E731

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 
 from draftsmith.eval.measurement.baselines import Generate
-from draftsmith.eval.measurement.measure import Decoder, decode_batches
+from draftsmith.eval.measurement.measure import Decoder, Looped, decode_batches
 from draftsmith.eval.measurement.prompts import Prompt, all_turns, first_turn
 from draftsmith.eval.measurement.suites import read_suite
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.drafters import KINDS, LIBRARY, Drafters, places, trained
+from draftsmith.launch.drafters import KINDS, LIBRARY, Drafters, places, shaped, trained
 from draftsmith.models.chat import stop_ids
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch
 from draftsmith.models.formats.layout import other_weights, read_json
-from draftsmith.models.grow import TreePolicy
+from draftsmith.models.grow import StaticTree, TreePolicy
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
 
@@ -112,6 +112,15 @@ class Methods:
         if name in self.baselines and tree is None:
             return self.baselines[name]
         return self.drafters.decoder(self.named[name], tree)
+
+    def shape(self, tree: StaticTree) -> None:
+        """Gives this tree to the methods that draft a static one of their own."""
+        self.baselines |= {name: self.decoder(name, tree) for name in self.baselines if shaped(self.named[name])}
+
+    @property
+    def rows(self) -> int:
+        """Of the largest tree of the methods whose trees are their own."""
+        return max((d.drafter.size for d in self.baselines.values() if isinstance(d, Looped)), default=1)
 
     def prompts(
         self, file: str, limit: int | None, max_new_tokens: int, rows: int, skip_long: bool, report=print

@@ -6,11 +6,11 @@ from pathlib import Path
 from draftsmith.eval.lossless import Comparison, describe, dtype_of, prove
 from draftsmith.eval.measurement.measure import Looped
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.drafters import LIBRARY
+from draftsmith.launch.drafters import LIBRARY, shaped
 from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
 from draftsmith.launch.tables import show_proof
 from draftsmith.models.errors import UserError
-from draftsmith.models.grow import parse_tree
+from draftsmith.models.grow import StaticTree, parse_tree
 
 
 def verify(
@@ -38,21 +38,26 @@ def verify(
     samplings += [Sampling(t, 20, 0.9, 1.2, seed) for t in temperatures if t > 0]
     if any(method in LIBRARY or method == "plain" for method in labels(names).values()):
         raise UserError(
-            f"methods: found {', '.join(names)}, expected drafters, howl:DRAFTER, suffix, lookup (the loops of "
-            f"Hugging Face are not ours to prove)"
+            f"methods: found {', '.join(names)}, expected drafters, howl:DRAFTER, stand, recycling, suffix, lookup "
+            f"(the loops of Hugging Face are not ours to prove)"
         )
     check_writable(output)
     found: list[Comparison] = []
     for target_name in targets or [None]:
         for dtype in precisions:
             methods = Methods.open(names, target_name, ASSISTANT, dtype, report)
-            prompts = methods.prompts(
-                suite, limit, max_new_tokens, max(policy.size for policy in policies), False, report
-            )
+            rows = max(methods.rows, *(policy.size for policy in policies))
+            prompts = methods.prompts(suite, limit, max_new_tokens, rows, False, report)
             drafters = {
                 f"{name} {policy}": methods.drafters.drafter(place, policy)
                 for name, place in methods.folders.items()
                 for policy in policies
+            }
+            drafters |= {
+                f"{name} {policy}": methods.decoder(name, policy).drafter
+                for name in methods.baselines
+                for policy in policies
+                if shaped(methods.named[name]) and isinstance(policy, StaticTree)
             }
             drafters |= {
                 name: decode.drafter for name, decode in methods.baselines.items() if isinstance(decode, Looped)

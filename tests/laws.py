@@ -293,7 +293,11 @@ def g_test(prefix: int, texts: torch.Tensor, p: torch.Tensor, length: int) -> tu
         law, first = (law[:, None] * p[first : first + len(law)]).flatten(), first * vocab + 1
     seen = torch.bincount(texts - first, minlength=len(law)).double()
     assert not bool(((law == 0) & (seen > 0)).any())
-    freedom = int((law > 0).sum()) - 1
     statistic = 2 * float(torch.where(seen > 0, seen * (seen / (law * len(texts)).clamp(min=1e-300)).log(), 0.0).sum())
+    return statistic, g_bound(int((law > 0).sum()) - 1)
+
+
+def g_bound(freedom: int) -> float:
+    """What G exceeds once in a million times under the right law (Wilson and Hilferty, 1931)."""
     spread = 2 / (9 * freedom)
-    return statistic, freedom * (1 - spread + 4.753 * spread**0.5) ** 3  # Wilson and Hilferty, 1931
+    return freedom * (1 - spread + 4.753 * spread**0.5) ** 3

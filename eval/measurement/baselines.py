@@ -90,6 +90,8 @@ class Generate:
     the target's tokenizer.
     """
 
+    keyed = False
+
     def __init__(self, target: TextTarget, assistant: TextTarget | None = None, **options):
         if assistant is not None and assistant.vocab_size != target.vocab_size:
             raise UserError(

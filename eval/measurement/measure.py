@@ -16,6 +16,7 @@ from draftsmith.eval.measurement.interval import quotient_interval, ratio_interv
 from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.measurement.speed import robust_figures
 from draftsmith.eval.sampling import Sampling
+from draftsmith.eval.verification.verifier import MATCH, Verifier
 from draftsmith.models.drafters import Drafter
 from draftsmith.models.targets import TextTarget
 
@@ -30,6 +31,7 @@ class Decoder(Protocol):
     """
 
     one_at_a_time: bool  # refuses batches
+    keyed: bool  # sampled texts are those of plain decoding: their noise is keyed by seed, request and position
 
     def __call__(
         self,
@@ -44,12 +46,19 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Looped:
-    """A drafter in the decode loop. margins: record how near each plain choice was to another one (not for timing)."""
+    """A drafter in the decode loop. margins: record how near each plain choice was to another one (not for timing).
+    verifier: the rule that judges its trees at temperatures above 0.
+    """
 
     target: TextTarget
     drafter: Drafter
     margins: bool = False
+    verifier: Verifier = MATCH
     one_at_a_time = False
+
+    @property
+    def keyed(self) -> bool:
+        return self.verifier is MATCH
 
     def __call__(self, prompts, requests, sampling, max_new_tokens, stops, emit=None):
         clock = Clock(self.target.device)
@@ -63,7 +72,8 @@ class Looped:
             requests,
             clock,
             self.margins,
-            emit=emit,
+            self.verifier,
+            emit,
         )
         seconds = clock.seconds | ({"busy": clock.busy} if clock.busy else {})
         return traces, seconds | {"begin": clock.begin, "passes": clock.passes}

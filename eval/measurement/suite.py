@@ -9,7 +9,6 @@ does not repeat itself; "categories": acceptance by the suite's own categories, 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.choose import Costs, Recording, expected_tau, measure_costs, ranking, record
 from draftsmith.eval.measurement.interval import difference_interval
 from draftsmith.eval.measurement.journal import Journal
@@ -166,9 +165,8 @@ class Suite:
         tree: TreePolicy | None = None,
         timed_plain: Run | None = None,
     ) -> dict:
-        ours = temperature == 0 or not isinstance(
-            self.baselines.get(method), Generate
-        )  # the library samples by other random numbers
+        decoder = self.baselines.get(method)  # some sample by other random numbers than plain decoding
+        ours = temperature == 0 or decoder is None or decoder.keyed
         split = {
             key: [t for t, loops in zip(run.traces, self.loops) if loops == which]
             for key, which in (("looping", True), ("not_looping", False))

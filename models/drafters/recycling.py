@@ -29,7 +29,7 @@ class RecyclingDrafter:
 
     def __init__(self, vocab_size: int, tree: StaticTree = TEMPLATE, lasting: bool = False):
         self.tree, self.lasting, self.size = tree, lasting, tree.size
-        self.matrix = np.full((1 if lasting else 0, vocab_size, TOP), NONE, np.int32)  # [1 or requests, V, TOP]
+        self.matrix = np.full((int(lasting), vocab_size, TOP), NONE, np.int32)  # [1 or requests, V, TOP]
 
     @property
     def nbytes(self) -> int:
@@ -37,14 +37,24 @@ class RecyclingDrafter:
 
     def begin(self, features: Features, root: torch.Tensor) -> None:
         if not self.lasting:
-            self.matrix = np.full((len(root), *self.matrix.shape[1:]), NONE, np.int32)
-        self.spaces = np.zeros(len(root), int) if self.lasting else np.arange(len(root))
-        (self.roots,) = on_host(root)
-        self.root = root
+            self.matrix = self.matrix[:0]
+        self.roots, self.root = np.zeros(0, np.int32), root[:0]
+        self.join(features, root)
+
+    def join(self, features: Features, root: torch.Tensor) -> None:
+        if not self.lasting:
+            empty = np.full((len(root), *self.matrix.shape[1:]), NONE, np.int32)
+            self.matrix = np.concatenate([self.matrix, empty])
+        (roots,) = on_host(root)
+        self.roots, self.root = np.concatenate([self.roots, roots]), torch.cat([self.root, root])
+
+    def spaces(self, rows: np.ndarray) -> np.ndarray:
+        """Which matrix is that of each request."""
+        return np.zeros_like(rows) if self.lasting else rows
 
     def propose(self, draw: Draw) -> DraftTree:
         def offer(rows, _slots, ends):
-            ids = self.matrix[self.spaces[rows], ends[:, -1]]
+            ids = self.matrix[self.spaces(rows), ends[:, -1]]
             return Offer(ids, (ids != NONE).sum(1))
 
         self.proposed = fill(self.tree, self.roots[:, None], offer, self.root.device)
@@ -59,11 +69,13 @@ class RecyclingDrafter:
         rows, nodes = np.nonzero(real)
         found = np.full((len(rows), TOP), NONE, np.int32)
         found[:, : ids.shape[2]] = np.where(probs > 0, ids, NONE)[rows, nodes]
-        self.matrix[self.spaces[rows], tokens[rows, nodes]] = found
+        self.matrix[self.spaces(rows), tokens[rows, nodes]] = found
 
     def select(self, rows: torch.Tensor) -> None:
         kept = rows.cpu().numpy()
-        self.spaces, self.roots, self.root = self.spaces[kept], self.roots[kept], self.root[rows]
+        self.roots, self.root = self.roots[kept], self.root[rows]
+        if not self.lasting:
+            self.matrix = self.matrix[kept]
 
     def __str__(self):
         return f"recycling:{self.tree}"

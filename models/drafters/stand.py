@@ -52,11 +52,17 @@ class StandDrafter:
     def begin(self, features: Features, root: torch.Tensor) -> None:
         if not self.lasting:
             self.memory.clear()
+        self.texts, self.spaces, self.root = np.zeros((0, ORDERS), np.int32), np.zeros(0, int), root[:0]
+        self.join(features, root)
+
+    def join(self, features: Features, root: torch.Tensor) -> None:
         places = features.lengths[:, None] + torch.arange(1 - ORDERS, 0, device=root.device)
         tokens = features.tokens.gather(1, places.clamp(min=0)).masked_fill(places < 0, NONE)
-        (self.texts,) = on_host(torch.cat([tokens, root[:, None]], 1))  # [B, ORDERS], the root last
-        self.spaces = np.zeros(len(root), int) if self.lasting else np.arange(len(root))
-        self.root = root
+        (texts,) = on_host(torch.cat([tokens, root[:, None]], 1))
+        self.texts = np.concatenate([self.texts, texts])  # [B, ORDERS], the root last
+        spaces = np.zeros(len(root), int) if self.lasting else self.spaces.max(initial=-1) + 1 + np.arange(len(root))
+        self.spaces = np.concatenate([self.spaces, spaces])
+        self.root = torch.cat([self.root, root])
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         told, self.root = features.distribution, root
