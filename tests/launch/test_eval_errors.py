@@ -106,7 +106,7 @@ DRAFTERS = {
     ),
     "torn draftsmith.json": (
         lambda f: (f / "draftsmith.json").write_text("{"),
-        "draftsmith.json: no target named; expected --target",
+        "draftsmith.json: not valid JSON",
     ),
     "nameless target": (edit_json("draftsmith.json", target=None), "draftsmith.json: no target named"),
     "another architecture": (
@@ -279,7 +279,8 @@ COMMANDS = {
     ),
     "verify a loop of the library": (
         ["verify", "{place}/drafter", "hf-lookup"],
-        "methods: found {place}/drafter, hf-lookup, expected drafters, howl:DRAFTER, suffix, lookup",
+        "methods: found {place}/drafter, hf-lookup, expected drafters, howl:DRAFTER, stand, "
+        "recycling, suffix, lookup",
     ),
     "verify a tree that is none": (["verify", "{place}/drafter", "--tree", "oak"], "tree: found 'oak'"),
     "sweep a baseline": (["sweep", "lookup"], "drafter: found lookup, expected a drafter directory"),

@@ -243,6 +243,9 @@ def test_pieces_are_the_passes():
         def decode(self, ids):
             return "".join(map(chr, ids))
 
+        def convert_ids_to_tokens(self, token):
+            return chr(token)
+
     trace = Trace([97, 98, 99, 100], [1, 0], [2, 2], [2, 1])
     assert pieces(trace, Letters()) == ["a", "bc", "d"]
     assert pictures.page(["a\n", "\tb"]) == [

@@ -131,6 +131,7 @@ def test_several_pictures_stand_where_their_marks_are(llava, tmp_path, processor
 def test_text_rows_keep_their_tokens_and_their_key(folder, tmp_path, tokenizer, processor, pictures):
     text = data.prepare([str(folder / "rows.jsonl")], 64, 0.0, tokenizer, {2}, 300, tmp_path / "a")
     assert {p.name for p in text.folder.iterdir()} == {
+        "temperatures.json",
         "tokens.bin",
         "mask.bin",
         "borders.npy",

@@ -381,10 +381,11 @@ def drafted(shape, vocab: int, batch: int, dtype=torch.float32):
 
 
 def test_single_precision_agrees_with_double_on_63_nodes_and_4096_tokens():
+    """Up to a rounding for every node, whatever the processor's order of summation."""
     for name in ("traversal", "rejection"):
         half, full = (RULES[name].law(*drafted(binary(5), 4096, 2, dtype)) for dtype in (torch.float32, torch.float64))
         worst = float((half.stop - full.stop).abs().max())
-        assert worst < 2e-6, (name, worst)
+        assert worst < 63 * torch.finfo(torch.float32).eps, (name, worst)
 
 
 class NoWaiting(TorchDispatchMode):
