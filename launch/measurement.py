@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.eval.measurement.journal import Journal
+from draftsmith.eval.measurement.prompts import Prompt
 from draftsmith.eval.measurement.suite import ACCEPTANCE_BATCH, Plan, Suite
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import ASSISTANT, Methods, bundled, check_writable, write_json
@@ -92,7 +93,6 @@ def measure(request: Request, report=print) -> dict:
         )
         for name, file in zip(names, request.suites)
     }
-    digest = lambda found: hashlib.sha256(json.dumps([p.identity for p in found]).encode()).hexdigest()[:16]  # noqa: E731
     settings = {
         **methods.identity(),
         "suites": {name: digest(found) for name, found in prompts.items()},
@@ -150,6 +150,11 @@ def measure(request: Request, report=print) -> dict:
     else:
         write_report_of(request.output, report)
     return document
+
+
+def digest(prompts: list[Prompt]) -> str:
+    """What tells these prompts from others."""
+    return hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest()[:16]
 
 
 def suite_name(file: str) -> str:
