@@ -78,7 +78,7 @@ def search(
 
 
 def log_probability(target: TextTarget) -> Score:
-    """Where no reward model is at hand: the target's own mean log-probability of an answer's tokens, at temperature 1."""
+    """Where no reward model is at hand: the target's own mean log-probability of an answer, at temperature 1."""
 
     @torch.inference_mode()
     def score(prompt: list[int], answer: list[int]) -> float:
