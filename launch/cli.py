@@ -251,31 +251,34 @@ def evaluate(
     skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False,
     seed: int = 0,
     threads: Threads = None,
+    trajectories: Annotated[
+        int,
+        typer.Option(min=1, help="instead: so many samples of each prompt, by trajectory; what drafters learn stays"),
+    ] = None,
 ):
     """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a
     killed one goes on.
     """
     from draftsmith.launch.measurement import Request, measure
+    from draftsmith.launch.trajectories import scale
 
-    measure(
-        Request(
-            methods,
-            Path(output),
-            tuple(suite),
-            target,
-            assistant,
-            tree,
-            tuple(temperature),
-            tuple(time_at) if time_at else None,
-            tuple(batch),
-            max_new_tokens,
-            limit,
-            skip_long,
-            seed,
-            threads,
-        ),
-        say,
+    request = Request(
+        methods,
+        Path(output),
+        tuple(suite),
+        target,
+        assistant,
+        tree,
+        tuple(temperature),
+        tuple(time_at) if time_at else None,
+        tuple(batch),
+        max_new_tokens,
+        limit,
+        skip_long,
+        seed,
+        threads,
     )
+    measure(request, say) if trajectories is None else scale(request, trajectories, say)
 
 
 @app.command()
@@ -374,6 +377,41 @@ def sweep(
     from draftsmith.launch.sweep import sweep
 
     sweep(drafter, suite, target, tree, temperature, batch, max_new_tokens, limit, seed, Path(output), say, threads)
+
+
+@app.command(name="tune-tree")
+def tune_tree(
+    method: Annotated[str, typer.Argument(help="stand[:MODE], recycling, or a drafter whose tree is static")],
+    suite: Annotated[str, typer.Option(help="prompts to tune on: JSONL, JSON, Parquet or bundled:PATH")],
+    output: Path = Path("tree.json"),
+    target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
+    size: Annotated[int, typer.Option(min=1, help="drafted nodes of the tree, at most")] = 80,
+    candidates: Annotated[int, typer.Option(min=1, help="nodes of the large tree that it is chosen from")] = 625,
+    depth: Annotated[int, typer.Option(min=1, help="levels of the large tree")] = 20,
+    trajectories: Annotated[int, typer.Option(min=1, help="samples of each prompt, memory kept between them")] = 4,
+    temperature: float = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    limit: Count = 30,
+    seed: int = 0,
+):
+    """Find the static tree that suits a method on some prompts. Writes OUTPUT, which --tree takes."""
+    from draftsmith.launch.tune import tune_tree
+
+    tune_tree(
+        method,
+        suite,
+        target,
+        output,
+        size,
+        candidates,
+        depth,
+        trajectories,
+        temperature,
+        max_new_tokens,
+        limit,
+        seed,
+        say,
+    )
 
 
 @app.command()

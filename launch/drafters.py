@@ -12,7 +12,7 @@ from functools import partial
 from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped
 from draftsmith.eval.verification.rules import RULES
-from draftsmith.eval.verification.verifier import MATCH
+from draftsmith.eval.verification.verifier import MATCH, Verifier
 from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
 from draftsmith.models.drafters.howl import HowlDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
@@ -36,8 +36,8 @@ class Kind:
     """form: how it is written; behind a colon stands its argument, which `[...]` makes optional. make(drafters,
     argument, tree) -> drafter; tree: what a head in it grows, None = the kind's own choice. methods(argument) -> the
     methods in it that draft for the same target. grows: whether it takes a tree; shaped: whether it takes a static one,
-    and has one of its own. lasting: as `make`, a drafter that keeps what it learns as long as it lives; None where
-    nothing is learned.
+    and has one of its own. samples(argument): whether its trees carry the distributions they were drawn from. lasting:
+    as `make`, a drafter that keeps what it learns as long as it lives; None where nothing is learned.
     """
 
     form: str
@@ -45,6 +45,7 @@ class Kind:
     methods: Callable[[str], list[str]] = lambda argument: []
     grows: bool = False
     shaped: bool = False
+    samples: Callable[[str], bool] = lambda argument: False
     lasting: Callable[["Drafters", str, TreePolicy | None], Drafter] | None = None
 
 
@@ -75,12 +76,12 @@ class Drafters:
     def decoder(self, name: str, tree: TreePolicy | None = None) -> Decoder:
         if name in LIBRARY:
             return LIBRARY[name](self)
-        return self.looped(self.drafter(name, tree))
+        return Looped(self.target, self.drafter(name, tree), verifier=self.rule(name))
 
-    def looped(self, drafter: Drafter) -> Looped:
-        """A drafter in the decode loop, under the rule that its trees are made for."""
-        samples = isinstance(drafter, StandDrafter) and drafter.mode != "deterministic"
-        return Looped(self.target, drafter, verifier=SAMPLED_RULE if samples else MATCH)
+    def rule(self, name: str) -> Verifier:
+        """The rule that the trees of a method are made for."""
+        kind, argument = parse(name)
+        return SAMPLED_RULE if kind is not None and kind.samples(argument) else MATCH
 
 
 def howl(drafters: Drafters, place: str, tree: TreePolicy | None) -> HowlDrafter:
@@ -114,7 +115,13 @@ KINDS = {
         lasting=lambda drafters, argument, tree: SuffixDrafter(HOWL_ROWS, SUFFIX_RULE, CACHED_REQUESTS),
     ),
     "howl": Kind("howl:DRAFTER", howl, lambda argument: [argument], grows=True),
-    "stand": Kind("stand[:MODE]", stand, shaped=True, lasting=partial(stand, lasting=True)),
+    "stand": Kind(
+        "stand[:MODE]",
+        stand,
+        shaped=True,
+        samples=lambda mode: mode != "deterministic",
+        lasting=partial(stand, lasting=True),
+    ),
     "recycling": Kind("recycling", recycling, shaped=True, lasting=partial(recycling, lasting=True)),
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from draftsmith.eval.measurement.journal import Journal, settings_before
+from draftsmith.eval.measurement.prompts import Prompt
 from draftsmith.eval.measurement.suite import ACCEPTANCE_BATCH, Plan, Suite
 from draftsmith.eval.measurement.threads import chosen_threads
 from draftsmith.eval.sampling import Sampling
@@ -114,7 +115,6 @@ def measure_suites(
         )
         for name, file in zip(names, request.suites)
     }
-    digest = lambda found: hashlib.sha256(json.dumps([p.identity for p in found]).encode()).hexdigest()[:16]  # noqa: E731
     settings = {
         **methods.identity(),
         "suites": {name: digest(found) for name, found in prompts.items()},
@@ -170,6 +170,11 @@ def measure_suites(
     write_json(request.output / "result.json", document)
     journal.path.replace(request.output / "runs.jsonl")
     return document
+
+
+def digest(prompts: list[Prompt]) -> str:
+    """What tells these prompts from others."""
+    return hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest()[:16]
 
 
 def suite_name(file: str) -> str:

@@ -29,7 +29,9 @@ def sweep(
 ) -> dict:
     """Writes OUTPUT/sweep.json: the result of `eval.sweep` and its conditions. threads: as in `chosen_threads`."""
     if not all(map(trained, labels([drafter]).values())):
-        raise UserError(f"drafter: found {drafter}, expected a drafter directory")
+        raise UserError(
+            f"drafter: found {drafter}, expected a drafter directory (trees of stand and recycling: tune-tree)"
+        )
     policies, sampling = [parse_tree(tree) for tree in trees] if trees else list(GRID), Sampling(temperature, seed=seed)
     methods = Methods.open([drafter], target, ASSISTANT, report=report)
     with chosen_threads(methods.target, threads, None, report) as tried:

@@ -105,13 +105,8 @@ def select(accepted: dict[Slot, float], size: int) -> list[Slot]:
     return ordered(found)
 
 
-def write_slots(file: str | Path, slots: list[Slot], calibration: dict) -> None:
-    """JSON {"slots": [[0], [1], [0, 0], ...], "calibration": {...}}."""
-    Path(file).write_text(json.dumps({"slots": [list(slot) for slot in slots], "calibration": calibration}) + "\n")
-
-
 def read_slots(file: str | Path) -> list[Slot]:
-    """Raises UserError for a file that is no closed set of slots."""
+    """The slots of a JSON object {"slots": [[0], [1], [0, 0], ...]}. Raises UserError for what is no closed set."""
     try:
         slots = json.loads(Path(file).read_text("utf-8"))["slots"]
     except OSError as error:

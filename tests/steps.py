@@ -145,6 +145,17 @@ def begin(drafter, prompt: tuple[int, ...], root: int) -> None:
     )
 
 
+def learning(drafter) -> tuple[bytes, ...]:
+    """What STAND's next trees depend on beside the text."""
+    memory = drafter.memory
+    return tuple(values[: len(memory)].tobytes() for values in (memory.ids, memory.probs, memory.counts))
+
+
+def recycled(drafter) -> bytes:
+    """What Token Recycling's next trees depend on beside the text."""
+    return drafter.matrix.tobytes()
+
+
 def law_of_steps(drafter, rule, p: Table, prompt: tuple[int, ...], length: int, state, change=lambda tree: tree):
     """(total variation between the target's law of the `length` tokens behind the prompt and what steps of drafting,
     verifying and learning emit, cut there; accepted drafted tokens of the first step in expectation).

@@ -76,11 +76,11 @@ class NgramMemory:
         """contexts [n, orders] (the last token last, NONE where the text is shorter), spaces [n] -> uint64 [n, orders]:
         of the last 1, 2, ... tokens; 0 where there are not so many.
         """
-        state, keys = mix(spaces.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)), []
-        for tokens in contexts.T[::-1]:
-            state = mix(state ^ (tokens.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
-            keys.append(np.where(tokens == NONE, np.uint64(0), state))
-        return np.stack(keys, 1)
+        tokens = contexts[:, ::-1]
+        places = np.arange(1, self.orders + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        sums = mix(tokens.astype(np.uint64) + places).cumsum(1, dtype=np.uint64)  # of tokens that know their places
+        keys = mix(sums + mix(spaces.astype(np.uint64) + np.uint64(1))[:, None])
+        return np.where(tokens == NONE, np.uint64(0), keys)
 
     def _entries(self, keys: np.ndarray) -> np.ndarray:
         """keys [m] -> the entry of each, NONE without one."""

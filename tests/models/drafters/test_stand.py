@@ -13,7 +13,7 @@ from draftsmith.models.drafters.recycling import RecyclingDrafter
 from draftsmith.models.features import DistributionSpec, FeatureSpec
 from draftsmith.models.grow import StaticTree
 from draftsmith.models.tree import DraftTree, Kind
-from tests.steps import Choices, Enumerated, OneNoise, Table, law_of_steps, started
+from tests.steps import Choices, Enumerated, OneNoise, Table, law_of_steps, learning, recycled, started
 
 EXACT = 1e-12
 SMALL = StaticTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)), "small")
@@ -32,23 +32,13 @@ def stand(tree, top, kind=Enumerated, mode="gumbel"):
     return drafter
 
 
-def known(drafter):
-    """What STAND's next trees depend on beside the text."""
-    memory = drafter.memory
-    return (
-        memory.ids[: len(memory)].tobytes(),
-        memory.probs[: len(memory)].tobytes(),
-        memory.counts[: len(memory)].tobytes(),
-    )
-
-
 def error(
     tree, top, rule="rejection", seed=0, kind=Enumerated, change=lambda tree: tree, length=4, vocab=3, mode="gumbel"
 ):
     p = Table(vocab, seed)
     drafter = started(stand(tree, top, kind, mode), p, BEFORE, (0, 1))
     rule = RULES[rule] if isinstance(rule, str) else rule
-    return law_of_steps(drafter, rule, p, (0, 1), length, known, change)
+    return law_of_steps(drafter, rule, p, (0, 1), length, learning, change)
 
 
 # The law
@@ -67,10 +57,6 @@ def test_steps_of_stand_have_the_targets_joint_law(rule, tree, top, seed):
 def test_steps_of_its_deterministic_mode_and_of_sampled_trees_under_matching_too():
     assert error(SMALL, 3, "match", mode="deterministic")[0] < EXACT
     assert error(SMALL, 2, "match")[0] < EXACT
-
-
-def recycled(drafter):
-    return drafter.matrix.tobytes()
 
 
 def test_steps_of_token_recycling_have_the_targets_joint_law():

@@ -1,0 +1,131 @@
+"""`draftsmith eval ... --trajectories N`: many samples of each prompt, and what drafters learn from one to the next."""
+
+import json
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from draftsmith.eval.measurement.journal import Journal
+from draftsmith.eval.measurement.progress import Progress
+from draftsmith.eval.measurement.trajectories import Method, ahead, figures, trajectories
+from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.drafters import LIBRARY, shaped, trained
+from draftsmith.launch.measurement import LARGE_TREE, Request, digest, suite_name
+from draftsmith.launch.methods import Methods, check_writable, write_json
+from draftsmith.launch.tables import WIDTH
+from draftsmith.models.errors import UserError
+from draftsmith.models.grow import StaticTree, parse_tree
+
+
+def scale(request: Request, count: int, report=print) -> dict:
+    """Writes OUTPUT/trajectories.json: {"cells": [{"suite", "temperature", "batch", "method", figures over all
+    trajectories, "numbers": the same by trajectory (by round of `batch` trajectories), "behind_first": how far the tau
+    of the last round is behind that of the first method named, paired by prompt}], "conditions"}. Goes on where a
+    killed one stopped.
+    """
+    plan = request.plan()
+    temperatures = [t for t in plan.temperatures if t > 0]
+    if not temperatures:
+        raise UserError("--trajectories: found temperature 0 alone, where all are the same text; expected one above 0")
+    methods = Methods.open(request.methods, request.target, request.assistant, report=report)
+    library = [name for name, method in methods.named.items() if method in LIBRARY]
+    if library:
+        raise UserError(f"--trajectories: found {library[0]}, expected methods of our own decode loop")
+    names = [suite_name(file) for file in request.suites]
+    tree = plan.fixed or parse_tree(LARGE_TREE)
+    made = {"plain": Method(lambda: methods.drafters.drafter("plain"), methods.drafters.rule("plain"))}
+    for name, method in methods.named.items():
+        grown = tree if trained(method) or shaped(method) and isinstance(plan.fixed, StaticTree) else None
+        made[name] = Method(
+            lambda method=method, grown=grown: methods.drafters.drafter(method, grown, lasting=True),
+            methods.drafters.rule(method),
+        )
+    rows = max(method.make().size for method in made.values())
+    prompts = {
+        name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)
+        for name, file in zip(names, request.suites)
+    }
+    settings = {
+        **methods.identity(),
+        "suites": {name: digest(found) for name, found in prompts.items()},
+        "trajectories": count,
+        "temperatures": temperatures,
+        "batches": request.batches,
+        "tree": request.tree,
+        "max_new_tokens": request.max_new_tokens,
+        "seed": request.seed,
+    }
+    check_writable(request.output)
+    journal = Journal(request.output / "trajectories.jsonl.partial", json.loads(json.dumps(settings)))
+    cells = []
+    for name, found in prompts.items():
+        for temperature in temperatures:
+            for batch in request.batches:
+                what = f"{name}, T={temperature:g}, {count} trajectories, {batch} at a time"
+                runs = trajectories(
+                    methods.target,
+                    made,
+                    [p.tokens for p in found],
+                    count,
+                    batch,
+                    Sampling(temperature, seed=request.seed),
+                    request.max_new_tokens,
+                    methods.stops,
+                    Progress(report, what, len(found)),
+                    journal,
+                    f"{name}/{temperature}/{batch}",
+                )
+                first, last = next(iter(methods.named)), (count - 1) // batch
+                for method, run in runs.items():
+                    place = {"suite": name, "temperature": temperature, "batch": batch, "method": method}
+                    behind = ahead(runs[first], run, batch, last, request.seed) if method != first else None
+                    cells.append(place | figures(run, runs["plain"], batch, request.seed) | {"behind_first": behind})
+    document = {
+        "cells": cells,
+        "conditions": {
+            "target": methods.target.name,
+            "methods": methods.named,
+            "prompts": list(request.suites),
+            "count": {name: len(found) for name, found in prompts.items()},
+            "trajectories": count,
+            "tree": request.tree,
+            "max_new_tokens": request.max_new_tokens,
+            "seed": request.seed,
+            **methods.machine(),
+        },
+    }
+    write_json(request.output / "trajectories.json", document)
+    journal.path.replace(request.output / "trajectories.jsonl")
+    Console(width=WIDTH).print(table(cells))
+    report(f"result in {request.output / 'trajectories.json'}")
+    return document
+
+
+def table(cells: list[dict]) -> Table:
+    """tau by trajectory (1, 2, 4, ... and the last), then the figures over all of them."""
+    rounds = max(len(cell["numbers"]) for cell in cells)
+    shown = sorted({2**power for power in range(rounds.bit_length()) if 2**power <= rounds} | {rounds})
+    found = Table(box=SIMPLE, title="tau by trajectory (by round, where several are decoded together), then over all")
+    for name in ("suite", "method"):
+        found.add_column(name, no_wrap=True)
+    others = ("all (95 %)", "tokens/s", "speedup", "draft / verify", "MB learned", "first method ahead")
+    for name in ("T", "batch", *map(str, shown), *others):
+        found.add_column(name, justify="right", no_wrap=True)
+    for cell in cells:
+        low, high = cell["tau_interval"]
+        behind = cell["behind_first"]
+        found.add_row(
+            cell["suite"],
+            cell["method"],
+            f"{cell['temperature']:g}",
+            str(cell["batch"]),
+            *(f"{cell['numbers'][n - 1]['tau']:.2f}" if n <= len(cell["numbers"]) else "" for n in shown),
+            f"{cell['tau']:.2f} ({low:.2f}-{high:.2f})",
+            f"{cell['tokens_per_second']:.0f}",
+            f"{cell['speedup']:.2f}",
+            f"{cell['draft_share']:.3f}",
+            f"{cell['memory_bytes'] / 1e6:.1f}",
+            "" if behind is None else f"{behind[0]:+.2f} ({behind[1]:+.2f} to {behind[2]:+.2f})",
+        )
+    return found
