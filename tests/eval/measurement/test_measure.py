@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from draftsmith.eval.decode import Trace, generate
+from draftsmith.eval.decode import Trace
 from draftsmith.eval.measurement import measure
 from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.journal import Journal
