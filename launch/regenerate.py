@@ -139,11 +139,11 @@ def finish(partial: Path, output: Path) -> Path:
 def check_options(dtype: str | None, processes: int, drafter: str | None, server: str | None) -> None:
     if dtype not in (None, "fp32", "bf16", "fp16"):
         raise UserError(f"dtype: found {dtype}, expected fp32, bf16 or fp16")
-    if drafter:
-        fetch(drafter)
     beside = [name for name, given in {"--drafter": drafter, "--processes": processes > 1}.items() if given]
     if server and beside:
         raise UserError(f"regenerate: found --server beside {beside[0]}, expected one of them: the server decodes")
+    if drafter:
+        fetch(drafter)
 
 
 def open_server(url: str, target_name: str, tokenizer, stops: set[int], seed: int, prompts: list[Prompt]) -> Server:

@@ -24,10 +24,20 @@ from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import save_drafter
 from draftsmith.models.targets import TextTarget
-from tests.conftest import ROOT, trained_head
+from tests.conftest import ROOT, tiny_target, trained_head
 
-TEMPERATURES, NEW, STOPS = [0.0, 0.9], 24, {2}
+TEMPERATURES, NEW, STOPS = [0.0, 0.9], 24, set(range(2, 300, 12))
 QUESTIONS = ["def f(a):", "import os", "fox", "def add(a, b):\n    return a + b\n" * 4, "quick " * 20, "b"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """With a tiny target, of which every twelfth id ends an answer."""
+    folder, target = tmp_path_factory.mktemp("run"), tiny_target(vocab=300)
+    target.model.generation_config.eos_token_id = sorted(STOPS)
+    target.model.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,7 @@ def answers(folder, prompts, output, batch, **more) -> str:
 def test_texts_are_those_of_every_prompt_alone(folder, prompts, plain):
     target, tokenizer = TextTarget.load(folder / "target"), load_tokenizer(folder / "target")
     rows = [json.loads(line) for line in plain.splitlines()]
-    assert [row["row"] for row in rows] == list(range(27)) and len({row["prompt_length"] for row in rows}) > 10
+    assert [row["row"] for row in rows] == list(range(27)) and len({row["prompt_length"] for row in rows}) > 7
     for i, (row, line) in enumerate(zip(rows, prompts.read_text().splitlines())):
         messages = [{"role": "user", "content": json.loads(line)["prompt"]}]
         prompt, temperature = encode_prompt(tokenizer, messages), TEMPERATURES[i % 2]

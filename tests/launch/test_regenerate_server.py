@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -100,7 +101,10 @@ def test_rows_are_what_the_server_draws_whatever_its_defaults(completions, promp
     with serving(completions) as address:
         rows = answers(f"{address}/v1/", prompts, tmp_path / "answers.jsonl", report=said.append)
     check_rows(rows, expected, prompts, completions)
-    assert f"served at {address}: 96 of 96 tokens of greedy answers are the target's own" in said[0]
+    said_of_greedy = re.fullmatch(
+        r"served at (.*): (\d+) of (\d+) tokens of greedy answers are the target's own", said[0]
+    )
+    assert said_of_greedy[1] == address and said_of_greedy[2] == said_of_greedy[3] and int(said_of_greedy[2]) > 40
     assert said[-1].startswith("answers: 10/10, ") and "tok/s" in said[-1]
 
 
@@ -152,8 +156,8 @@ def test_a_server_of_another_tokenizer_is_refused(completions, prompts, tmp_path
 @pytest.mark.parametrize(
     ("forced", "message"),
     [
-        ({"top_k": 20}, "tokens that top_k=20 would exclude, expected some"),
-        ({"top_p": 0.8}, "tokens that top_p=0.8 would exclude, expected some"),
+        ({"top_k": 20}, "found 0 tokens that top_k=20 would exclude, expected some"),
+        ({"top_p": 0.8}, "found 0 tokens that top_p=0.8 would exclude, expected some"),
         ({"temperature": 0.5}, "would exclude, expected some|surprise the target less than its own"),
         ({"temperature": 1.5}, "surprise the target more than its own"),
     ],
@@ -198,7 +202,7 @@ def test_a_server_that_goes_away_leaves_what_was_written_and_another_goes_on(com
     output = tmp_path / "answers.jsonl"
     with serving(completions) as address:
         check_requests = len_of_check(completions, address, prompts, tmp_path)
-        completions.fail = lambda number: "refuse" if number > 2 * check_requests + 4 else None
+        completions.fail = lambda number: "refuse" if number > 2 * check_requests + 14 else None
         with pytest.raises(UserError, match="v1/completions: HTTP 404: .*no such model"):
             answers(address, prompts, output)
     partial = Path(f"{output}.partial")
