@@ -106,7 +106,7 @@ DRAFTERS = {
     ),
     "torn draftsmith.json": (
         lambda f: (f / "draftsmith.json").write_text("{"),
-        "draftsmith.json: no target named; expected --target",
+        "draftsmith.json: not valid JSON",
     ),
     "nameless target": (edit_json("draftsmith.json", target=None), "draftsmith.json: no target named"),
     "another architecture": (
