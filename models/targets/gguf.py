@@ -86,6 +86,7 @@ def convert(file: Path, digest: str, folder: Path, name: str, say: Callable[[str
     header.fit_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, where, say)
     save(model, folder, header.end_ids)
     tokenizer.save_pretrained(folder)
+    header.drop_unknown(folder / "tokenizer.json")
     made = {"sha256": digest, "quantisation": header.quantisation, "file": file.name, "conversion": CONVERSION}
     (folder / MANIFEST).write_text(json.dumps(made | {"transformers": transformers.__version__}, indent=1) + "\n")
 
@@ -109,7 +110,8 @@ def save(model, folder: Path, end_ids: list[int]) -> None:
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.generation_config = GenerationConfig.from_model_config(model.config)
-    plain.generation_config.eos_token_id = end_ids or plain.generation_config.eos_token_id
+    if end_ids:
+        plain.generation_config.eos_token_id = end_ids if len(end_ids) > 1 else end_ids[0]
     plain.save_pretrained(folder)
     stored = set()
     for file in folder.glob("*.safetensors"):

@@ -4,6 +4,7 @@ transformers leaves out tensors and figures that it has no place for, without a 
 scaled, a sliding window. A target that lacks one would answer, only not as the model does.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -40,11 +41,13 @@ DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r"}  # every digit by 
 
 @dataclass(frozen=True)
 class Header:
-    """metadata: the single values, none of the lists; sizes: how many numbers each tensor has; factors: the divisors of
-    the rotary frequencies [D / 2], where there are any; quantisation: its kind as users know it, `Q4_1`.
+    """metadata: the single values, none of the lists; words: how many tokens there are; sizes: how many numbers each
+    tensor has; factors: the divisors of the rotary frequencies [D / 2], where there are any; quantisation: its kind as
+    users know it, `Q4_1`.
     """
 
     metadata: dict
+    words: int
     sizes: dict[str, int]
     factors: torch.Tensor | None
     quantisation: str
@@ -64,7 +67,9 @@ class Header:
                 factors = torch.tensor(tensor.data).float()
         named = {kind.value: kind.name for kind in LlamaFileType}.get(metadata.get("general.file_type"))
         quantisation = (named or kinds.most_common(1)[0][0]).removeprefix("MOSTLY_").removeprefix("ALL_")
-        return cls(metadata, {t.name: int(t.n_elements) for t in reader.tensors}, factors, quantisation)
+        words = reader.fields.get("tokenizer.ggml.tokens")
+        sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+        return cls(metadata, len(words.data) if words else 0, sizes, factors, quantisation)
 
     @property
     def architecture(self) -> str:
@@ -82,7 +87,8 @@ class Header:
 
         held = sum(size for name, size in self.sizes.items() if name != ROPE_FACTORS)
         trained = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
-        if trained <= held <= trained + sum(buffer.numel() for buffer in model.buffers()):
+        names = dict(model.named_parameters(remove_duplicate=False))
+        if trained <= held <= trained + sum(v.numel() for key, v in model.state_dict().items() if key not in names):
             return
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
         names = get_tensor_name_map(kinds.get(self.architecture, MODEL_ARCH.LLAMA), model.config.num_hidden_layers)
@@ -123,12 +129,12 @@ class Header:
             raise UserError(f"{where}: found {ROPE_FACTORS} of another form, expected those of Llama 3.1 ({LLAMA3})")
         return rope
 
-    def fit_tokenizer(self, tokenizer, words: int, where: str, say: Callable[[str], None]) -> None:
-        """Special tokens and the splitting of texts as the file says. words: rows of the embedding. Raises UserError
-        for more tokens than that.
+    def fit_tokenizer(self, tokenizer, rows: int, where: str, say: Callable[[str], None]) -> None:
+        """Special tokens and the splitting of texts as the file says. rows: of the embedding. Raises UserError for more
+        tokens than that.
         """
-        if len(tokenizer) > words:
-            raise UserError(f"{where}: found {len(tokenizer)} tokens, expected at most {words} (rows of the embedding)")
+        if self.words > rows:
+            raise UserError(f"{where}: found {self.words} tokens, expected at most {rows} (rows of the embedding)")
         for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
             if (token := self.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
                 setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
@@ -144,6 +150,14 @@ class Header:
                 f"{where}: found a tokenizer that splits texts as {split}, which this transformers does not know; "
                 f"some tokens may differ from those of other engines"
             )
+
+    def drop_unknown(self, file: Path) -> None:
+        """Takes out of a tokenizer.json the tokens that transformers gives every tokenizer of a kind, and that neither
+        the file nor the model has.
+        """
+        stored = json.loads(file.read_text("utf-8"))
+        stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < self.words]
+        file.write_text(json.dumps(stored, ensure_ascii=False), "utf-8")
 
 
 def known_splits() -> set[str]:

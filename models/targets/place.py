@@ -98,10 +98,8 @@ def gguf_file(name: str) -> Path | None:
         return None
     files = sorted(place.glob("*.gguf"))
     if len(files) > 1:
-        raise UserError(
-            f"target {name}: found {len(files)} GGUF files ({', '.join(file.name for file in files[:4])}...), expected "
-            f"one; name the file itself"
-        )
+        shown = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
+        raise UserError(f"target {name}: found {len(files)} GGUF files ({shown}), expected one; name the file itself")
     return files[0] if files else None
 
 
