@@ -94,6 +94,7 @@ def acceptance(repository: str, cells: list[dict], conditions: dict) -> list[str
         return [f"Not measured. `draftsmith eval {repository}` measures it."]
     depth = max(len(cell["acceptance_by_depth"]) for cell in cells)
     timed = any("speedup" in cell for cell in cells)
+    robust = any("robust_speedup" in cell for cell in cells)
     speed = lambda cell: cell.get("robust_speedup", cell.get("speedup"))  # noqa: E731  (earlier versions: totals alone)
     head = [
         "suite",
@@ -134,7 +135,7 @@ def acceptance(repository: str, cells: list[dict], conditions: dict) -> list[str
         "pooled, 95 % interval in "
         "brackets. The numbered columns are the acceptance of each drafted depth, given that the depth before was "
         "accepted."
-        + (" Speedup is over plain decoding of the same prompts, from undisturbed passes." if timed else ""),
+        + (" Speedup is over plain decoding of the same prompts, from undisturbed passes." if robust else ""),
         "\n".join("| " + " | ".join(row) + " |" for row in rows),
         drafts(cells),
         f"Measured with `draftsmith eval`: {machine}.",

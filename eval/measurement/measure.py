@@ -8,6 +8,7 @@ decoding thread's own seconds. Robust speedup (`speed`) is the one to quote: the
 whatever else runs on the machine goes into.
 """
 
+import random
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
@@ -173,14 +174,17 @@ def interleaved(
     journal: Journal | None = None,
     key: str = "",
 ) -> dict[str, Run]:
-    """Every decoder in turn on each batch of ragged prompts of similar length, in the other order on every second one,
-    so that a machine that slows down or gets faster favours none. Request ids are the prompts' places.
+    """Every decoder in turn on each batch of ragged prompts of similar length. Request ids are the prompts' places.
+
+    Batches come in an order without a plan, so that a busy time of the machine meets all lengths, and decoders in the
+    other order on every second one, so that a machine that slows down or gets faster favours none.
 
     The warm-up decodes a little of the first batch and is forgotten. With a journal, finished batches are kept under
     KEY/BATCH.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     units = [order[start : start + batch] for start in range(0, len(order), batch)]
+    random.Random(0).shuffle(units)
     runs, traces, cold = {name: Run(units=units) for name in decoders}, {name: {} for name in decoders}, warm_up
     for number, unit in enumerate(units):
         place, texts = f"{key}/{number}", [prompts[row] for row in unit]

@@ -14,7 +14,7 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.targets import TextTarget
 
-ROUNDS, PASSES, PROMPT = 8, 8, 32  # pieces at each number of threads, passes of a piece, tokens of its prompt
+ROUNDS, PASSES, PROMPT = 12, 4, 32  # pieces at each number of threads, passes of a piece, tokens of its prompt
 LIMIT = 10.0  # seconds after which no further round starts
 WORTH = 0.95  # more threads must take at most this share of one thread's time
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from draftsmith.launch.card import measured
+from draftsmith.launch.card import acceptance, measured
 from draftsmith.launch.export import export_drafter
 from draftsmith.launch.hub import push as publish
 from draftsmith.launch.hub import stage
@@ -313,3 +313,10 @@ def test_only_figures_of_this_drafter_are_published(tmp_path):
     (mine / "model.safetensors").write_bytes(b"newer")
     with pytest.raises(UserError, match="older than .*; measure the drafter again"):
         measured(mine, None)
+
+
+def test_the_card_quotes_the_robust_speedup_where_there_is_one():
+    cell = {**RESULT["cells"][0], "speedup": 0.67}
+    assert "| 0.67x |" in (before := "\n".join(acceptance("tester/x", [cell], {}))) and "undisturbed" not in before
+    card = "\n".join(acceptance("tester/x", [{**cell, "robust_speedup": 1.8}], {"threads": 1}))
+    assert "| 1.80x |" in card and "0.67" not in card and "undisturbed passes" in card and "threads 1" in card

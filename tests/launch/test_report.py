@@ -4,14 +4,18 @@ pictures that are there.
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from draftsmith.eval.decode import Trace
 from draftsmith.eval.report import plots as pictures
+from draftsmith.eval.report.report import span
 from draftsmith.launch.cli import main
 from draftsmith.launch.measurement import Request, measure, pieces
 from draftsmith.launch.methods import labels
+from draftsmith.models.errors import UserError
 from draftsmith.models.formats import save_drafter
 from draftsmith.train.reference.pretrain import train_tokenizer
 from tests.conftest import tiny_target, trained_head
@@ -100,12 +104,17 @@ def test_from_the_command_line_to_the_report(place, monkeypatch, capsys):
     ]
     assert all(c["prompts"] == 3 and c.get("lossless", True) for c in document["cells"]) and document["lossless"]
     assert document["conditions"]["count"] == {"chat": 3} and not (out / "runs.jsonl.partial").exists()
+    assert document["conditions"]["threads"] == 1 and document["conditions"]["thread_trial_ms"] == {}
+    plain = next(c for c in timed if c["method"] == "plain")
+    assert document["disturbance"] == plain["disturbance"] and "the machine was " in shown
+    report = (out / "report" / "README.md").read_text()
     for cell in timed:
         assert cell["accounted_speedup"] >= cell["speedup"] * 0.999  # what is accounted is at most the whole
         assert ("identical" in cell) == (cell["temperature"] == 0 or cell["method"] in ours)
         assert ("tau_behind_first" in cell) == (cell["method"] != "run")
+        assert f"| {cell['robust_tokens_per_second']:.0f} | {span(cell, 'robust_speedup')} | " in report
         assert {name: figures["prompts"] for name, figures in cell["categories"].items()} == {"sum": 2, "product": 1}
-    report = (out / "report" / "README.md").read_text()
+    assert "The machine was " in report
     assert (
         sum(line.endswith(" |") and ("| sum |" in line or "| product |" in line) for line in report.splitlines())
         == 2 * 2 * 5
@@ -163,6 +172,31 @@ def test_the_same_measurement_asked_again_takes_what_is_there(place, tmp_path, m
     (tmp_path / "runs.jsonl").replace(tmp_path / "runs.jsonl.partial")  # as if it had been killed at the very end
     again = measure(request, lambda line: None)
     assert again["cells"] == first["cells"] and again["samples"] == first["samples"]
+
+
+def test_a_measurement_goes_on_with_its_number_of_threads(place, tmp_path, monkeypatch):
+    request = Request(
+        ["lookup"],
+        tmp_path,
+        (str(place / "chat.jsonl"),),
+        str(place / "target"),
+        temperatures=(0.0,),
+        max_new_tokens=8,
+        limit=1,
+        threads=1,
+    )
+    first, usual = measure(request, lambda line: None), torch.get_num_threads()
+    (tmp_path / "runs.jsonl").replace(tmp_path / "runs.jsonl.partial")
+    with pytest.raises(UserError, match="found another run"):
+        measure(replace(request, threads=2), lambda line: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")  # which would otherwise be followed by a trial
+    torch.set_num_threads(2)
+    try:
+        again = measure(replace(request, threads=None), lambda line: None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(usual)
+    assert again["cells"] == first["cells"] and again["conditions"] == first["conditions"]
 
 
 def test_baselines_alone_need_no_drafter(place, tmp_path):
