@@ -1,0 +1,18 @@
+"""What all commands of `draftsmith` share: the program that they register with, and options of one meaning."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, prove, measure and publish drafters for speculative decoding.",
+)
+Count = Annotated[int, typer.Option(min=1)]
+Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
