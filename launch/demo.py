@@ -66,7 +66,7 @@ class TrainingRows:
 class Demo:
     """What a demo has of its own. answer_tokens: of an answer to learn from, at most; answer_batch: of `regenerate`;
     recipe: a file below `recipes/`; overrides: of the recipe; shipped: the reference drafter, measured beside the new
-    one; the rest as in `Request`.
+    one (None: there is none); the rest as in `Request`.
     """
 
     target: str
@@ -75,7 +75,7 @@ class Demo:
     answer_batch: int
     recipe: str
     overrides: tuple[str, ...]
-    shipped: str
+    shipped: str | None
     suite: str
     limit: int
     max_new_tokens: int
@@ -84,9 +84,9 @@ class Demo:
     output: str
 
     def request(self, output: Path) -> Request:
-        """The measurement of the drafter that was trained below `output`, beside the shipped one."""
+        """The measurement of the drafter that was trained below `output`, beside the shipped one where there is one."""
         return Request(
-            [f"demo={output}/drafter", f"shipped={self.shipped}"],
+            [f"demo={output}/drafter", *([f"shipped={self.shipped}"] if self.shipped else [])],
             output,
             suites=(self.suite,),
             tree=self.tree,
@@ -128,7 +128,7 @@ DEMOS = {
             "evaluation.times=2",
             "evaluation.tree=dynamic:6x4x16",
         ),
-        shipped="bundled:drafters/eagle3-smollm2",
+        shipped=None,  # none is shipped yet
         suite="bundled:prompts/chat.jsonl",
         limit=24,  # held-out ones: they stand first
         max_new_tokens=48,
@@ -151,7 +151,8 @@ def run(chosen: Demo, output: Path, report=print) -> None:
 
     started = time.time()
     stage = lambda number, text: report(f"\n[{number}/4, {(time.time() - started) / 60:.1f} min] {text}")  # noqa: E731
-    fetch(chosen.shipped)  # what is missing is missed before the work
+    if chosen.shipped:
+        fetch(chosen.shipped)  # what is missing is missed before the work
     tokenizer = load_tokenizer(chosen.target)
     prompts, answers = f"{output}/prompts.jsonl", f"{output}/answers.jsonl"
     stage(1, chosen.prompts.command(prompts))
