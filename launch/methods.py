@@ -92,11 +92,11 @@ class Methods:
                 )
             target_name = wanted[0]
         target = TextTarget.load(target_name, dtype)
-        for place, folder in found.items():
-            if others := other_weights(about(folder), target):
+        for name, place in ((name, place) for name, method in named.items() for place in places(method)):
+            if others := other_weights(about(found[place]), target):
                 if not chosen:
-                    raise UserError(f"drafter {place}: {others}; --target measures it on these all the same")
-                report(f"drafter {place}: {others}; its acceptance length may be lower than there")
+                    raise UserError(f"drafter {name}: {others}; --target measures it on these all the same")
+                report(f"drafter {name}: {others}; its acceptance length may be lower than there")
         tokenizer, drafters = load_reader(target_name, target), Drafters(target, assistant)
         folders = {name: method for name, method in named.items() if trained(method)}
         heads = {name: drafters.head(place) for name, place in folders.items()}

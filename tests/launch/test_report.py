@@ -274,7 +274,7 @@ def test_verify_proves_and_finds(place, tmp_path, monkeypatch, capsys):
 
 def test_pieces_are_the_passes():
     class Letters:
-        def decode(self, ids):
+        def decode(self, ids, **options):
             return "".join(map(chr, ids))
 
         def convert_ids_to_tokens(self, token):
