@@ -12,7 +12,7 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Distribution
-from draftsmith.models.noise import keyed
+from draftsmith.models.noise import column, gumbel, uniform
 from draftsmith.models.tree import DraftTree
 
 
@@ -38,11 +38,6 @@ class Sampling:
             raise UserError(
                 f"sampling: found {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0"
             )
-
-
-def keyed_gumbel(seed: int, request: int, position: int, vocab_size: int) -> torch.Tensor:
-    """[V] fp32 standard Gumbel noise that depends on nothing but its key."""
-    return -torch.empty(vocab_size).exponential_(generator=keyed(seed, request, position)).log_()
 
 
 def seen_tokens(history: list[list[int]], vocab_size: int, device) -> torch.Tensor:
@@ -99,17 +94,12 @@ def perturb(logits: torch.Tensor, sampling: Sampling, requests: list[int], posit
     """
     if sampling.temperature == 0:
         return logits
-    rows = positions.tolist()
-    keys = sorted({(request, p) for request, row in zip(requests, rows) for p in row})
-    number = {key: i for i, key in enumerate(keys)}
-    noise = torch.stack([keyed_gumbel(sampling.seed, *key, logits.size(-1)) for key in keys]).to(logits.device)
-    return (
-        logits
-        + noise[
-            torch.tensor(
-                [[number[request, p] for p in row] for request, row in zip(requests, rows)], device=logits.device
-            )
-        ]
+    first = positions.amin(1, keepdim=True)
+    level = positions - first
+    levels = torch.arange(1 if positions.size(1) == 1 else int(level.max()) + 1, device=positions.device)
+    noise = gumbel(sampling.seed, requests, first + levels, logits.size(-1), "choose")
+    return logits + (
+        noise if len(levels) == 1 else noise[torch.arange(len(level), device=level.device)[:, None], level]
     )
 
 
@@ -125,19 +115,14 @@ class Noise:
 
     def uniform(self, count: int, device) -> torch.Tensor:
         """[B, count] fp64 in [0, 1)."""
-        rows = [
-            torch.rand(count, generator=keyed(self.sampling.seed, request, position + 1, "accept"), dtype=torch.float64)
-            for request, position in zip(self.requests, self.positions)
-        ]
-        return torch.stack(rows).to(device)
+        return uniform(self.sampling.seed, self.requests, self._next(device), count, "accept")[:, 0]
 
     def gumbel(self, vocab_size: int, device) -> torch.Tensor:
         """[B, V] fp32."""
-        rows = [
-            keyed_gumbel(self.sampling.seed, request, position + 1, vocab_size)
-            for request, position in zip(self.requests, self.positions)
-        ]
-        return torch.stack(rows).to(device)
+        return gumbel(self.sampling.seed, self.requests, self._next(device), vocab_size, "choose")[:, 0]
+
+    def _next(self, device) -> torch.Tensor:
+        return column(self.positions, device) + 1
 
     def perturb(self, logits: torch.Tensor, tree: DraftTree) -> torch.Tensor:
         """Processed logits [B, N, V] -> scores whose argmax is what plain decoding emits behind each node."""

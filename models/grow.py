@@ -212,7 +212,7 @@ class SampledTree:
             self.temperature or draw.temperature,
             with_replacement if self.kind == Kind.IID else without_replacement,
         )
-        uniform = draw.uniform(self.size).to(root.device)  # one for each node
+        uniform = draw.uniform(self.size, root.device)  # one for each node
         tokens, rows, level_tokens, of, first = [root[:, None]], [], root[:, None], [0], 1
         for level in self.shape.levels:
             source = torch.tensor([of[r] for r in level["rows"]], device=root.device).expand(len(root), -1)
@@ -265,7 +265,7 @@ class AdaptiveTree:
             return DynamicTree(width, self.depth, self.size).grow(head, beam, root)
         temperature, uniform = (
             self.temperature or draw.temperature,
-            draw.uniform(self.size * width).to(root.device).unflatten(1, (-1, width)),
+            draw.uniform(self.size * width, root.device).unflatten(1, (-1, width)),
         )
         tokens, source = root[:, None], torch.zeros_like(root)[:, None]
         reach, first = torch.ones(len(root), 1, device=root.device), 0

@@ -1,7 +1,9 @@
 """Random numbers that depend on nothing but their key: (seed, request, absolute position) and the name of a stream.
 
-Streams of different names are independent. Drafters draw from "draft", verifiers from others: a sampled tree must not
-know the random numbers that judge it.
+They come from a counter, by Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), so that
+they are made where they are needed: the same bits on every device, in any order, for any batch. Streams of different
+different names are independent. Drafters draw from "draft", verifiers from others: a sampled tree must not know the
+random numbers that judge it.
 """
 
 import hashlib
@@ -9,15 +11,56 @@ from dataclasses import dataclass
 
 import torch
 
+WORD = 0xFFFFFFFF  # words of 32 bits stand in int64: torch has no products of unsigned numbers
+BELOW_ONE = 0xFFFFFF00  # the largest fp32 number that stands for a word: 2**32 would be a uniform number of 1
+ROUNDS, MULTIPLIERS, WEYL = 10, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
 
 def seed_of(*key) -> int:
     """63 bits that depend on the key alone."""
     return int.from_bytes(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def keyed(seed: int, request: int, position: int, stream: str = "") -> torch.Generator:
-    """A fresh CPU generator for this key."""
-    return torch.Generator().manual_seed(seed_of(seed, request, position, *([stream] if stream else [])))
+def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """Four words for each counter of four words (int64 tensors that broadcast to one shape)."""
+    a, b, c, d = counter
+    first, second = key
+    for _ in range(ROUNDS):
+        low, high = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a, b, c, d = (high >> 32 & WORD) ^ b ^ first, high & WORD, (low >> 32 & WORD) ^ d ^ second, low & WORD
+        first, second = first + WEYL[0] & WORD, second + WEYL[1] & WORD
+    return a, b, c, d
+
+
+def random_words(seed: int, requests: list[int], positions: torch.Tensor, count: int, stream: str) -> torch.Tensor:
+    """[B, N, count] int64, 32 random bits each, for requests [B] at positions [B, N], on the positions' device."""
+    key, device = seed_of(seed, stream), positions.device
+    number = torch.tensor(requests, device=device)[:, None, None]
+    block = torch.arange(-(-count // 4), device=device)
+    counter = (block, positions[..., None], number & WORD, number >> 32 & WORD)
+    words = torch.stack(philox(counter, (key & WORD, key >> 32)), -1)
+    return words.flatten(-2)[..., :count]
+
+
+def uniform(seed: int, requests: list[int], positions: torch.Tensor, count: int, stream: str) -> torch.Tensor:
+    """[B, N, count] fp64 in [0, 1), multiples of 2**-53; arguments as of `random_words`."""
+    high, low = random_words(seed, requests, positions, 2 * count, stream).unflatten(-1, (count, 2)).unbind(-1)
+    return ((high >> 5 << 26) + (low >> 6)).double() * 2.0**-53
+
+
+def gumbel(seed: int, requests: list[int], positions: torch.Tensor, count: int, stream: str) -> torch.Tensor:
+    """[B, N, count] fp32 standard Gumbel noise; arguments as of `random_words`.
+
+    The largest values, which decide an argmax, come from uniform numbers near 0, where fp32 is finest. None is
+    infinite.
+    """
+    words = random_words(seed, requests, positions, count, stream)
+    return words.float().clamp_(max=BELOW_ONE).add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().log_().neg_()
+
+
+def column(positions: list[int], device="cpu") -> torch.Tensor:
+    """[B, 1]: one position for each request."""
+    return torch.tensor(positions, device=device)[:, None]
 
 
 @dataclass(frozen=True)
@@ -31,11 +74,6 @@ class Draw:
     requests: list[int]
     positions: list[int]
 
-    def uniform(self, count: int) -> torch.Tensor:
+    def uniform(self, count: int, device="cpu") -> torch.Tensor:
         """[B, count] fp64 in [0, 1), the same at every call: to be called once a cycle."""
-        return torch.stack(
-            [
-                torch.rand(count, generator=keyed(self.seed, request, position, "draft"), dtype=torch.float64)
-                for request, position in zip(self.requests, self.positions)
-            ]
-        )
+        return uniform(self.seed, self.requests, column(self.positions, device), count, "draft")[:, 0]

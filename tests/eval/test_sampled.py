@@ -11,7 +11,7 @@ from draftsmith.eval.verification.rules import RULES
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import parse_tree, with_replacement, without_replacement
-from draftsmith.models.noise import Draw, keyed
+from draftsmith.models.noise import Draw, uniform
 from draftsmith.models.tree import Form, Kind
 from tests.conftest import trained_head
 from tests.laws import TableHead, continuations, g_test, random_rows, texts_up_to
@@ -80,8 +80,8 @@ def test_adaptive_trees_decide_how_many_children_before_they_are_drawn(target, h
     policy = parse_tree("sampled:adaptive:3x3")
 
     class Changed(Draw):
-        def uniform(self, count):
-            values = super().uniform(count)
+        def uniform(self, count, device="cpu"):
+            values = super().uniform(count, device)
             values[:, 3 * (1 + 3) :] = (
                 1 - values[:, 3 * (1 + 3) :]
             )  # three for the root, three for each of three nodes, then the last level
@@ -126,7 +126,7 @@ def test_drafting_and_verification_noise_are_streams_of_their_own():
     streams = [
         draw.uniform(8)[0],
         noise.uniform(8, "cpu")[0],
-        torch.rand(8, generator=keyed(5, 2, 10), dtype=torch.float64),
+        uniform(5, [2], torch.tensor([[10]]), 8, "choose")[0, 0],
     ]
     assert len({tuple(s.tolist()) for s in streams}) == 3
     assert torch.equal(draw.uniform(8), draw.uniform(8)) and not torch.equal(
