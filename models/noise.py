@@ -2,7 +2,7 @@
 
 They come from a counter, by Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), so that
 they are made where they are needed: the same bits on every device, in any order, for any batch. Streams of different
-different names are independent. Drafters draw from "draft", verifiers from others: a sampled tree must not know the
+names are independent. Drafters draw from "draft", verifiers from others: a sampled tree must not know the
 random numbers that judge it.
 """
 

@@ -1,13 +1,15 @@
 """Causal attention of some rows within packed documents, in memory linear in the length, with the log-sum-exp that
 merging needs.
 
-Two kernels, each a pair `forward(query, key, value, blocks, scale) -> out, lse` and
+Three kernels, each a pair `forward(query, key, value, blocks, scale) -> out, lse` and
 `backward(grad, query, key, value, out, lse, blocks, scale, d_key, d_value) -> d_query`, which adds to d_key and
 d_value. query, out [P, H, D] and lse [P, H] are the rows that are trained on, ascending; key, value [T, H, D] (repeated
 to the query heads) all rows. A caller that merges the result with other scores passes its merged `out` and `lse` to
 `backward` and gets the gradients of this part of the merged attention exactly.
 """
 
+import warnings
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -147,9 +149,101 @@ class BlockwiseAttention:
         return d_query
 
 
+class Ragged(NamedTuple):
+    """Blocks as sequences of a ragged batch, one behind the other. queries, keys [n + 1] int32: their borders; longest:
+    (queries, keys) of any; sources [N]: which rows of T the keys are; number, place [P]: whose query each one is, and
+    the how manieth.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest: tuple[int, int]
+    sources: torch.Tensor
+    number: torch.Tensor
+    place: torch.Tensor
+
+    @classmethod
+    def of(cls, blocks: tuple[QueryBlock, ...], device: torch.device) -> "Ragged":
+        counts = torch.tensor([(b.last - b.first, b.stop - b.start) for b in blocks])
+        borders = torch.nn.functional.pad(counts.cumsum(0), (0, 0, 1, 0)).int()
+        sources = torch.cat([torch.arange(b.start, b.stop) for b in blocks])
+        number = torch.arange(len(blocks)).repeat_interleave(counts[:, 0])
+        place = torch.cat([torch.arange(b.last - b.first) for b in blocks])
+        queries, keys = borders.T.contiguous().to(device)
+        longest = tuple(counts.amax(0).tolist())
+        return cls(queries, keys, longest, *(x.to(device) for x in (sources, number, place)))
+
+
+class RaggedOnCUDA:
+    """torch's memory-efficient kernel for ragged batches: all documents in one call, in fp32, bf16 or fp16. Queries
+    stand at the end of their keys, which is what its causal mask from the bottom right means.
+    """
+
+    block = 2**31  # one block for each run
+    aligned = 32  # the kernel pads log-sum-exps to a multiple of this
+    bottom_right = 2
+    run = staticmethod(lambda *inputs, **options: torch.ops.aten._efficient_attention_forward(*inputs, **options))
+    run_back = staticmethod(lambda *inputs, **options: torch.ops.aten._efficient_attention_backward(*inputs, **options))
+    ragged = staticmethod(lru_cache(4)(Ragged.of))
+
+    @classmethod
+    def forward(cls, query, key, value, blocks, scale):
+        if not blocks:
+            return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+        batch = cls.ragged(tuple(blocks), query.device)
+        inputs = (query[None], key[batch.sources][None], value[batch.sources][None], None, batch.queries, batch.keys)
+        out, lse, *_ = cls.run(*inputs, *batch.longest, 0.0, cls.bottom_right, True, scale=scale)
+        return out[0], lse[batch.number, :, batch.place]
+
+    @classmethod
+    def backward(cls, grad, query, key, value, out, lse, blocks, scale, d_key, d_value):
+        if not blocks:
+            return torch.zeros_like(query)
+        batch, none = cls.ragged(tuple(blocks), query.device), torch.zeros((), dtype=torch.int64, device=query.device)
+        padded = -(-batch.longest[0] // cls.aligned) * cls.aligned
+        sums = lse.new_full((len(blocks), lse.size(1), padded), float("inf"))  # nothing is seen from a padded row
+        sums[batch.number, :, batch.place] = lse
+        states = (x[None] for x in (grad, query, key[batch.sources], value[batch.sources]))
+        inputs = (*states, None, out[None], batch.queries, batch.keys, *batch.longest, sums, 0.0, none, none)
+        d_query, *parts, _ = cls.run_back(*inputs, cls.bottom_right, False, scale=scale)
+        for total, part in zip((d_key, d_value), parts):
+            total.index_add_(0, batch.sources, part[0])
+        return d_query[0]
+
+
+@torch.no_grad()
+def disagreement(kernel, device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """The largest difference, relative to the largest number, between a kernel in this dtype and `BlockwiseAttention`
+    in fp32: outputs, log-sum-exps and gradients of two documents, one with two runs of queries.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda count: torch.randn(count, 2, 64, generator=generator).to(device, dtype)  # noqa: E731
+    states, results = (draw(75), draw(75), draw(90), draw(90)), []
+    blocks = [QueryBlock(0, 5, 0, 3), QueryBlock(5, 35, 0, 10), QueryBlock(35, 75, 44, 50)]
+    for each in (kernel, BlockwiseAttention):
+        query, grad, key, value = states if each is kernel else (x.float() for x in states)
+        out, lse = each.forward(query, key, value, blocks, 0.125)
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        d_query = each.backward(grad, query, key, value, out, lse, blocks, 0.125, d_key, d_value)
+        results.append((out, lse, d_query, d_key, d_value))
+    return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(*results))
+
+
+@cache
 def kernel_for(device: torch.device):
-    """The attention kernel of a device."""
-    return FlashOnCPU if device.type == "cpu" else BlockwiseAttention
+    """The attention kernel of a device. The ragged one is tried once: where it cannot run, or says something else, one
+    warning is given and plain operations take its place.
+    """
+    if device.type != "cuda":
+        return FlashOnCPU if device.type == "cpu" else BlockwiseAttention
+    try:
+        found = disagreement(RaggedOnCUDA, device)
+        reason = None if found < 1e-2 else f"it differs by {found:.2g} from plain operations"
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        warnings.warn(f"training attends in plain operations, which are slow: {reason}", stacklevel=2)
+    return BlockwiseAttention if reason else RaggedOnCUDA
 
 
 class _Merged(torch.autograd.Function):

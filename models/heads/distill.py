@@ -17,6 +17,12 @@ import torch
 from draftsmith.models.features import Packing, Teacher
 
 CHUNK = 2**20  # elements of one [rows, Vd] chunk: it stays in a processor's cache
+CHUNK_OF_ACCELERATOR = 2**26  # there few large products are what counts: 256 MB in fp32
+
+
+def chunk_rows(width: int, device: torch.device) -> int:
+    """How many rows of this width are computed at a time."""
+    return max(64, (CHUNK if device.type == "cpu" else CHUNK_OF_ACCELERATOR) // width)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def teacher_distribution(teacher: Teacher, ids: torch.Tensor) -> TeacherDistribu
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, distribution: TeacherDistribution, scale):
-        (steps, count, _), size = states.shape, max(64, CHUNK // weight.size(0))
+        (steps, count, _), size = states.shape, chunk_rows(weight.size(0), states.device)
         losses, right = scale.new_zeros(steps, count), torch.zeros(steps, count, dtype=torch.bool, device=states.device)
         grad_states = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         grad_weight = (

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from draftsmith.models.features import Teacher
-from draftsmith.models.heads.distill import CHUNK
+from draftsmith.models.heads.distill import chunk_rows
 
 
 class Weights(NamedTuple):
@@ -36,7 +36,7 @@ class Weights(NamedTuple):
 class _TeacherLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, teacher: Teacher, project, vocab: int, weights: Weights):
-        (steps, count, _), size = states.shape, max(64, CHUNK // vocab)
+        (steps, count, _), size = states.shape, chunk_rows(vocab, states.device)
         losses = torch.zeros(steps, count, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         rank = torch.full((steps, count), vocab, device=states.device)
         grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None

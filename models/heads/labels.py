@@ -8,7 +8,7 @@ As in `distill` the forward pass computes the gradient chunk by chunk, so that n
 import torch
 
 from draftsmith.models.features import Teacher
-from draftsmith.models.heads.distill import CHUNK, add_product
+from draftsmith.models.heads.distill import add_product, chunk_rows
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def choices(teacher: Teacher) -> torch.Tensor:
 class _HardCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, labels, choice, scale):
-        size = max(64, CHUNK // weight.size(0))
+        size = chunk_rows(weight.size(0), states.device)
         losses, right = torch.zeros_like(scale), torch.zeros_like(labels, dtype=torch.bool)
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         grad_weight = (

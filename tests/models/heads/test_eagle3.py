@@ -11,6 +11,7 @@ from draftsmith.models.features import Features, FeatureSpec, Packing
 from draftsmith.models.heads import Eagle3Objective, attention, vocabulary
 from draftsmith.models.heads.distill import chain_walk
 from tests.conftest import pack, tiny_head, tiny_target
+from tests.models.heads.ragged import RaggedInPlain
 
 LENGTHS = (14, 12, 10)
 
@@ -145,7 +146,29 @@ def test_context_after_a_round_equals_prefill_on_the_committed_tokens(target, he
     torch.testing.assert_close(grown.cache.store[..., :12, :], fresh.cache.store[..., :12, :], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [attention.FlashOnCPU, attention.BlockwiseAttention])
+KERNELS = [attention.FlashOnCPU, attention.BlockwiseAttention, RaggedInPlain]
+
+
+def test_a_kernel_that_says_something_else_is_found_out():
+    class Wrong(RaggedInPlain):
+        @classmethod
+        def forward(cls, query, key, value, blocks, scale):
+            out, lse = super().forward(query, key, value, blocks, scale)
+            return out, lse + 0.1
+
+    device = torch.device("cpu")
+    assert attention.disagreement(RaggedInPlain, device) < 1e-5 and attention.disagreement(Wrong, device) > 1e-2
+    assert attention.kernel_for(device) is attention.FlashOnCPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ragged_kernel_of_cuda(dtype):
+    limit = 1e-2 if dtype == torch.float32 else 3e-2
+    assert attention.disagreement(attention.RaggedOnCUDA, torch.device("cuda"), dtype) < limit
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_equal_dense_attention_alone_and_merged_with_other_scores(kernel):
     """The merged attention has one more key per query; with the merged output and log-sum-exp the kernel's backward
     gives its own share.
@@ -183,7 +206,7 @@ def test_kernels_equal_dense_attention_alone_and_merged_with_other_scores(kernel
             torch.testing.assert_close(got, w, atol=1e-11, rtol=1e-11)
 
 
-@pytest.mark.parametrize("kernel", [attention.FlashOnCPU, attention.BlockwiseAttention])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_unrolled_layer_has_the_gradients_of_the_plain_computation(kernel, monkeypatch):
     """fp64: every parameter's gradient through 4 steps against autograd of the same layer written plainly, row by
     row.

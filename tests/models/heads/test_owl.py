@@ -20,7 +20,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, Shared
 from draftsmith.models.formats import arctic, load_drafter, read_files, save_drafter
 from draftsmith.models.grow import parse_tree
-from draftsmith.models.heads import OwlConfig, OwlHead, OwlObjective, labels
+from draftsmith.models.heads import OwlConfig, OwlHead, OwlObjective, distill
 from draftsmith.models.heads.owl import Beam
 from tests.conftest import pack, tiny_target
 from tests.eval.test_decode import PROMPTS
@@ -198,7 +198,7 @@ def test_trees_hung_into_a_packed_row_equal_drafting_behind_its_documents_cut_th
 @pytest.mark.parametrize("chunk", [1, 2**20])
 def test_loss_and_gradients_equal_the_plain_definition(chunk, monkeypatch):
     """fp64: a mean of cross-entropies for each step, added up; rows in chunks of 64 and all at once."""
-    monkeypatch.setattr(labels, "CHUNK", chunk)
+    monkeypatch.setattr(distill, "CHUNK", chunk)
     target = tiny_target()
     target.model.double()
     head = tiny_owl(target).double()
