@@ -13,6 +13,7 @@ from transformers.masking_utils import eager_mask
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Middle
+from draftsmith.models.targets import grouped
 
 NAME = "draftsmith_statistics"
 CHUNK = 2**24  # weights computed at a time (64 MB in fp32)
@@ -89,7 +90,7 @@ class Watch:
         first, behind = (0, 1) if self.middle is None else self.middle.layers
         if not 0 <= first < behind <= len(layers):
             raise UserError(f"middle.layers: found {first}..{behind}, expected a range inside 0..{len(layers)}")
-        if config._attn_implementation != "sdpa":
+        if config._attn_implementation not in ("sdpa", grouped.NAME):
             raise UserError(
                 f"attention statistics: found a target with {config._attn_implementation} attention, expected sdpa"
             )

@@ -12,6 +12,7 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
+from draftsmith.models.targets import grouped
 from draftsmith.models.targets.place import read_config
 from draftsmith.models.targets.reading import Reading
 from draftsmith.models.targets.session import TextSession
@@ -41,6 +42,7 @@ class TextTarget:
                 f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an "
                 f"output head"
             )
+        grouped.use_grouped(self.body.config)
         self.vocab_size = self.head.weight.size(0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         # The name changed within transformers 5.
@@ -255,7 +257,7 @@ class TextTarget:
             self.model.set_attn_implementation(
                 "eager"
             )  # some versions of transformers take sdpa, which leaves the capping out
-        elif implementation not in ("sdpa", "eager"):
+        elif implementation not in ("sdpa", "eager", grouped.NAME):
             raise UserError(f"target {self.name}: found attention {implementation!r}, expected sdpa or eager")
         if getattr(self.config, "use_bidirectional_attention", None) is True:
             raise UserError(f"target {self.name}: found bidirectional attention, expected causal attention")
