@@ -15,7 +15,6 @@ from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.heads.adapted import merged
-from draftsmith.models.heads.vocabulary import most_frequent
 from draftsmith.models.noise import seed_of
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed
@@ -23,16 +22,15 @@ from draftsmith.train.about import measured, trained
 from draftsmith.train.checkpoint import Checkpoints, termination
 from draftsmith.train.data import Rows, await_rows, prepare
 from draftsmith.train.features import Cached, Online
-from draftsmith.train.gto import Gto
 from draftsmith.train.lora import Adapter
 from draftsmith.train.optimizers import AdamW, MuonAdamW
 from draftsmith.train.pictures import Pictures, cut_for, load_pictures
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
+from draftsmith.train.start import build_gto, build_head, regress
 from draftsmith.train.step import TrainingStep
 from draftsmith.train.telemetry import Log, Progress, Stopwatch, Wandb, figures
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PERSISTENT = 20  # steps in a row with gradients that are not finite, after which a run ends
 
 Evaluator = Callable[
@@ -42,36 +40,6 @@ Evaluator = Callable[
 
 class Terminated(Exception):
     """The run was asked to stop and saved its state."""
-
-
-def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, stops: set[int]) -> nn.Module:
-    """The head with its draft vocabulary (the most frequent ids of the data), fresh or from a drafter directory."""
-    spec, kind = recipe.head, recipe.kind
-    config = kind.Config.for_target(target.config, **spec.shape)
-    if spec.start_from is not None:
-        head = load_drafter(spec.start_from, target.shared, target.layers)
-        if type(head) is not kind:
-            raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
-        if hasattr(head, "grow"):
-            head.grow(config)
-        for key in spec.shape:
-            if getattr(head.config, key) != getattr(config, key):
-                raise UserError(
-                    f"head.{key}: found {getattr(config, key)}, expected {getattr(head.config, key)} as in "
-                    f"{spec.start_from}"
-                )
-        return head.train()
-    ids = most_frequent(counts, config.draft_vocab_size, sorted(stops))
-    torch.manual_seed(recipe.seed)
-    head = kind(config, target.shared, ids)
-    head.start_from(target)
-    return head
-
-
-def build_gto(recipe: DrafterRecipe, target: TextTarget, stops: set[int]) -> Gto:
-    """With a frozen copy of the drafter that the run starts from, in the precision of the one that is trained."""
-    frozen = load_drafter(recipe.head.start_from, target.shared, target.layers)
-    return Gto(recipe.gto, frozen.to(target.device, DTYPES[recipe.engine.dtype]).eval().requires_grad_(False), stops)
 
 
 def build_optimizer(recipe: DrafterRecipe, head: nn.Module):
@@ -262,6 +230,9 @@ class Run:
             )
         if recipe.engine.target == "sharded":
             distributed.shard(self.target)
+        self.features = self._features()
+        if found is None and recipe.head.start_from is None:
+            regress(self.head, self.schedule, self.features, say)
         gto = build_gto(recipe, self.target, stops) if recipe.gto else None
         self.optimizer = build_optimizer(recipe, self.head)
         self.engine = distributed.engine(
@@ -276,7 +247,6 @@ class Run:
             self.checkpoints.load(self.engine, place)
             self.state = State(**found["state"])
             say(f"resumed at step {self.state.step}")
-        self.features = self._features()
         say(
             f"{len(numbers):,} rows, {tokens:,} tokens, {int(rows.mask.sum()):,} written by the target; head "
             f"{size(self.head.parameters()) / 1e6:.2f} M parameters, "

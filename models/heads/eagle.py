@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt
 from torch import nn
 
 from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
-from draftsmith.models.heads import decoding
+from draftsmith.models.heads import decoding, regression
 from draftsmith.models.heads.attention import kernel_for, merged_attention, query_blocks
 from draftsmith.models.heads.decoding import Beam, Context
 from draftsmith.models.heads.distill import tally
@@ -150,6 +150,25 @@ class EagleHead(nn.Module):
         """
         nn.init.normal_(self.fc.weight, std=self.fc.in_features**-0.5)
         self.fc.weight[:, : self.config.hidden_size] /= target.embedding.float().square().mean().sqrt()
+
+    @property
+    def regressors(self) -> int:
+        """Inputs of the regression that `regress` makes."""
+        return self.fc.in_features
+
+    @torch.no_grad()
+    def regress(self, samples: list[TrainingFeatures]) -> None:
+        """Starts `fc` as the best linear map from token and feature to the next feature, and the layer as a
+        pass-through.
+        """
+        parts = []
+        for sample in samples:
+            here, ahead = regression.every_row(sample)
+            seen = torch.cat([self.embed(sample.tokens[ahead]), self.first(sample.hidden[here])], -1)
+            parts.append((seen, sample.hidden[ahead]))
+        self.fc.weight.copy_(regression.ridge(*regression.joined(parts)).T)
+        for matrix in (self.layer.self_attn.o_proj, self.layer.mlp.down_proj):
+            matrix.weight.zero_()
 
     @property
     def layer(self) -> Layer:

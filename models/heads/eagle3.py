@@ -15,7 +15,7 @@ from torch import nn
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
-from draftsmith.models.heads import decoding
+from draftsmith.models.heads import decoding, regression
 from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.attention import kernel_for, query_blocks
 from draftsmith.models.heads.decoding import Beam, Context
@@ -104,6 +104,10 @@ class Eagle3Config:
         )
 
 
+TURNING = 4  # rotations, the fastest ones, by which a row of a fresh head tells itself from the others
+APART = 5.0  # how much less the row before scores: it gets a weight of exp(-5)
+
+
 class WideLayer(Layer):
     """A layer whose attention reads an embedding beside the hidden state, each behind a norm of its own."""
 
@@ -164,6 +168,41 @@ class Eagle3Head(nn.Module):
             "pre_feedforward_layernorm" if hasattr(last, "pre_feedforward_layernorm") else "post_attention_layernorm"
         )
         copy_norm(getattr(last, before_mlp, None), self.midlayer.post_attention_layernorm)
+
+    @property
+    def regressors(self) -> int:
+        """Inputs of the larger of the regressions that `regress` makes."""
+        return max(self.fc.in_features, 2 * self.config.hidden_size)
+
+    @torch.no_grad()
+    def regress(self, samples: list[TrainingFeatures]) -> None:
+        """Starts as two linear maps: `fc` from the taps to the state that the output head would read at this row, and
+        the attention from this state and the next token's embedding to how the state changes with that token. For the
+        second every row attends to itself: its values hold the directions that matter most, and queries and keys have
+        one large constant part, whose rotations agree at distance 0 alone. What the MLP adds begins at zero.
+        """
+        layer, scale, parts = self.midlayer, self.norm.weight.abs().clamp_min(1e-2) * self.norm.weight.sign(), []
+        for sample in samples:
+            rows, places = regression.supervised_pairs(sample)
+            final = sample.teacher.final.float() / scale
+            parts.append((sample.hidden[rows], sample.tokens[rows + 1], final[places - 1], final[places]))
+        taps, tokens, now, following = regression.joined(parts)
+        self.fc.weight.copy_(regression.ridge(taps, now).T)
+        state = taps @ self.fc.weight.T.float()
+        seen = layer.widen(self._embed(tokens.long()), state.to(self.fc.weight.dtype)).float()
+        change = regression.ridge(seen, following - state)
+        attention, group = layer.self_attn, layer.self_attn.heads // layer.self_attn.kv_heads
+        kept = regression.principal(seen @ change, attention.kv_heads * attention.head_dim)
+        attention.v_proj.weight.copy_((change @ kept).T)
+        shares = kept.unflatten(1, (attention.kv_heads, 1, attention.head_dim)) / group
+        attention.o_proj.weight.copy_(shares.expand(-1, -1, group, -1).flatten(1))
+        steady = regression.ridge(seen, torch.ones_like(seen[:, :1]))[:, 0]
+        turning = self._rope[0][:TURNING].to(steady)
+        size = (APART / (attention.scale * (1 - turning.cos()).sum())).sqrt()
+        for projection in (attention.q_proj, attention.k_proj):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5 / 2)
+            projection.weight.unflatten(0, (-1, attention.head_dim))[:, :TURNING] = size * steady
+        layer.mlp.down_proj.weight.zero_()
 
     @property
     def shared(self) -> Shared:

@@ -86,6 +86,7 @@ class HivisHead(EagleHead):
 
     name, Shape, Objective, Config = "hivis", HivisShape, HivisObjective, HivisConfig
     inputs = 3
+    regress = None  # its rows begin in a different way
 
     def __init__(self, config: HivisConfig, shared: Shared, ids: torch.Tensor | None = None):
         super().__init__(config, shared, ids)

@@ -20,8 +20,8 @@ from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import EagleConfig, EagleHead, EagleObjective, HivisConfig, HivisHead, HivisObjective
 from draftsmith.models.targets import ImagePrompt
-from draftsmith.train.loop import build_head
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
+from draftsmith.train.start import build_head
 from tests.conftest import ROOT, pack
 from tests.models.heads.test_eagle3 import documents
 from tests.tiny_vision import END, IMAGE, START, document, tiny_vision

@@ -1,0 +1,64 @@
+"""What a run starts from: its head and, before the first step, the head's own start in closed form."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.features import TrainingFeatures
+from draftsmith.models.formats import load_drafter
+from draftsmith.models.heads.regression import ROWS
+from draftsmith.models.heads.vocabulary import most_frequent
+from draftsmith.models.targets import TextTarget
+from draftsmith.train.gto import Gto
+from draftsmith.train.recipe import DrafterRecipe
+from draftsmith.train.schedule import Schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, stops: set[int]) -> nn.Module:
+    """The head with its draft vocabulary (the most frequent ids of the data), fresh or from a drafter directory."""
+    spec, kind = recipe.head, recipe.kind
+    config = kind.Config.for_target(target.config, **spec.shape)
+    if spec.start_from is not None:
+        head = load_drafter(spec.start_from, target.shared, target.layers)
+        if type(head) is not kind:
+            raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
+        if hasattr(head, "grow"):
+            head.grow(config)
+        for key in spec.shape:
+            if getattr(head.config, key) != getattr(config, key):
+                raise UserError(
+                    f"head.{key}: found {getattr(config, key)}, expected {getattr(head.config, key)} as in "
+                    f"{spec.start_from}"
+                )
+        return head.train()
+    ids = most_frequent(counts, config.draft_vocab_size, sorted(stops))
+    torch.manual_seed(recipe.seed)
+    head = kind(config, target.shared, ids)
+    head.start_from(target)
+    return head
+
+
+def build_gto(recipe: DrafterRecipe, target: TextTarget, stops: set[int]) -> Gto:
+    """With a frozen copy of the drafter that the run starts from, in the precision of the one that is trained."""
+    frozen = load_drafter(recipe.head.start_from, target.shared, target.layers)
+    return Gto(recipe.gto, frozen.to(target.device, DTYPES[recipe.engine.dtype]).eval().requires_grad_(False), stops)
+
+
+def regress(
+    head: nn.Module, schedule: Schedule, features: Callable[[list[int]], TrainingFeatures], say: Callable[[str], None]
+) -> None:
+    """Lets a head that can start in closed form do so, over rows of the first steps (the same in every process)."""
+    if getattr(head, "regress", None) is None:
+        return
+    samples, rows, wanted = [], 0, ROWS * head.regressors
+    parts = (part for _, epoch, bins in schedule.after(0) if epoch == 0 for part in bins)
+    while rows < wanted and (part := next(parts, None)):
+        samples.append(features(part))
+        rows += len(samples[-1].packing.rows)
+    if 4 * rows >= wanted:
+        head.regress(samples)
+        say(f"the head starts from a regression over {rows:,} rows")
