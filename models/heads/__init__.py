@@ -10,6 +10,7 @@ A head's class has
     tables                     parts of the names of matrices with one row a token (embeddings, output heads)
     (config, shared, ids)      its constructor: `Shared` of the target, the draft vocabulary (None = all)
     start_from(target)         starts from the target's weights where that helps
+    regress(samples), regressors   (some heads, else None) starts in closed form from rows of the data; its inputs
     feature_spec, ids, shared  what it asks of the target; the draft vocabulary [Vd] int64
     loss(features, objective, counts) -> (loss, sums)
     unroll(features, steps)    (rows, outputs) of each step with teacher tokens; logits(outputs) in the draft vocabulary

@@ -4,8 +4,9 @@
         [--start NAME ...] [--change section.key=value ...] [--folder runs/start] [--output FILE]
 
 Starts: `output head` takes the target's rows of the output head and its final norm, and nothing else; `high tap` also
-lets `fc` pass the high tap through; `last layer` also takes the target's last decoder layer (what `Eagle3Head` does);
-`three steps` is that with three steps of training-time test instead of the recipe's.
+lets `fc` pass the high tap through; `last layer` also takes the target's last decoder layer; `regression` then fits
+`fc` and the attention to rows of the answers (what a run does), also with a tenth of the recipe's usual rates; `three
+steps` is that with three steps of training-time test instead of the recipe's.
 answers: what all trainings read; prompts: those that are decoded (other ones). A run takes as many steps as fit its
 minutes of processor time, by the time of a short run of its own; what stands in the folder is not trained again. tau:
 60-node tree, T = 0, 64 new tokens; 95 % intervals resample prompts, of gains over `output head` prompts are paired.
@@ -48,12 +49,18 @@ def high_tap(head: Eagle3Head, target: TextTarget) -> None:
     head.fc.weight[:, -head.config.hidden_size :] = torch.eye(head.config.hidden_size)
 
 
-# name -> (what replaces `Eagle3Head.start_from`, changes of the recipe)
+# name -> (what replaces `Eagle3Head.start_from` and `Eagle3Head.regress`, changes of the recipe)
 STARTS = {
-    "output head": (output_head, []),
-    "high tap": (high_tap, []),
-    "last layer": (Eagle3Head.start_from, []),
-    "three steps": (Eagle3Head.start_from, ["objective.steps=3"]),
+    "output head": (output_head, None, []),
+    "high tap": (high_tap, None, []),
+    "last layer": (Eagle3Head.start_from, None, []),
+    "regression": (Eagle3Head.start_from, Eagle3Head.regress, []),
+    "regression, a tenth of the rates": (
+        Eagle3Head.start_from,
+        Eagle3Head.regress,
+        ["optimization.lr=0.0003", "optimization.muon_lr=0.002"],
+    ),
+    "three steps": (Eagle3Head.start_from, Eagle3Head.regress, ["objective.steps=3"]),
 }
 
 
@@ -72,19 +79,20 @@ def main():
     recipe = read_recipe(RECIPES / f"{arguments.recipe}.yaml", DrafterRecipe, arguments.change)
     target, tokenizer = TextTarget.load(recipe.target), load_tokenizer(recipe.target)
     prompts = [p.tokens for p in read_prompts(arguments.prompts, tokenizer, arguments.limit)]
-    stops, shipped, table = stop_ids(target, tokenizer), Eagle3Head.start_from, {}
+    stops, table = stop_ids(target, tokenizer), {}
+    shipped = Eagle3Head.start_from, Eagle3Head.regress
     usual = ["evaluation.rows=0", "engine.checkpoint_minutes=60", "data.features=online", *arguments.change]
     print("| minutes | start | steps | tau | over `output head` |\n| - | - | - | - | - |", flush=True)
     for minutes in arguments.minutes:
         first = None
         for name in arguments.start:
-            begin, changes = STARTS[name]
-            place = arguments.folder / f"{minutes:g}-{name.replace(' ', '-')}"
-            Eagle3Head.start_from = begin
+            begin, fit, changes = STARTS[name]
+            place = arguments.folder / f"{minutes:g}-{name.replace(',', '').replace(' ', '-')}"
+            Eagle3Head.start_from, Eagle3Head.regress = begin, fit
             try:
                 took = trained(arguments.recipe, [*usual, *changes], arguments.answers, place, 60 * minutes)
             finally:
-                Eagle3Head.start_from = shipped
+                Eagle3Head.start_from, Eagle3Head.regress = shipped
             head = load_drafter(str(place / "drafter"), target.shared, target.layers)
             drafter = HeadDrafter(head, parse_tree(TREE))
             counts = tokens_and_passes(
