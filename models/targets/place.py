@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 import draftsmith.recipes
@@ -15,7 +15,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.hub import HUB_ID, hub_reason
 from draftsmith.models.targets.fetched import FetchedTarget
 from draftsmith.models.targets.gguf import dequantised
-from draftsmith.models.targets.weights import one_line
+from draftsmith.models.targets.weights import check_adapter, one_line
 
 RECIPES = Path(draftsmith.recipes.__file__).parent
 BUNDLED, HUB = "bundled:", "hub:"
@@ -66,8 +66,9 @@ def read_config(name: str | Path) -> tuple[str, PreTrainedConfig]:
     """Where a target lies, and its config. Raises UserError when there is no such target."""
     place = locate(name)
     try:
-        return place, AutoConfig.from_pretrained(place)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        return place, AutoConfig.from_pretrained(place, trust_remote_code=False)  # else it may ask at the terminal
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
+        check_adapter(place, str(name))  # which may come without a config
         raise UserError(f"target {name}: cannot be loaded ({one_line(error)})") from None
 
 

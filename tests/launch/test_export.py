@@ -190,7 +190,7 @@ def test_what_is_not_there_is_refused_in_one_line_and_nothing_is_written(place):
         ),
         ((folder / "drafter", folder / "out", "tgi"), "--to: found tgi, expected vllm, sglang, speculators, arctic"),
         ((folder / "drafter", folder / "target", "vllm"), "exists; expected a new place"),
-        ((folder / "drafter", folder / "out", "speculators", "/none/x"), "target /none/x: cannot be read"),
+        ((folder / "drafter", folder / "out", "speculators", "/none/x"), "target /none/x: cannot be loaded"),
     ]:
         with pytest.raises(UserError, match=message):
             export_drafter(*arguments)
