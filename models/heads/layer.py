@@ -19,12 +19,17 @@ def rope_of(config, name: str) -> dict:
     (M-RoPE). Where a head cannot copy it (`rope_difference`) the head has a plain one of its own, with the target's
     base. Raises UserError, which names the head, for targets without one.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope = target_rope(config)
     if "rope_theta" not in rope:
         raise UserError(f"{name}: rope_parameters: found {rope or 'none'}, expected one rope or one of full_attention")
-    rope = {key: value for key, value in rope.items() if key != "mrope_section" and value != "mrope"}
     return {"rope_type": "default", "rope_theta": rope["rope_theta"]} if rope_difference(rope) else rope
+
+
+def target_rope(config) -> dict:
+    """The rope of full attention, of one dimension; {} without any."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    return {key: value for key, value in rope.items() if key != "mrope_section" and value != "mrope"}
 
 
 def rope_difference(rope: dict) -> str | None:

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.targets.form import context_length
 from draftsmith.models.targets.packed import PackedPrefix
-from draftsmith.models.targets.place import locate, read_config
+from draftsmith.models.targets.place import locate, read_config, read_generation
 from draftsmith.models.targets.reading import ImagePrompt
 from draftsmith.models.targets.session import Prefill, TextSession, Verified
 from draftsmith.models.targets.text import TextTarget
@@ -59,12 +58,9 @@ def describe(name: str | Path) -> Description:
     place, config = read_config(name)
     text = config.get_text_config()
     TextTarget.check(config, str(name))
+    generation = read_generation(place, str(name))
     quantizer = quantizer_for(config, str(name), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_checkpoint(place, str(name), config)
-    try:
-        generation = GenerationConfig.from_pretrained(place)
-    except OSError:
-        generation = None
     seen = (
         getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         if getattr(config, "vision_config", None)

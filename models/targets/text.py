@@ -13,7 +13,7 @@ import torch
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
 from draftsmith.models.targets.form import check_figures, context_length, small_model
-from draftsmith.models.targets.place import read_config
+from draftsmith.models.targets.place import read_config, read_generation
 from draftsmith.models.targets.reading import Reading
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
@@ -62,6 +62,7 @@ class TextTarget:
         place, config = read_config(name)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         cls.check(config, str(name))
+        read_generation(place, str(name))
         known = weights_of(place, config)  # before loading, which may change the config
         return cls(load_model(place, str(name), config, dtype, device), str(name), known)
 
