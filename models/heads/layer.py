@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -53,15 +54,19 @@ def check_rope(rope: dict) -> None:
 def frequencies(config, device) -> tuple[torch.Tensor, float]:
     """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError as `check_rope`."""
     check_rope(config.rope_parameters)
-    rope = LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            rope_parameters=dict(config.rope_parameters),
-            max_position_embeddings=config.max_position_embeddings,
+    try:
+        rope = LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                rope_parameters=dict(config.rope_parameters),
+                max_position_embeddings=config.max_position_embeddings,
+            )
         )
-    )
+    except (ArithmeticError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"rope_parameters: found {config.rope_parameters}, which make no rope ({why})") from None
     return rope.inv_freq.to(device), rope.attention_scaling
 
 
