@@ -17,8 +17,12 @@ from draftsmith.models.targets import locate
 def load_tokenizer(name: str | Path):
     """The tokenizer of a Hub id, a directory or `bundled:NAME`."""
     try:
-        return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
-    except (ImportError, OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+        tokenizer("a")  # some values of its config are looked at only here
+        return tokenizer
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise whatever their readers come across
         raise UserError(f"tokenizer {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError, StrictDataclassError
+from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 import draftsmith.recipes
@@ -67,7 +67,7 @@ def read_config(name: str | Path) -> tuple[str, PreTrainedConfig]:
     place = locate(name)
     try:
         return place, AutoConfig.from_pretrained(place, trust_remote_code=False)  # else it may ask at the terminal
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # values of another kind raise whatever comes of them
         check_adapter(place, str(name))  # which may come without a config
         raise UserError(f"target {name}: cannot be loaded ({one_line(error)})") from None
 
@@ -79,7 +79,7 @@ def read_generation(place: str, name: str) -> GenerationConfig | None:
     try:
         with quietly():
             return GenerationConfig.from_pretrained(place)
-    except (AttributeError, OSError, TypeError, ValueError) as error:
+    except Exception as error:
         if isinstance(error, OSError) and not (Path(place) / "generation_config.json").is_file():
             return None
         raise UserError(f"target {name}: generation_config.json: cannot be read ({one_line(error)})") from None

@@ -2,19 +2,27 @@
 read and by whatever asks first; families whose rope no head can copy run, with a rope of the head's own.
 """
 
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
 
 from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
+from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import Eagle3Objective, EagleConfig, EagleHead
 from draftsmith.models.heads.layer import check_rope
-from draftsmith.models.targets import TextTarget, describe
+from draftsmith.models.notes import notes
+from draftsmith.models.targets import TextTarget, describe, form
 from draftsmith.models.targets.form import context_length, small_model
 from tests.conftest import pack, tiny_head
 from tests.models.targets.test_targets import FAMILIES, REFUSED, SHAPE, model_of, prompts_of, rounds_error
@@ -123,6 +131,57 @@ def test_a_config_of_values_that_have_no_meaning_is_one_line(tmp_path):
         with pytest.raises(UserError, match="cannot be loaded") as caught:
             describe(folder)
         assert "\n" not in str(caught.value)
+
+
+def listed(part: str) -> list[str]:
+    """The families that the README of the folder names there, as far as this version of transformers has them."""
+    text = (Path(form.__file__).parent / "README.md").read_text("utf-8").split(f"**{part}**")[1].split("\n**")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")] or [text]
+    names = [name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row.split(" with ")[0])]
+    return [name for name in names if name in hf.CONFIG_MAPPING]
+
+
+def default(name: str):
+    """granite's own default scales no logits."""
+    return BY_NAME[name]() if name in ("granite", "cohere") else hf.CONFIG_MAPPING[name]()
+
+
+@pytest.mark.parametrize("part", ["Run", "Read", "Refused"])
+def test_the_lists_of_families_are_what_the_checks_say(part):
+    wrong = []
+    for name in listed(part):
+        config = default(name) if part == "Refused" else hf.CONFIG_MAPPING[name]()
+        try:
+            TextTarget.check(config, name)
+            found = "Run"
+        except UserError as error:
+            found = "Refused" if name in str(error) else f"{error}"
+        if (found == "Run") != (part != "Refused") or found not in ("Run", "Refused"):
+            wrong.append(f"{name}: {found}")
+    assert not wrong and len(listed(part)) > 10, wrong
+
+
+VALUES = [None, 0, -1, 2.5, "8", "", True, [], [[2]], {}, {"a": 1}, 10**9, float("nan")]
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
+def test_targets_with_any_value_anywhere_are_described_or_refused_in_one_line(folder, tmp_path):
+    target, rng = Path(shutil.copytree(folder / "target", tmp_path / "target")), random.Random(1)
+    whole, described = {file: json.loads((target / file).read_text()) for file in FILES}, 0
+    for _ in range(40):
+        file = rng.choice(FILES)
+        changed = dict(whole[file])
+        for key in rng.sample([*changed, "layer_types", "rope_scaling", "auto_map", "suppress_tokens"], 2):
+            changed[key] = rng.choice(VALUES)
+        (target / file).write_text(json.dumps(changed))
+        try:
+            found, reader = describe(target), load_tokenizer(target)
+            assert all("\n" not in line for line in notes(found, reader, "target"))
+            described += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+        (target / file).write_text(json.dumps(whole[file]))
+    assert 5 < described < 35
 
 
 @pytest.mark.parametrize("family", OWN_ROPE)
