@@ -244,11 +244,15 @@ def import_(
     output: str,
     target: Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME that it drafts for")],
     pickle: Annotated[bool, typer.Option(help="also read pytorch_model.bin (tensors only)")] = False,
+    taps: Annotated[
+        str,
+        typer.Option(help="what its tap numbers count, where it does not tell: entering (vLLM) or leaving (SGLang)"),
+    ] = None,
 ):
     """Make a drafter of this project from a public one: EAGLE-3 or speculators, directory or Hub id."""
     from draftsmith.launch.export import import_drafter
 
-    import_drafter(source, output, target, pickle, say)
+    import_drafter(source, output, target, pickle, say, taps)
 
 
 @app.command()

@@ -9,10 +9,11 @@ from string import Template
 from draftsmith.launch.trained import Trained
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats import fetch, layout_for, layout_of, read_files, save_drafter, store
+from draftsmith.models.formats import fetch, layout_for, open_head, read_files, save_drafter, store
 from draftsmith.models.formats.embedding import read_target
 from draftsmith.models.formats.layout import Serving
 from draftsmith.models.formats.place import SAFE_FILES
+from draftsmith.models.formats.taps import CONVENTIONS
 from draftsmith.models.targets import locate
 
 ENGINES = ("vllm", "sglang", "speculators", "arctic")
@@ -31,15 +32,14 @@ def export_drafter(
     stored = read_files(fetch(place))
     trained = Trained.of(stored)
     target = target or stored.target
-    own = layout_of(stored)
-    head = own.read(stored.config, stored.tensors, stored.shared(), None, stored.folder)
+    head = open_head(stored, stored.shared())
     layout, serving = layout_for(head, to), None
     context = getattr(head.config, "max_position_embeddings", None)
     if target is None:
         raise UserError(f"{stored.folder}: names no target; expected --target")
     if layout.described:
         config, architecture, embedding = read_target(target)
-        head = own.read(stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder)
+        head = open_head(stored, Shared(embedding), config.num_hidden_layers, tell=lambda line: None)  # told above
         serving = Serving(locate(target), architecture, depth)
         context = config.max_position_embeddings
     store(head, out, layout, {"head": head.name, "target": target, **stored.about}, stored.dtype, serving)
@@ -53,16 +53,18 @@ def export_drafter(
     return out
 
 
-def import_drafter(source: str, out: str | Path, target: str, pickle: bool = False, report=print) -> Path:
+def import_drafter(
+    source: str, out: str | Path, target: str, pickle: bool = False, report=print, taps: str | None = None
+) -> Path:
     """Writes OUT (a new place), a drafter of this project, from a public directory or Hub id. Its context is widened to
-    the target's.
+    the target's. taps: the convention of its tap numbers, where the directory does not tell.
     """
+    if taps not in (None, *CONVENTIONS):
+        raise UserError(f"--taps: found {taps}, expected {' or '.join(CONVENTIONS)}")
     out = new_place(out)
     stored = read_files(fetch(source, (*SAFE_FILES, "*.bin") if pickle else SAFE_FILES), pickle)
     config, _, embedding = read_target(target)
-    head = layout_of(stored).read(
-        stored.config, stored.tensors, Shared(embedding), config.num_hidden_layers, stored.folder
-    )
+    head = open_head(stored, Shared(embedding), config.num_hidden_layers, taps, report)
     trained, wanted = getattr(head.config, "max_position_embeddings", None), config.max_position_embeddings
     if trained is not None and trained < wanted:
         rope = {"original_max_position_embeddings": trained, **head.config.rope_parameters}

@@ -223,7 +223,7 @@ def generate(request: Request) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # the library's remarks would stand in the text
     with screen.during(f"loading {request.method} ..."):
-        methods = Methods.open([request.method], request.target, request.assistant, dtype)
+        methods = Methods.open([request.method], request.target, request.assistant, dtype, screen.note)
         if tree is None and grows(method) and not shaped(method):
             tree = parse_tree(CPU_TREE if methods.target.device.type == "cpu" else LARGE_TREE)
         responder = Responder(methods, methods.decoder(name, tree), sampling, request.max_new_tokens)

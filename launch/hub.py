@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from draftsmith.launch.card import measured, model_card
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import fetch, layout_of, read_files, store
+from draftsmith.models.formats import fetch, layout_of, open_head, read_files, store
 from draftsmith.models.hub import HUB_ID, hub_reason
 
 WAITS = (1, 5, 20)  # seconds between attempts, where the Hub or the line fails
@@ -66,7 +66,7 @@ def stage(
             f"that it was exported from"
         )
     layout = layout_of(stored)
-    head = layout.read(stored.config, stored.tensors, stored.shared(), None, stored.folder)
+    head = open_head(stored, stored.shared())
     cells, conditions = measured(stored.folder, results)
     store(head, folder, layout, portable({**stored.about, "target": named}), stored.dtype, serving)
     (folder / "README.md").write_text(

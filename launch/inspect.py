@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from draftsmith.models.chat import load_tokenizer, stop_ids
+from draftsmith.models.notes import notes
 from draftsmith.models.targets import describe
 from draftsmith.train.data import prepare
 from draftsmith.train.pictures import cut_for, load_pictures
@@ -17,8 +18,11 @@ def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
     """Prints counts, the draft vocabulary's coverage by size, and the first rows with the tokens written by the target
     in green.
     """
-    tokenizer, target, spec = load_tokenizer(recipe.target), describe(recipe.target), recipe.data
+    target, spec = describe(recipe.target), recipe.data
+    tokenizer = load_tokenizer(recipe.target)
     config = recipe.kind.Config.for_target(target.config, **recipe.head.shape)
+    for line in notes(target, tokenizer, recipe.target, config):
+        console.print(line, markup=False)
     with tempfile.TemporaryDirectory() as folder:
         rows = prepare(
             spec.files,

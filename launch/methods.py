@@ -24,6 +24,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch
 from draftsmith.models.formats.layout import other_weights, read_json
 from draftsmith.models.grow import StaticTree, TreePolicy
+from draftsmith.models.notes import notes
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
 
@@ -92,12 +93,15 @@ class Methods:
                 )
             target_name = wanted[0]
         target = TextTarget.load(target_name, dtype)
+        tokenizer = load_reader(target_name, target)
+        for line in notes(target, tokenizer, target_name):
+            report(line)
         for name, place in ((name, place) for name, method in named.items() for place in places(method)):
             if others := other_weights(about(found[place]), target):
                 if not chosen:
                     raise UserError(f"drafter {name}: {others}; --target measures it on these all the same")
                 report(f"drafter {name}: {others}; its acceptance length may be lower than there")
-        tokenizer, drafters = load_reader(target_name, target), Drafters(target, assistant)
+        drafters = Drafters(target, assistant)
         folders = {name: method for name, method in named.items() if trained(method)}
         heads = {name: drafters.head(place) for name, place in folders.items()}
         baselines = {

@@ -45,7 +45,8 @@ def verify(
     found: list[Comparison] = []
     for target_name in targets or [None]:
         for dtype in precisions:
-            methods = Methods.open(names, target_name, ASSISTANT, dtype, report)
+            once = report if dtype is precisions[0] else (lambda line: None)  # what concerns the target itself
+            methods = Methods.open(names, target_name, ASSISTANT, dtype, once)
             rows = max(methods.rows, *(policy.size for policy in policies))
             prompts = methods.prompts(suite, limit, max_new_tokens, rows, False, report)
             drafters = {

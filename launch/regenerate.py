@@ -28,6 +28,7 @@ from draftsmith.models.chat import stop_ids
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch
 from draftsmith.models.grow import parse_tree
+from draftsmith.models.notes import notes
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import describe
 from draftsmith.models.targets.weights import identity_of
@@ -65,6 +66,8 @@ def regenerate(
     kinds = [Sampling(temperature, seed=seed).temperature for temperature in temperatures]
     described = describe(target_name)
     tokenizer = load_reader(target_name, described)
+    for line in notes(described, tokenizer, target_name):
+        report(line)
     stops = stop_ids(described, tokenizer)
     prompts = read_prompts(prompts_file, tokenizer, limit)
     service = open_server(server, target_name, tokenizer, stops, seed, prompts) if server else None

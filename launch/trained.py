@@ -18,13 +18,14 @@ class Trained:
     """None stands for what is not recorded.
 
     steps: drafted levels; context: tokens of the longest row; temperatures: of the answers, None in it for answers that
-    do not say; template_variables: those of the chat template with the values that they had, None where it was left to
-    its default.
+    do not say; laws: theirs beside the temperatures (top_k and the like), with None likewise; template_variables: those
+    of the chat template with the values that they had, None where it was left to its default.
     """
 
     steps: int | None = None
     context: int | None = None
     temperatures: list[float | None] | None = None
+    laws: list[dict | None] | None = None
     template_variables: dict | None = None
 
     @classmethod
@@ -35,7 +36,7 @@ class Trained:
         recipe = section(stored.about, "recipe")
         steps, context = section(recipe, "objective").get("steps"), section(recipe, "data").get("max_length")
         found = section(stored.about, "trained") or {"steps": steps, "context": context}
-        kinds = {"steps": int, "context": int, "temperatures": list, "template_variables": dict}
+        kinds = {"steps": int, "context": int, "temperatures": list, "laws": list, "template_variables": dict}
         for name, kind in kinds.items():
             if not isinstance(found.get(name), kind | None):
                 raise UserError(
@@ -80,7 +81,13 @@ class Trained:
         if self.temperatures is None:
             return NOT_RECORDED
         said = ["greedy" if t == 0 else f"sampled at T = {t:g}" for t in self.temperatures if t is not None]
-        return ", ".join(said + [f"some with a temperature that is {NOT_RECORDED}"] * (None in self.temperatures))
+        said += [f"some with a temperature that is {NOT_RECORDED}"] * (None in self.temperatures)
+        return ", ".join(said) + "".join(f"; {self._law(law)}" for law in self.laws or ())
+
+    def _law(self, law: dict | None) -> str:
+        if law is None:
+            return f"some with cuts and penalties that are {NOT_RECORDED}"
+        return "with " + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in sorted(law.items()))
 
     def _variables(self) -> str:
         if self.template_variables is None:

@@ -84,6 +84,7 @@ def dry_run(arguments: list[str]) -> int:
     from rich.table import Table
 
     from draftsmith.models.chat import load_tokenizer, stop_ids
+    from draftsmith.models.notes import notes
     from draftsmith.models.targets import describe
     from draftsmith.train.data import prepare
     from draftsmith.train.distributed import read_engine_file
@@ -94,9 +95,11 @@ def dry_run(arguments: list[str]) -> int:
     recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
     read_engine_file(recipe.engine.config, Path(arguments[0]))
     described, corpus, world = describe(recipe.target), None, int(os.environ.get("WORLD_SIZE", "1"))
+    tokenizer, spec = load_tokenizer(recipe.target), recipe.data
+    config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
+    for line in notes(described, tokenizer, recipe.target, config):
+        say(line)
     if all(file.startswith("hub:") or Path(file).is_file() for file in recipe.data.files):
-        tokenizer, spec = load_tokenizer(recipe.target), recipe.data
-        config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
         with tempfile.TemporaryDirectory() as folder:
             rows = prepare(
                 spec.files,

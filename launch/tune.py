@@ -38,7 +38,7 @@ def tune_tree(
     if not depth <= large or not size <= large:
         raise UserError(f"--candidates: found {large}, expected at least --size {size} and --depth {depth}")
     sampling = Sampling(temperature, seed=seed)
-    methods = Methods.open([method], target, ASSISTANT)
+    methods = Methods.open([method], target, ASSISTANT, report=report)
     prompts = methods.prompts(suite, limit, max_new_tokens, 2 * (1 + large), False, report)
     check_writable(output.parent)
     make = lambda tree: methods.drafters.drafter(asked, tree, lasting=True)  # noqa: E731

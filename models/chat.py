@@ -10,14 +10,19 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.stops import Stops
 from draftsmith.models.targets import locate
 
 
 def load_tokenizer(name: str | Path):
     """The tokenizer of a Hub id, a directory or `bundled:NAME`."""
     try:
-        return AutoTokenizer.from_pretrained(locate(name))
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+        tokenizer("a")  # some values of its config are looked at only here
+        return tokenizer
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise whatever their readers come across
         raise UserError(f"tokenizer {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
 
 
@@ -45,14 +50,8 @@ class UnstableTemplate(UserError):
 
 
 def stop_ids(target, tokenizer) -> set[int]:
-    """Every id that ends an answer: the generation config's, the model config's or the tokenizer's. target:
-    `TextTarget` or `Description`.
-    """
-    for source in (target.generation_config, target.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return set(ids if isinstance(ids, (list, tuple)) else [ids])
-    return set()
+    """Every id that ends an answer (`Stops`). target: `TextTarget` or `Description`."""
+    return Stops.of(target, tokenizer).ids
 
 
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:

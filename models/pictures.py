@@ -171,8 +171,10 @@ class Reader:
 def load_processor(name: str | Path):
     """The processor of a target that sees. Raises UserError when none lies beside the target."""
     try:
-        return AutoProcessor.from_pretrained(locate(name))
-    except (OSError, ValueError) as error:
+        return AutoProcessor.from_pretrained(locate(name), trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # as in `load_tokenizer`
         raise UserError(f"processor {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
 
 

@@ -11,7 +11,8 @@ def trained(recipe: DrafterRecipe, rows: Rows, pictures: Pictures | None) -> dic
     """What a drafter was trained for.
 
     steps: drafted levels; context: tokens of the longest row (at most data.max_length); temperatures: of the answers
-    (`Rows.temperatures`); template_variables: those of the chat template (`models.chat.template_variables`).
+    (`Rows.temperatures`); laws: theirs beside the temperatures (`Rows.laws`); template_variables: those of the chat
+    template (`models.chat.template_variables`).
     """
     steps, gto = recipe.objective.steps, recipe.gto
     reader = pictures.reader if pictures else load_tokenizer(recipe.target)
@@ -19,6 +20,7 @@ def trained(recipe: DrafterRecipe, rows: Rows, pictures: Pictures | None) -> dic
         "steps": max(steps, parse_tree(gto.tree).depth) if gto else steps,
         "context": int(rows.lengths.max()),
         "temperatures": rows.temperatures,
+        "laws": rows.laws,
         "template_variables": template_variables(reader),
     }
 

@@ -66,6 +66,14 @@ class Rows:
         place = self.folder / "temperatures.json"
         return json.loads(place.read_text("utf-8")) if place.is_file() else None
 
+    @cached_property
+    def laws(self) -> list[dict | None] | None:
+        """By which laws beside the temperature the answers were drawn, as the records say (`sampling`, as `draftsmith
+        regenerate` writes it), or None as for `temperatures`.
+        """
+        place = self.folder / "laws.json"
+        return json.loads(place.read_text("utf-8")) if place.is_file() else None
+
     @property
     def key(self) -> str:
         return self.folder.name
@@ -192,7 +200,7 @@ def _content(path: Path) -> bytes:
 
 
 def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report, pictures) -> None:
-    names, of_row, conversations, temperatures = [], [0], [], set()
+    names, of_row, conversations, temperatures, laws = [], [0], [], set(), set()
     borders, counts, short, shown = [0], np.zeros(vocab_size, dtype=np.int64), 0, time.time()
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "mask.bin").open("wb") as mask_file:
         for file in files:
@@ -212,6 +220,7 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
                 conversations += [conversations[-1] + 1 if conversations else 0] * len(supervised)
                 if supervised:
                     temperatures.add(temperature_of(record))
+                    laws.add(json.dumps(law_of(record), sort_keys=True))
                 for tokens, mask, found in supervised:
                     ids, written = (
                         np.array(tokens[:max_length], dtype=np.uint32),
@@ -251,6 +260,7 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
     (folder / "temperatures.json").write_text(
         json.dumps(sorted(temperatures, key=lambda t: (t is None, t or 0.0))), "utf-8"
     )
+    (folder / "laws.json").write_text(f"[{', '.join(sorted(laws))}]", "utf-8")
     if pictures is not None:
         np.save(folder / "conversations.npy", np.array(conversations, dtype=np.int64))
         encoded = [name.encode() for name in names]
@@ -263,6 +273,12 @@ def temperature_of(record: dict) -> float | None:
     """At which temperature the target gave this answer, where the record says so (`draftsmith regenerate` does)."""
     found = record.get("temperature")
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+
+
+def law_of(record: dict) -> dict | None:
+    """By which law beside the temperature the target gave this answer, where the record says so."""
+    found = record.get("sampling")
+    return found if isinstance(found, dict) and all(isinstance(v, (int, float)) for v in found.values()) else None
 
 
 def _encode(

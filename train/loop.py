@@ -16,6 +16,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.heads.adapted import merged
 from draftsmith.models.noise import seed_of
+from draftsmith.models.notes import notes
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed
 from draftsmith.train.about import measured, trained
@@ -114,6 +115,8 @@ def train(
                 f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}"
             )
         config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
+        for line in notes(described, tokenizer, recipe.target, config):
+            say(line)
         stops = stop_ids(described, tokenizer)
         pictures = load_pictures(recipe.target, described, spec.max_image_pixels, cut_for(config))
         arguments = (tokenizer, stops, described.vocab_size, Path(recipe.output) / "rows")

@@ -8,10 +8,13 @@ texts come from the library's own random numbers: they follow the same law as ou
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from draftsmith.eval.decode import Emit, Pass, Trace, cut, undisturbed
@@ -85,6 +88,28 @@ class Stopwatch:
             hook.remove()
 
 
+DRAFTING = (  # of a generation config: how an assistant drafts, which changes no law
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+)
+
+
+@contextmanager
+def clean(*models) -> Iterator[None]:
+    """Without the decoding rules of the models' own generation configs, which `generate` takes for whatever a call does
+    not say: all methods decode by one law.
+    """
+    own = [model.generation_config for model in models]
+    for model in models:
+        model.generation_config = GenerationConfig(**{key: getattr(model.generation_config, key) for key in DRAFTING})
+    try:
+        yield
+    finally:
+        for model, config in zip(models, own):
+            model.generation_config = config
+
+
 class Generate:
     """`model.generate` as a decoder of `measure.interleaved`. options are passed on; assistant is a draft model with
     the target's tokenizer.
@@ -134,7 +159,8 @@ class Generate:
         single = self.one_at_a_time or emit is not None  # the library streams single requests only
         emissions = Emissions(requests[0], max_new_tokens, stops, emit) if single else None
         drafting = Stopwatch(self.assistant.model) if self.assistant else None
-        with Stopwatch(self.target.model) as verifying, drafting or torch.no_grad():
+        models = [self.target.model] + ([self.assistant.model] if self.assistant else [])
+        with clean(*models), Stopwatch(self.target.model) as verifying, drafting or torch.no_grad():
             texts = self.target.model.generate(
                 tokens,
                 attention_mask=mask,

@@ -1,11 +1,16 @@
 """An answer, and the row of JSONL that it becomes."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from draftsmith.eval.measurement.prompts import Prompt
+from draftsmith.eval.sampling import Sampling
 from draftsmith.models.errors import UserError
+
+# The law of every answer beside its temperature: what is cut off or penalised, which is nothing, whatever the target's
+# own generation config asks for.
+LAW = {name: value for name, value in asdict(Sampling()).items() if name not in ("temperature", "seed")}
 
 
 @dataclass(frozen=True)
@@ -43,5 +48,5 @@ def row_of(answer: Answer, prompt: Prompt, temperature: float, folder: Path) -> 
         row["images"] = [os.path.relpath(picture, folder) for picture in prompt.pictures]
     if answer.tokens is not None:
         row |= {"tokens": [*prompt.tokens, *answer.tokens], "prompt_length": len(prompt.tokens)}
-    row |= {"finished": answer.finished, "temperature": temperature}
+    row |= {"finished": answer.finished, "temperature": temperature, "sampling": LAW}
     return row if answer.server is None else row | {"server": answer.server}

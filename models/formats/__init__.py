@@ -4,6 +4,7 @@ A layout is one file that ends in a `Layout`, and its name in LAYOUTS; loading, 
 there.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from draftsmith.models.formats import arctic, dream, eagle, eagle3, hivis, specu
 from draftsmith.models.formats.layout import Layout, Serving, Stored, other_weights, read_files, written
 from draftsmith.models.formats.place import fetch
 from draftsmith.models.targets import TextTarget
+from draftsmith.models.targets.place import say
 
 __all__ = [
     "LAYOUTS",
@@ -23,6 +25,7 @@ __all__ = [
     "layout_for",
     "layout_of",
     "load_drafter",
+    "open_head",
     "read_files",
     "save_drafter",
     "store",
@@ -39,14 +42,32 @@ LAYOUTS = (
 )
 
 
+def told_once_a_run(line: str) -> None:
+    """Beside the output of a command, by the first process of several."""
+    if os.environ.get("RANK", "0") == "0":
+        say(line)
+
+
 def load_drafter(place: str | Path, shared: Shared, taps_below: int | None = None):
     """The head at a place (directory, Hub id or `bundled:NAME`, any layout), for a target that shares this and has
     `taps_below` layers. fp32 or the embedding's dtype.
 
     Raises UserError naming the file and the key when something is missing, unknown or of another target.
     """
-    stored = read_files(fetch(place))
-    return layout_of(stored).read(stored.config, stored.tensors, shared, taps_below, stored.folder)
+    return open_head(read_files(fetch(place)), shared, taps_below)
+
+
+def open_head(
+    stored: Stored, shared: Shared, taps_below: int | None = None, taps: str | None = None, tell=told_once_a_run
+):
+    """`load_drafter` of a directory that was read. taps: which convention its tap numbers follow, one of
+    `taps.CONVENTIONS`, where the user says it; tell: gets a line for each contradiction that was mended.
+    """
+    layout = layout_of(stored)
+    config, tensors, lines = layout.mend(stored, taps_below, taps)
+    for line in lines:
+        tell(f"{stored.folder}: {line}")
+    return layout.read(config, tensors, shared, taps_below, stored.folder)
 
 
 def from_pretrained(place: str | Path, target: TextTarget | None = None):
@@ -86,9 +107,12 @@ def store(head, folder: Path, layout: Layout, about: dict, dtype: torch.dtype, s
 
 def layout_of(stored: Stored) -> Layout:
     """Raises UserError that says what lies there instead."""
-    for layout in LAYOUTS:
-        if layout.recognises(stored.config) or any(name in stored.tensors for name in layout.marks):
-            return layout
+    holding = [layout for layout in LAYOUTS if layout.holds(stored.tensors)]
+    named = [layout for layout in holding or LAYOUTS if layout.recognises(stored.config)]
+    if not named and "speculators_model_type" not in stored.config:
+        named = holding
+    if named:
+        return named[0]
     known = ", ".join(sorted({layout.head.name for layout in LAYOUTS}))
     raise UserError(f"{stored.folder}/config.json: {family(stored)}, expected a head that draftsmith has: {known}")
 
@@ -105,13 +129,11 @@ def layout_for(head, engine: str) -> Layout:
 
 def family(stored: Stored) -> str:
     """What lies there where no layout recognises it."""
-    config, fc = stored.config, stored.tensors.get("fc.weight")
+    config = stored.config
     if config.get("model_type") == "mlp_speculator":
         return "found an LSTM or MLP speculator (Arctic)"
     if config.get("model_type") == "medusa":
         return "found a Medusa head"
     if "speculators_model_type" in config:
         return f"found a speculators drafter of kind {config['speculators_model_type']}"
-    if fc is not None and fc.ndim == 2 and fc.size(1) == 2 * fc.size(0) and "lm_head.weight" not in stored.tensors:
-        return f"found an EAGLE-1 or EAGLE-2 head of architecture {config.get('architectures')}"
     return f"architectures: found {config.get('architectures')}"

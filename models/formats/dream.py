@@ -11,14 +11,14 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats.layout import Layout, Serving, Tensors, check_tensors
+from draftsmith.models.formats.layout import Layout, Serving, Tensors, architecture, check_tensors
 from draftsmith.models.heads import DreamConfig, DreamHead
 
 ARCHITECTURE = "DreamDrafter"
 
 
 def recognises(config: dict) -> bool:
-    return (config.get("architectures") or [None])[0] == ARCHITECTURE
+    return architecture(config) == ARCHITECTURE
 
 
 def expected_shapes(config: DreamConfig) -> dict[str, tuple[int, ...]]:
@@ -71,4 +71,6 @@ def write(head: DreamHead, dtype: torch.dtype, serving: Serving | None = None) -
     return about | asdict(head.config), tensors
 
 
-LAYOUT = Layout(DreamHead, {}, recognises, read, write)
+LAYOUT = Layout(
+    DreamHead, {}, recognises, read, write, holds=lambda tensors: any(".cross_attn." in name for name in tensors)
+)

@@ -15,7 +15,8 @@ import torch
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
 from draftsmith.models.formats.eagle3 import LEFT_OUT, check_embedding, rope
-from draftsmith.models.formats.layout import Layout, Serving, Tensors, check_tensors
+from draftsmith.models.formats.layout import Layout, Serving, Tensors, architecture, check_tensors, layer_figures
+from draftsmith.models.formats.mended import holds_eagle, mend_eagle
 from draftsmith.models.heads import EagleConfig, EagleHead
 
 SGLANG, VLLM = "LlamaForCausalLMEagle", "LlamaForCausalLM"
@@ -31,13 +32,13 @@ EXPECTED = {
 
 
 def recognises(config: dict) -> bool:
-    return (config.get("architectures") or [None])[0] == SGLANG
+    return architecture(config) == SGLANG
 
 
 def recognises_vllm(config: dict) -> bool:
     """EAGLE-3 heads of the same name have a draft vocabulary, targets have more layers."""
-    names, others = config.get("architectures") or [None], {"speculators_model_type", "draft_vocab_size"}
-    return names[0] == VLLM and config.get("num_hidden_layers") == 1 and not others & set(config)
+    others = {"speculators_model_type", "draft_vocab_size"}
+    return architecture(config) == VLLM and config.get("num_hidden_layers") == 1 and not others & set(config)
 
 
 def expected_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
@@ -96,27 +97,10 @@ def from_config(stored: dict, place: str, bias: bool) -> EagleConfig:
                 f"{place}: {name}: found {stored[name]}, expected {str(expected).lower()} (this head computes "
                 f"something else)"
             )
-    try:
-        heads = stored["num_attention_heads"]
-        return EagleConfig(
-            **{
-                k: stored[k]
-                for k in (
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_attention_heads",
-                    "rms_norm_eps",
-                    "max_position_embeddings",
-                    "vocab_size",
-                )
-            },
-            num_key_value_heads=stored.get("num_key_value_heads") or heads,
-            head_dim=stored.get("head_dim") or stored["hidden_size"] // heads,
-            rope_parameters=rope(stored, place),
-            bias=stored.get("bias", bias),
-        )
-    except KeyError as error:
-        raise UserError(f"{place}: {error.args[0]}: missing") from None
+    bias = stored.get("bias", bias)
+    if type(bias) is not bool:
+        raise UserError(f"{place}: bias: found {bias!r}, expected true or false")
+    return EagleConfig(**layer_figures(stored, place), rope_parameters=rope(stored, place), bias=bias)
 
 
 def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> EagleHead:
@@ -169,6 +153,8 @@ LAYOUT = Layout(
     recognises,
     read,
     write,
+    holds=holds_eagle,
+    mend=mend_eagle((SGLANG, VLLM)),
 )
 VLLM_LAYOUT = Layout(
     EagleHead,
@@ -179,4 +165,6 @@ VLLM_LAYOUT = Layout(
     recognises_vllm,
     read,
     write_vllm,
+    holds=holds_eagle,
+    mend=mend_eagle((VLLM,)),
 )

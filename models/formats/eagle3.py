@@ -11,7 +11,17 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats.layout import Layout, Serving, Tensors, check_tensors
+from draftsmith.models.formats.layout import (
+    Layout,
+    Serving,
+    Tensors,
+    architecture,
+    check_tensors,
+    figures,
+    layer_figures,
+)
+from draftsmith.models.formats.mended import holds_eagle3, mend_eagle3
+from draftsmith.models.formats.taps import NAME, possible
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.heads.vocabulary import from_offsets, to_offsets
 
@@ -38,9 +48,9 @@ EXPECTED = {
 
 def recognises(config: dict) -> bool:
     """The authors' own heads say LlamaForCausalLM, as EAGLE-1 does; the draft vocabulary tells them apart."""
-    names = config.get("architectures") or [None]
+    name = architecture(config)
     return "speculators_model_type" not in config and (
-        names[0] in ARCHITECTURES or names[0] == "LlamaForCausalLM" and "draft_vocab_size" in config
+        name in ARCHITECTURES or name == "LlamaForCausalLM" and "draft_vocab_size" in config
     )
 
 
@@ -104,7 +114,7 @@ def to_config(config: Eagle3Config, dtype: torch.dtype) -> dict:
     }
 
 
-def from_config(stored: dict, place: str, taps_below: int | None) -> Eagle3Config:
+def from_config(stored: dict, place: str) -> Eagle3Config:
     """config.json -> config, with the engines' defaults for what is absent. Raises UserError naming what this head
     computes otherwise.
     """
@@ -119,52 +129,21 @@ def from_config(stored: dict, place: str, taps_below: int | None) -> Eagle3Confi
             f"{place}: target_hidden_size: found {stored['target_hidden_size']}, expected hidden_size "
             f"{stored.get('hidden_size')}"
         )
-    try:
-        taps = tap_indices(stored, place, taps_below)
-        if stored.get("num_aux_hidden_states") not in (None, len(taps)):
-            raise UserError(
-                f"{place}: num_aux_hidden_states: found {stored['num_aux_hidden_states']}, expected {len(taps)}"
-            )
-        heads = stored["num_attention_heads"]
-        return Eagle3Config(
-            **{
-                k: stored[k]
-                for k in (
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_attention_heads",
-                    "rms_norm_eps",
-                    "max_position_embeddings",
-                    "vocab_size",
-                )
-            },
-            num_key_value_heads=stored.get("num_key_value_heads") or heads,
-            head_dim=stored.get("head_dim") or stored["hidden_size"] // heads,
-            rope_parameters=rope(stored, place),
-            draft_vocab_size=stored.get("draft_vocab_size") or stored["vocab_size"],
-            taps=taps,
+    taps = tuple(stored[NAME])
+    if stored.get("num_aux_hidden_states") not in (None, len(taps)):
+        raise UserError(
+            f"{place}: num_aux_hidden_states: found {stored['num_aux_hidden_states']}, expected {len(taps)}"
         )
-    except KeyError as error:
-        raise UserError(f"{place}: {error.args[0]}: missing") from None
-
-
-def tap_indices(stored: dict, place: str, taps_below: int | None) -> tuple[int, ...]:
-    """Hugging Face `hidden_states` indices: the top-level field as it is; `eagle_config` counts the outputs of layers;
-    absent, vLLM's default.
-    """
-    name = "eagle_aux_hidden_state_layer_ids"
-    outputs = (stored.get("eagle_config") or {}).get(name)
-    if stored.get(name):
-        return tuple(stored[name])
-    if outputs:
-        return tuple(k + 1 for k in outputs)
-    if taps_below is None:
-        raise UserError(f"{place}: {name}: missing")
-    return 2, taps_below // 2, taps_below - 3
+    shape = layer_figures(stored, place)
+    given = {"draft_vocab_size": stored.get("draft_vocab_size") or shape["vocab_size"]}
+    return Eagle3Config(**shape, **figures(given, tuple(given), place), rope_parameters=rope(stored, place), taps=taps)
 
 
 def rope(stored: dict, place: str) -> dict:
     """`rope_parameters`, or the same from the legacy `rope_theta` and `rope_scaling`."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(stored.get(name), dict | None):
+            raise UserError(f"{place}: {name}: found {stored[name]!r}, expected an object or null")
     scaling = dict(stored.get("rope_scaling") or {})
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
     found = dict(stored.get("rope_parameters") or {"rope_theta": stored.get("rope_theta", 10000.0), **scaling})
@@ -172,6 +151,7 @@ def rope(stored: dict, place: str) -> dict:
         raise UserError(
             f"{place}: rope_theta: found {stored['rope_theta']}, expected rope_parameters' {found.get('rope_theta')}"
         )
+    figures(found, ("rope_theta",), place)
     if "mrope_section" in found:
         raise UserError(
             f"{place}: mrope_section: found {found['mrope_section']}, expected none (this head turns by one position)"
@@ -183,16 +163,14 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
     """`Layout.read`: checked against the target before anything is built."""
     place, embedding = f"{folder}/config.json", shared.embedding
     vocab, hidden = embedding.shape
-    config = from_config(stored, place, taps_below)
+    config = from_config(stored, place)
     if config.vocab_size != vocab:
         raise UserError(f"{place}: vocab_size: found {config.vocab_size}, expected the target's {vocab}")
     if config.hidden_size != hidden:
         raise UserError(f"{place}: hidden_size: found {config.hidden_size}, expected the target's {hidden}")
-    if not config.taps or list(config.taps) != sorted(
-        {k for k in config.taps if 0 < k < (taps_below or max(config.taps) + 1)}
-    ):
+    if not possible(config.taps, taps_below):
         raise UserError(
-            f"{place}: eagle_aux_hidden_state_layer_ids: found {list(config.taps)}, expected ascending numbers "
+            f"{place}: {NAME}: found {list(config.taps)}, expected ascending numbers "
             f"from 1 to {taps_below - 1 if taps_below else 'the number of layers less one'}"
         )
     place = f"{folder}/model.safetensors"
@@ -259,4 +237,6 @@ LAYOUT = Layout(
     recognises,
     read,
     write,
+    holds=holds_eagle3,
+    mend=mend_eagle3((*ARCHITECTURES, "LlamaForCausalLM")),
 )

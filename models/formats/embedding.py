@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.targets import locate
+from draftsmith.models.targets.place import read_config
 
 NAMES = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
@@ -20,12 +19,9 @@ def read_target(name: str):
     """A Hub id, directory or `bundled:NAME` -> (its text config, architecture, input embedding [V, h] fp32 as stored).
     Raises UserError.
     """
-    place, optional = (
-        locate(name),
-        {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False},
-    )
+    place, config = read_config(name)
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        config = AutoConfig.from_pretrained(place)
         index = cached_file(place, "model.safetensors.index.json", **optional)
         files = json.loads(Path(index).read_text("utf-8"))["weight_map"] if index else None
         shards = (

@@ -15,14 +15,14 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
 from draftsmith.models.formats import eagle
 from draftsmith.models.formats.eagle3 import LEFT_OUT, check_embedding
-from draftsmith.models.formats.layout import Layout, Serving, Tensors, check_tensors
+from draftsmith.models.formats.layout import Layout, Serving, Tensors, architecture, check_tensors
 from draftsmith.models.heads import HivisConfig, HivisHead
 
 ARCHITECTURE, MARKS = "HivisLlama", ("residual", "adaptive_embedding")
 
 
 def recognises(config: dict) -> bool:
-    return (config.get("architectures") or [None])[0] == ARCHITECTURE
+    return architecture(config) == ARCHITECTURE
 
 
 def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> HivisHead:
@@ -87,4 +87,4 @@ def write(head: HivisHead, dtype: torch.dtype, serving: Serving | None = None) -
     return eagle.to_config(head.config, dtype, ARCHITECTURE) | own, tensors
 
 
-LAYOUT = Layout(HivisHead, {}, recognises, read, write, marks=MARKS)
+LAYOUT = Layout(HivisHead, {}, recognises, read, write, holds=lambda tensors: any(name in tensors for name in MARKS))

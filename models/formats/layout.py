@@ -8,7 +8,7 @@ draftsmith.json.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,14 @@ from draftsmith.models.features import Shared
 from draftsmith.models.targets import Weights
 
 Tensors = dict[str, torch.Tensor]
+LAYER_FIGURES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,11 @@ class Serving:
     depth: int
 
 
+def as_stored(stored: "Stored", layers: int | None, taps: str | None) -> tuple[dict, Tensors, list[str]]:
+    """`Layout.mend` where there is nothing to mend."""
+    return stored.config, stored.tensors, []
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to store one kind of head.
@@ -44,8 +57,11 @@ class Layout:
     in it. recognises(config.json) -> whether a directory is of this layout. read(config, tensors, shared, taps_below,
     folder) -> head; raises UserError for whatever is missing, unknown or of another target. write(head, dtype, serving)
     -> (config.json, tensors). The first layout of a head is the one that drafters are kept in; it needs no serving.
-    marks: names of tensors that no other layout has, whatever the configuration says. described: whether the engines
-    want the verifier named in config.json, so that an export is given `Serving`.
+    holds(tensors) -> whether they are those of its head, whatever the configuration says; of several layouts of one
+    head the configuration decides. mend(stored, layers of the target or None, convention of `taps` or None) -> (config,
+    tensors, lines): what `read` is given, with a line for each contradiction that was mended; raises UserError for what
+    cannot be decided. described: whether the engines want the verifier named in config.json, so that an export is given
+    `Serving`.
     """
 
     head: type
@@ -54,7 +70,8 @@ class Layout:
     read: Callable[[dict, Tensors, Shared, int | None, Path], torch.nn.Module]
     write: Callable[[torch.nn.Module, torch.dtype, Serving | None], tuple[dict, Tensors]]
     described: bool = False
-    marks: tuple[str, ...] = ()
+    holds: Callable[[Tensors], bool] = lambda tensors: False
+    mend: Callable[["Stored", int | None, str | None], tuple[dict, Tensors, list[str]]] = as_stored
 
 
 @dataclass(frozen=True)
@@ -103,14 +120,10 @@ class Stored:
         """Without a target: the embedding stored here, or zeros (without memory) of the target's shape, for work that
         does not look at it.
         """
-        flat = {**self.config.get("transformer_layer_config", {}), **self.config}
-        try:
-            shape = (
-                flat["vocab_size"],
-                flat.get("target_hidden_size") or flat.get("input_hidden_dim") or flat["hidden_size"],
-            )
-        except KeyError as error:
-            raise UserError(f"{self.folder}/config.json: {error.args[0]}: missing") from None
+        layer = self.config.get("transformer_layer_config")
+        flat = (layer if isinstance(layer, dict) else {}) | self.config
+        width = next((name for name in ("target_hidden_size", "input_hidden_dim") if flat.get(name)), "hidden_size")
+        shape = tuple(figures(flat, ("vocab_size", width), f"{self.folder}/config.json").values())
         own = self.tensors.get("embed_tokens.weight")
         return Shared(torch.zeros(1).expand(shape) if own is None else own.float())
 
@@ -136,8 +149,11 @@ def read_files(folder: Path, pickle: bool = False) -> Stored:
     for file in files:
         try:
             tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        except (SafetensorError, OSError, UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+        except (SafetensorError, OSError, UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
             raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    for key, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{folder}: {key}: found {type(value).__name__}, expected a tensor")
     return Stored(folder, config, tensors, about)
 
 
@@ -153,6 +169,12 @@ def other_weights(about: dict, target) -> str | None:
     )
 
 
+def architecture(config: dict) -> str | None:
+    """The first name of `architectures`."""
+    found = config.get("architectures")
+    return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else None
+
+
 def read_json(file: Path) -> dict:
     try:
         document = json.loads(file.read_text("utf-8"))
@@ -161,6 +183,41 @@ def read_json(file: Path) -> dict:
     if not isinstance(document, dict):
         raise UserError(f"{file}: found {type(document).__name__}, expected a JSON object")
     return document
+
+
+def figures(stored: dict, names: Sequence[str], place: str) -> dict:
+    """These entries of a config.json. Raises UserError for one that is missing, or no positive number (a whole one,
+    where it is no eps and no theta).
+    """
+    found = {}
+    for name in names:
+        if name not in stored:
+            raise UserError(f"{place}: {name}: missing")
+        value, kinds = stored[name], (int, float) if name in ("rms_norm_eps", "rope_theta") else (int,)
+        if type(value) not in kinds or not value > 0:
+            raise UserError(f"{place}: {name}: found {value!r}, expected a positive number")
+        found[name] = value
+    return found
+
+
+def layer_figures(stored: dict, place: str) -> dict:
+    """The widths and counts of a head of one decoder layer, with the engines' defaults for what is absent. Raises
+    UserError as `figures`.
+    """
+    found = figures(stored, LAYER_FIGURES, place)
+    heads = found["num_attention_heads"]
+    given = {
+        "num_key_value_heads": stored.get("num_key_value_heads") or heads,
+        "head_dim": stored.get("head_dim") or found["hidden_size"] // heads,
+    }
+    found |= figures(given, tuple(given), place)
+    if heads % found["num_key_value_heads"]:
+        raise UserError(
+            f"{place}: num_key_value_heads: found {found['num_key_value_heads']}, expected a divisor of {heads}"
+        )
+    if found["head_dim"] % 2:
+        raise UserError(f"{place}: head_dim: found {found['head_dim']}, expected an even number")
+    return found
 
 
 def check_tensors(

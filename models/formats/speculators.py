@@ -13,6 +13,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
 from draftsmith.models.formats import eagle3
 from draftsmith.models.formats.layout import Layout, Serving, Tensors
+from draftsmith.models.formats.mended import holds_eagle3, mend_eagle3
 from draftsmith.models.heads import Eagle3Head
 
 VERSION = "0.7.0"  # of the format's description that this follows
@@ -91,4 +92,13 @@ def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None) -> tupl
     }, tensors
 
 
-LAYOUT = Layout(Eagle3Head, {"speculators": "vllm serve $drafter"}, recognises, read, write, described=True)
+LAYOUT = Layout(
+    Eagle3Head,
+    {"speculators": "vllm serve $drafter"},
+    recognises,
+    read,
+    write,
+    described=True,
+    holds=holds_eagle3,
+    mend=mend_eagle3(None, taps_are="entering"),
+)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -10,43 +11,62 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.unroll import turn
 
+COPIED = ("default", "linear", "llama3", "yarn")  # types of rope that do not change with the length
+
 
 def rope_of(config, name: str) -> dict:
-    """The rope of a target's text config; where kinds of layer have ropes of their own (Gemma 3) that of full
-    attention, since heads attend to all rows; of one dimension where images count in three (M-RoPE). Raises UserError,
-    which names the head, for targets without one.
+    """The rope of a head for a target's text config. It is the target's; where kinds of layer have ropes of their own
+    (Gemma 3) that of full attention, since heads attend to all rows; of one dimension where images count in three
+    (M-RoPE). Where a head cannot copy it (`rope_difference`) the head has a plain one of its own, with the target's
+    base. Raises UserError, which names the head, for targets without one.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope = target_rope(config)
     if "rope_theta" not in rope:
         raise UserError(f"{name}: rope_parameters: found {rope or 'none'}, expected one rope or one of full_attention")
-    rope = {key: value for key, value in rope.items() if key != "mrope_section" and value != "mrope"}
-    check_rope(rope)
-    return rope
+    return {"rope_type": "default", "rope_theta": rope["rope_theta"]} if rope_difference(rope) else rope
+
+
+def target_rope(config) -> dict:
+    """The rope of full attention, of one dimension; {} without any."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    return {key: value for key, value in rope.items() if key != "mrope_section" and value != "mrope"}
+
+
+def rope_difference(rope: dict) -> str | None:
+    """What no head computes in this rope: a type that changes with the length, or turning a part of each query; None
+    for one that heads copy.
+    """
+    kind, partial = rope.get("rope_type", "default"), rope.get("partial_rotary_factor")
+    if kind not in COPIED:
+        return f"rope_type: found {kind!r}, expected {', '.join(COPIED[:-1])} or {COPIED[-1]}"
+    if partial not in (None, 1):
+        return f"partial_rotary_factor: found {partial}, expected 1 (the head turns all of a query)"
+    return None
 
 
 def check_rope(rope: dict) -> None:
-    """Raises UserError for types that change with the length, and for one that turns a part of each query."""
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(f"rope_type: found {kind!r}, expected default, linear, llama3 or yarn")
-    partial = rope.get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise UserError(f"partial_rotary_factor: found {partial}, expected 1 (the head turns all of a query)")
+    """Raises UserError for a rope that no head computes."""
+    if found := rope_difference(rope):
+        raise UserError(found)
 
 
 def frequencies(config, device) -> tuple[torch.Tensor, float]:
     """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError as `check_rope`."""
     check_rope(config.rope_parameters)
-    rope = LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            rope_parameters=dict(config.rope_parameters),
-            max_position_embeddings=config.max_position_embeddings,
+    try:
+        rope = LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                rope_parameters=dict(config.rope_parameters),
+                max_position_embeddings=config.max_position_embeddings,
+            )
         )
-    )
+    except (ArithmeticError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"rope_parameters: found {config.rope_parameters}, which make no rope ({why})") from None
     return rope.inv_freq.to(device), rope.attention_scaling
 
 

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
-from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
+from draftsmith.models.targets.form import context_length
 from draftsmith.models.targets.packed import PackedPrefix
-from draftsmith.models.targets.place import locate, read_config
+from draftsmith.models.targets.place import locate, read_config, read_generation
 from draftsmith.models.targets.reading import ImagePrompt
 from draftsmith.models.targets.session import Prefill, TextSession, Verified
 from draftsmith.models.targets.text import TextTarget
@@ -28,17 +27,6 @@ __all__ = [
     "describe",
     "locate",
 ]
-
-
-FIGURES = (  # that the config of every supported target has
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,7 @@ class Description:
 
     @property
     def context_length(self) -> int:
-        return self.config.max_position_embeddings
+        return context_length(self.config)
 
 
 def describe(name: str | Path) -> Description:
@@ -69,17 +57,10 @@ def describe(name: str | Path) -> Description:
     """
     place, config = read_config(name)
     text = config.get_text_config()
-    if absent := [figure for figure in FIGURES if getattr(text, figure, None) is None]:
-        raise UserError(
-            f"target {name}: {text.model_type} is not supported: found no {absent[0]} in its config, expected one of a "
-            f"decoder like Llama"
-        )
+    TextTarget.check(config, str(name))
+    generation = read_generation(place, str(name))
     quantizer = quantizer_for(config, str(name), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_checkpoint(place, str(name), config)
-    try:
-        generation = GenerationConfig.from_pretrained(place)
-    except OSError:
-        generation = None
     seen = (
         getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         if getattr(config, "vision_config", None)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 import draftsmith.recipes
 from draftsmith.models.errors import UserError
 from draftsmith.models.hub import HUB_ID, hub_reason
 from draftsmith.models.targets.fetched import FetchedTarget
 from draftsmith.models.targets.gguf import dequantised
-from draftsmith.models.targets.weights import one_line
+from draftsmith.models.targets.weights import check_adapter, one_line, quietly
 
 RECIPES = Path(draftsmith.recipes.__file__).parent
 BUNDLED, HUB = "bundled:", "hub:"
@@ -66,9 +66,23 @@ def read_config(name: str | Path) -> tuple[str, PreTrainedConfig]:
     """Where a target lies, and its config. Raises UserError when there is no such target."""
     place = locate(name)
     try:
-        return place, AutoConfig.from_pretrained(place)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        return place, AutoConfig.from_pretrained(place, trust_remote_code=False)  # else it may ask at the terminal
+    except Exception as error:  # values of another kind raise whatever comes of them
+        check_adapter(place, str(name))  # which may come without a config
         raise UserError(f"target {name}: cannot be loaded ({one_line(error)})") from None
+
+
+def read_generation(place: str, name: str) -> GenerationConfig | None:
+    """The generation config at a place (directory or Hub id); None where there is none. Raises UserError for a file
+    that is none: transformers would leave it out without a word, stop ids and all.
+    """
+    try:
+        with quietly():
+            return GenerationConfig.from_pretrained(place)
+    except Exception as error:
+        if isinstance(error, OSError) and not (Path(place) / "generation_config.json").is_file():
+            return None
+        raise UserError(f"target {name}: generation_config.json: cannot be read ({one_line(error)})") from None
 
 
 def bundled(name: str) -> tuple[Path, FetchedTarget | None]:

@@ -13,7 +13,8 @@ import torch
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
 from draftsmith.models.targets import grouped
-from draftsmith.models.targets.place import read_config
+from draftsmith.models.targets.form import check_figures, context_length, small_model
+from draftsmith.models.targets.place import read_config, read_generation
 from draftsmith.models.targets.reading import Reading
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
@@ -62,8 +63,23 @@ class TextTarget:
         """
         place, config = read_config(name)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cls.check(config, str(name))
+        read_generation(place, str(name))
         known = weights_of(place, config)  # before loading, which may change the config
         return cls(load_model(place, str(name), config, dtype, device), str(name), known)
+
+    @classmethod
+    def check(cls, config, name: str) -> None:
+        """Raises UserError for a config (transformers') of which `load` would refuse every model: a small random model
+        of its form goes through the checks of a loaded one.
+        """
+        check_figures(config, name)
+        try:
+            model = small_model(config.get_text_config())
+        except ImportError as error:
+            raise UserError(f"target {name}: cannot be run here: {one_line(error)}") from None
+        if model is not None:
+            cls(model, name)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +104,8 @@ class TextTarget:
 
     @property
     def context_length(self) -> int:
-        return self.config.max_position_embeddings
+        """As `form.context_length`."""
+        return context_length(self.config)
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -273,8 +290,8 @@ class TextTarget:
         known = {"full_attention"} if self.window is None else {"full_attention", "sliding_attention"}
         if not kinds <= known:
             raise UserError(
-                f"target {self.name}: found layers of {', '.join(sorted(kinds - known))}, expected "
-                f"{' or '.join(sorted(known))}"
+                f"target {self.name}: {self.config.model_type} is not supported: found layers of "
+                f"{', '.join(sorted(kinds - known))}, expected {' or '.join(sorted(known))}"
             )
         return tuple(sorted(kinds))
 
@@ -294,7 +311,7 @@ class TextTarget:
             own = self.model(input_ids=self._spread(), use_cache=False)
             ours = self.project(self.body(input_ids=self._spread(), use_cache=False).last_hidden_state)
         except (AssertionError, *FAILURES) as error:  # the first: what packages of quantised weights say
-            raise UserError(f"target {self.name}: cannot be run ({one_line(error)})") from None
+            raise UserError(f"target {self.name}: {self.config.model_type} cannot be run ({one_line(error)})") from None
         if not torch.allclose(own.logits.float(), ours.float(), rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported"

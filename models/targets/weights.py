@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from draftsmith.models.errors import UserError, differing_keys
 
 MANIFEST = "weights.json"  # beside weights that were made from a GGUF file: what they were made from
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # the last two: torn weights
+STORED = ("*.safetensors", "pytorch_model*.bin")  # the second are read as tensors only
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,43 @@ def load_model(place: str, name: str, config, dtype: torch.dtype | None, device:
     own on an accelerator. Raises UserError for weights that are missing, of another shape, or that belong to nothing.
     """
     quantizer = quantizer_for(config, name, device)
+    check_files(place, name)
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     if quantizer is not None:  # packed weights are not moved afterwards
         return _loaded(place, name, config, dtype=dtype, device_map={"": device})
     return _loaded(place, name, config, dtype=dtype).to(device)
 
 
-def check_checkpoint(place: str, name: str, config) -> None:
-    """`load_model`'s check by the names and shapes in the files alone, for a directory that holds weights. Those of a
-    quantised one depend on where it is loaded.
+def check_adapter(place: str, name: str) -> None:
+    """Raises UserError for a place that is, or holds beside a model, a LoRA adapter: transformers would put it on the
+    weights where peft is installed, and leave it out elsewhere.
     """
-    if quantisation(config) is None and any(Path(place).glob("*.safetensors")):
+    adapter = base = None
+    with suppress(AttributeError, OSError, ValueError):
+        adapter = find_adapter_config_file(place)
+        base = adapter and json.loads(Path(adapter).read_text("utf-8")).get("base_model_name_or_path")
+    if adapter is not None:
+        raise UserError(
+            f"target {name}: found {Path(adapter).name}, an adapter of {base}, expected a whole model; merge it into "
+            f"its base (peft: merge_and_unload) and save that"
+        )
+
+
+def check_files(place: str, name: str) -> None:
+    """Raises UserError for an adapter, and for a directory without weights."""
+    check_adapter(place, name)
+    folder = Path(place)
+    if folder.is_dir() and not any(file for pattern in STORED for file in folder.glob(pattern)):
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) or "nothing"
+        raise UserError(f"target {name}: found no weights ({found}), expected model.safetensors")
+
+
+def check_checkpoint(place: str, name: str, config) -> None:
+    """`load_model`'s checks by the names and shapes in the files alone, for a directory. Those of a quantised one
+    depend on where it is loaded.
+    """
+    check_files(place, name)
+    if quantisation(config) is None and Path(place).is_dir():
         _loaded(place, name, copy.deepcopy(config), device_map="meta")
 
 
@@ -131,8 +156,8 @@ def _loaded(place: str, name: str, config, **options):
     options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quietly():
-            model, found = auto.from_pretrained(place, **options)
-    except UNREADABLE as error:
+            model, found = auto.from_pretrained(place, trust_remote_code=False, **options)
+    except Exception as error:  # torn files, and pickles of other things, raise whatever their readers come across
         raise UserError(f"target {name}: cannot be loaded ({one_line(error)})") from None
     check_whole(model, found, name, quantised)
     return model

@@ -45,6 +45,12 @@ def test_what_a_drafter_was_trained_for(card):
     ]
     plain = section(card(trained={**trained, "temperatures": [0.0], "template_variables": {}}), "Trained for")
     assert plain[2:] == ["- answers of the target: greedy", "- variables of the chat template: it has none"]
+    laws = [{"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}, None]
+    said = section(card(trained={**trained, "temperatures": [0.8], "laws": laws}), "Trained for")[2]
+    assert said == (
+        "- answers of the target: sampled at T = 0.8; with repetition penalty 1, top k 0, top p 1; some with cuts and "
+        "penalties that are not recorded"
+    )
 
 
 def test_what_is_not_recorded_says_so(card):

@@ -79,6 +79,7 @@ def test_texts_are_those_of_every_prompt_alone(folder, prompts, plain):
             "prompt_length": len(prompt),
             "finished": finished,
             "temperature": temperature,
+            "sampling": {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
         }
     assert {row["finished"] for row in rows} == {True, False}  # some end, some are cut at the limit
 

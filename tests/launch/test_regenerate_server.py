@@ -91,6 +91,7 @@ def check_rows(rows, expected, prompts, served):
             "prompt_length": len(prompt),
             "finished": tokens[-1] in served.stops,
             "temperature": TEMPERATURES[i % 2],
+            "sampling": {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
             "server": "served",
         }
 

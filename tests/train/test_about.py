@@ -22,7 +22,7 @@ def rows(folder, tmp_path):
 def test_steps_are_the_drafted_levels_that_were_trained_and_context_the_longest_row(folder, rows):
     found = trained(read_recipe(folder / "recipe.yaml", DrafterRecipe), rows, None)
     longest = max(len(rows.row(number)[0]) for number in range(len(rows)))
-    assert found == {"steps": 3, "context": longest, "temperatures": [None], "template_variables": {}}
+    assert found == {"steps": 3, "context": longest, "temperatures": [None], "laws": [None], "template_variables": {}}
     assert 0 < longest < 64  # not data.max_length
 
 

@@ -105,6 +105,23 @@ def test_the_temperatures_of_the_answers_are_kept(tmp_path, tokenizer, said, kep
     assert data.Rows(rows.folder).temperatures is None
 
 
+def test_the_laws_of_the_answers_are_kept(tmp_path, tokenizer):
+    """Each once, as `draftsmith regenerate` writes it; what is no law counts as not said."""
+    law, other = {"top_k": 0, "top_p": 1.0}, {"top_k": 20, "top_p": 0.9}
+    for said, kept in (
+        ([law, law], [law]),
+        ([law, other, None], [law, other, None]),
+        (["greedy", {"top_k": "x"}], [None]),
+    ):
+        file = tmp_path / "rows.jsonl"
+        row = {"tokens": [1, 3, 9, 8, 7], "prompt_length": 2}
+        file.write_text("\n".join(json.dumps(row | ({} if found is None else {"sampling": found})) for found in said))
+        rows = read([file], tokenizer, tmp_path)
+        assert rows.laws == sorted(kept, key=lambda found: json.dumps(found, sort_keys=True))
+    (rows.folder / "laws.json").unlink()
+    assert data.Rows(rows.folder).laws is None
+
+
 def test_a_few_bad_rows_are_counted_and_reported_and_many_refused(folder, tmp_path, tokenizer):
     lines, file, said = (folder / "rows.jsonl").read_text().splitlines(), tmp_path / "rows.jsonl", []
     lines[5], lines[9] = '{"messages": [', '{"messages": [{"role": "user", "content": "no answer"}]}'

@@ -132,6 +132,7 @@ def test_text_rows_keep_their_tokens_and_their_key(folder, tmp_path, tokenizer, 
     text = data.prepare([str(folder / "rows.jsonl")], 64, 0.0, tokenizer, {2}, 300, tmp_path / "a")
     assert {p.name for p in text.folder.iterdir()} == {
         "temperatures.json",
+        "laws.json",
         "tokens.bin",
         "mask.bin",
         "borders.npy",

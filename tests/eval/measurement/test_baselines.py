@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from draftsmith.eval.decode import generate
 from draftsmith.eval.measurement.baselines import Emissions, Generate, Stopwatch, plain_trace
@@ -78,6 +79,43 @@ def test_generate_emits_our_greedy_text_and_its_passes_are_the_forwards_of_the_t
         )
         assert seconds["total"] == pytest.approx(sum(seconds[k] for k in ("draft", "verify", "overhead")))
         assert (seconds["draft"] > 0) == (name == "assisted" and len(trace.emitted) > 0)
+
+
+RULES = {
+    "suppressed ids": {"suppress_tokens": [5]},
+    "suppressed at the beginning": {"begin_suppress_tokens": [5]},
+    "bad words": {"bad_words_ids": [[5]]},
+    "no repeated pairs": {"no_repeat_ngram_size": 2},
+    "guidance": {"guidance_scale": 1.5},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "beams": {"num_beams": 4},
+    "a static cache": {"cache_implementation": "static"},
+    "a dictionary": {"return_dict_in_generate": True},
+    "stop strings": {"stop_strings": ["return"]},
+    "ends as text": {"eos_token_id": "2"},
+    "a minimal length": {"min_new_tokens": 20},
+    "a forced end": {"forced_eos_token_id": 9},
+    "a bias": {"sequence_bias": [[[5], 40.0]]},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 3, "min_p": 0.2},
+    "a penalty": {"repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_generate_decodes_by_our_law_whatever_the_checkpoint_asks_for(rule):
+    """The config is the model's own again behind it; a temperature above 0 draws the same as without the rule."""
+    target = tiny_target()
+    sampled = Generate(target)([PROMPTS[0]], [0], Sampling(0.9, seed=2), 16, {7})[0][0].tokens
+    plain = generate(target, NoDrafter(), PROMPTS[:2], Sampling(), 16, {7})
+    target.model.generation_config = own = GenerationConfig(**RULES[rule])
+    for decode in (Generate(target), Generate(target, prompt_lookup_num_tokens=4, max_matching_ngram_size=3)):
+        for row, trace in enumerate(plain):
+            assert decode([PROMPTS[row]], [row], Sampling(), 16, {7})[0][0].tokens == trace.tokens
+    assert Generate(target)([PROMPTS[0]], [0], Sampling(0.9, seed=2), 16, {7})[0][0].tokens == sampled
+    assert target.model.generation_config is own
+    assistant = tiny_target(2)
+    assistant.model.generation_config = GenerationConfig(**RULES[rule])
+    assert Generate(target, assistant)([PROMPTS[0]], [0], Sampling(), 16, {7})[0][0].tokens == plain[0].tokens
 
 
 def test_a_perfect_assistant_emits_its_drafts_and_the_bonus_token(target):

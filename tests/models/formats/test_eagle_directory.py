@@ -108,14 +108,9 @@ def test_every_missing_tensor_is_refused(drafter, target):
         (change_config(bias=False), "fc.bias: unknown key"),
         (change_config(qkv_bias=True), "qkv_bias: found True, expected false"),
         (change_config(add_para_norm=True), "add_para_norm: found True, expected false"),
-        (change_config(num_hidden_layers=2), "num_hidden_layers: found 2, expected 1"),
         (change_config(vocab_size=99), "vocab_size: found 99, expected the target's 61"),
         (change_config(hidden_size=64), "hidden_size: found 64, expected the target's 32"),
         (change_config(intermediate_size=None), "intermediate_size: missing"),
-        (
-            change_config(architectures=["Qwen2ForCausalLM"]),
-            "found an EAGLE-1 or EAGLE-2 head of architecture .'Qwen2ForCausalLM'., expected a head .*eagle",
-        ),
     ],
 )
 def test_damaged_directories_are_refused(drafter, target, damage, message):

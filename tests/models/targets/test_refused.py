@@ -69,6 +69,32 @@ def torn(folder: Path):
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
+def pickled(edit=lambda t: None):
+    """The weights as `pytorch_model.bin` alone."""
+
+    def change(folder: Path):
+        found = load_file(folder / "model.safetensors")
+        torch.save(edit(found) or found, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    return change
+
+
+def adapter(alone: bool):
+    def change(folder: Path):
+        if alone:
+            (folder / "config.json").unlink()
+            (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "peft_type": "LORA"}')
+
+    return change
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code of a pickle is run",)
+
+
 BROKEN = {
     "an untied head that is not there": (
         tensors(lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}),
@@ -90,6 +116,33 @@ BROKEN = {
     "fewer layers than the config says": (config(num_hidden_layers=9), "found 18 differences from the 84 expected"),
     "half a file": (torn, "cannot be loaded"),
     "a shard that is not there": (shards, "model-00002-of-00002.safetensors"),
+    "an adapter without its base": (
+        adapter(alone=True),
+        "adapter_config.json, an adapter of some/base, expected a whole",
+    ),
+    "an adapter beside a model": (adapter(alone=False), "found adapter_config.json, an adapter of some/base"),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "found no weights (config.json, generation_config.json), expected model.safetensors",
+    ),
+    "weights of another library": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "tf_model.h5"),
+        "tf_model.h5), expected model.safetensors",
+    ),
+    "a pickle without a tensor": (pickled(lambda t: {k: v for k, v in t.items() if k != UP}), f"{UP}: missing"),
+    "a pickle with another shape": (
+        pickled(lambda t: {**t, UP: t[UP][:47].clone()}),
+        f"{UP}: found (47, 32), expected (48, 32)",
+    ),
+    "a pickle of code": (pickled(lambda t: {**t, "code": Code()}), "cannot be loaded"),
+    "no pickle": (
+        lambda folder: (pickled()(folder), (folder / "pytorch_model.bin").write_bytes(b"torn")),
+        "cannot be loaded",
+    ),
+    "code of its own": (
+        config(model_type="oracle", auto_map={"AutoConfig": "configuration_oracle.OracleConfig"}),
+        "cannot be loaded",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
     "an unknown model": (config(model_type="oracle"), "cannot be loaded"),
     "GPTQ": (quantised("gptq", bits=4, group_size=128), "is quantised (gptq 4 bit): "),
@@ -156,6 +209,7 @@ def tied(folder: Path):
 
 WHOLE = {
     "as it was saved": lambda folder: None,
+    "a pickle alone": pickled(),
     "a tied head, stored once": tied,
     "a buffer of older checkpoints": tensors(
         lambda t: {**t, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -171,7 +225,8 @@ WHOLE = {
 def test_a_checkpoint_that_lacks_nothing_is_loaded(kind, copied):
     WHOLE[kind](copied)
     assert describe(copied).weights is None
-    stored = load_file(copied / "model.safetensors")
+    file = copied / "model.safetensors"
+    stored = load_file(file) if file.is_file() else torch.load(copied / "pytorch_model.bin", weights_only=True)
     loaded = TextTarget.load(copied).model.state_dict()
     for key, value in stored.items():
         if not key.endswith("inv_freq"):

@@ -20,7 +20,7 @@ from draftsmith.models.heads import Eagle3Config, Eagle3Objective
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.targets import session as sessions
 from draftsmith.models.tree import DraftTree
-from tests.conftest import tiny_head, tiny_target
+from tests.conftest import tiny_head
 
 SHAPE = dict(
     vocab_size=61,
@@ -338,23 +338,7 @@ def test_attention_without_masks_of_ones_own_is_refused():
         TextTarget(model, "tiny")
 
 
-def test_ropes_that_a_head_cannot_copy_are_refused():
-    for rope, message in [
-        (
-            {
-                "rope_type": "longrope",
-                "rope_theta": 100.0,
-                "short_factor": [1.0] * 4,
-                "long_factor": [2.0] * 4,
-                "factor": 2.0,
-                "original_max_position_embeddings": 128,
-            },
-            "rope_type: found 'longrope', expected default, linear, llama3 or yarn",
-        ),
-        ({"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}, "found 0.5, expected 1"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            tiny_head(tiny_target(rope_parameters=rope))
+def test_a_head_needs_a_rope_of_full_attention():
     config = FAMILIES["gemma3"]()
     del config.rope_parameters["full_attention"]
     with pytest.raises(UserError, match="expected one rope or one of full_attention"):
