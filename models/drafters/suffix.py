@@ -96,6 +96,12 @@ class SuffixIndex:
         """Tokens that are indexed."""
         return self.size - self.dead
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        lists = (*self.ones.values(), *self.twos.values())
+        return sum(x.nbytes for x in (self.tokens, self.before, self.behind)) + sum(x.itemsize * len(x) for x in lists)
+
     def append(self, text: int, tokens: list[int]) -> None:
         """Adds tokens to the end of a text; an unknown number starts a new one."""
         if self.size + len(tokens) > self.max_tokens:
