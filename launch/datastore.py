@@ -1,4 +1,4 @@
-"""`draftsmith datastore`: what a target wrote, indexed on disk, and datastores opened for a target."""
+"""`draftsmith datastore`: what a target wrote, indexed on disk."""
 
 import hashlib
 import time
@@ -10,7 +10,7 @@ import numpy as np
 from draftsmith.launch.export import new_place
 from draftsmith.launch.methods import check_writable
 from draftsmith.models.chat import load_tokenizer, stop_ids, vocabulary_digest
-from draftsmith.models.drafters.datastore import Datastore, check_library, write
+from draftsmith.models.drafters.datastore import check_library, write
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import describe
 from draftsmith.train.data import encode_record, read_records
@@ -67,17 +67,3 @@ def digest(file: str) -> str:
         while piece := opened.read(1 << 20):
             found.update(piece)
     return found.hexdigest()[:16]
-
-
-def open_datastore(folder: str, target: str, reader) -> Datastore:
-    """reader: the target's tokenizer, or `Reader`. Raises UserError for what is no datastore, and for one of another
-    tokenizer.
-    """
-    found = Datastore(Path(folder))
-    own, theirs = vocabulary_digest(getattr(reader, "tokenizer", reader)), found.about.get("vocabulary")
-    if own != theirs:
-        raise UserError(
-            f"datastore {folder}: found tokens of {found.about.get('target')} (vocabulary {theirs}), expected those of "
-            f"{target} (vocabulary {own})"
-        )
-    return found

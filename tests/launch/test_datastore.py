@@ -6,8 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from draftsmith.launch.cli import app
-from draftsmith.launch.datastore import build, open_datastore
+from draftsmith.launch.datastore import build
+from draftsmith.launch.drafters import check_vocabulary
 from draftsmith.models.chat import encode_prompt, encode_row, load_tokenizer
+from draftsmith.models.drafters.datastore import Datastore
 from draftsmith.models.errors import UserError
 from draftsmith.train.reference.pretrain import train_tokenizer
 
@@ -28,7 +30,8 @@ def test_it_holds_what_the_target_wrote(folder, rows, tmp_path):
     said = []
     build([rows], str(folder / "target"), tmp_path / "store", 1 << 20, said.append)
     tokenizer = load_tokenizer(folder / "target")
-    store = open_datastore(str(tmp_path / "store"), "t", tokenizer)
+    store = Datastore(tmp_path / "store")
+    check_vocabulary(store, "t", tokenizer)
     ids, mask = encode_row(tokenizer, ROWS[0]["messages"], {2})
     written = [token for token, own in zip(ids, mask) if own]
     text = tokenizer(ROWS[1]["text"])["input_ids"]
@@ -48,7 +51,7 @@ def test_it_holds_what_the_target_wrote(folder, rows, tmp_path):
 def test_one_of_another_tokenizer_is_refused(folder, rows, tmp_path):
     build([rows], str(folder / "target"), tmp_path / "store", 1 << 20, lambda line: None)
     with pytest.raises(UserError, match=r"found tokens of .*target \(vocabulary \w{16}\), expected those of other"):
-        open_datastore(str(tmp_path / "store"), "other", train_tokenizer(["another text"], 280))
+        check_vocabulary(Datastore(tmp_path / "store"), "other", train_tokenizer(["another text"], 280))
 
 
 @pytest.mark.parametrize(
