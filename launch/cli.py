@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import draftsmith.launch.measuring  # noqa: F401 (registers its commands)
-from draftsmith.launch.program import Count, Target, app, say
+from draftsmith.launch.program import Count, Target, app, datastore, say
 from draftsmith.models.errors import UserError
 
 
@@ -282,6 +282,24 @@ def fetch(target: Annotated[str, typer.Argument(help="GGUF file, hub:USER/NAME/F
     from draftsmith.models.targets import locate
 
     say(locate(target))
+
+
+@datastore.command()
+def build(
+    files: Annotated[
+        list[str], typer.Argument(help="training data (JSONL, JSON, Parquet): rows with messages, tokens or text")
+    ],
+    target: Target,
+    output: Annotated[str, typer.Option(help="a new directory")],
+    shard_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="tokens that are indexed together: building takes some 50 bytes of memory for each"),
+    ] = 1 << 24,
+):
+    """Index what the target wrote in some files, for `--datastore OUTPUT` of methods that retrieve (reader)."""
+    from draftsmith.launch.datastore import build
+
+    build(files, target, Path(output), shard_tokens, say)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """What the name of a method stands for: one table for `eval`, `verify`, `sweep` and `generate`.
 
 A name is the place of a trained drafter (a directory, a Hub id or `bundled:PATH`), one of `KINDS` (`suffix`, or
-`howl:DRAFTER` with an argument behind the colon), or one of `LIBRARY`, the loops of Hugging Face. A new kind of drafter
-is one line of `KINDS`.
+`howl:DRAFTER` and `reader:METHOD` with an argument behind the colon), or one of `LIBRARY`, the loops of Hugging Face. A
+new kind of drafter is one line of `KINDS`.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,12 @@ from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH, Verifier
+from draftsmith.models.chat import vocabulary_digest
 from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
+from draftsmith.models.drafters.datastore import Datastore
 from draftsmith.models.drafters.howl import HowlDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
+from draftsmith.models.drafters.reader import ReaderDrafter
 from draftsmith.models.drafters.recycling import TEMPLATE, RecyclingDrafter
 from draftsmith.models.drafters.stand import HEURISTIC, StandDrafter
 from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
@@ -28,6 +31,9 @@ HOWL_TREE, HOWL_ROWS = DynamicTree(10, 7, 60), 60
 # of 1, 2 and 4 the best path on prompts of training modules (tests/benchmarks/suffix_rules.py)
 SUFFIX_RULE = SuffixRule(factor=4)
 SAMPLED_RULE = RULES["traversal"]  # for trees that carry the distributions they were drawn from
+# What heads grow where nothing is said: wide trees pay where many rows cost what a single one does
+CPU_TREE, ACCELERATOR_TREE = DynamicTree(3, 4, 10), DynamicTree(10, 7, 60)
+CPU_ROW, ACCELERATOR_ROW = 0.05, 0.002  # of a pass over a single row, what one more costs (smollm2 on one thread)
 CACHED_REQUESTS = 1_000_000  # of a suffix drafter whose memory lasts: all of them
 
 
@@ -36,8 +42,10 @@ class Kind:
     """form: how it is written; behind a colon stands its argument, which `[...]` makes optional. make(drafters,
     argument, tree) -> drafter; tree: what a head in it grows, None = the kind's own choice. methods(argument) -> the
     methods in it that draft for the same target. grows: whether it takes a tree; shaped: whether it takes a static one,
-    and has one of its own. samples(argument): whether its trees carry the distributions they were drawn from. lasting:
-    as `make`, a drafter that keeps what it learns as long as it lives; None where nothing is learned.
+    and has one of its own; widens: whether it takes what the method in it takes, and is compared with that one on the
+    same tree. retrieves: whether it reads a datastore. samples(argument): whether its trees carry the distributions
+    they were drawn from. lasting: as `make`, a drafter that keeps what it learns as long as it lives; None where
+    nothing is learned.
     """
 
     form: str
@@ -45,17 +53,19 @@ class Kind:
     methods: Callable[[str], list[str]] = lambda argument: []
     grows: bool = False
     shaped: bool = False
+    widens: bool = False
+    retrieves: bool = False
     samples: Callable[[str], bool] = lambda argument: False
     lasting: Callable[["Drafters", str, TreePolicy | None], Drafter] | None = None
 
 
 class Drafters:
     """Drafters of one target by their names. A trained head is loaded once, however many methods draft with it.
-    assistant: the draft model of `hf-assisted`.
+    assistant: the draft model of `hf-assisted`; datastore: what methods that retrieve read beside the text itself.
     """
 
-    def __init__(self, target: TextTarget, assistant: str):
-        self.target, self.assistant, self.heads = target, assistant, {}
+    def __init__(self, target: TextTarget, assistant: str, datastore: Datastore | None = None):
+        self.target, self.assistant, self.datastore, self.heads = target, assistant, datastore, {}
 
     def head(self, place: str):
         """Raises UserError when no drafter for this target lies there."""
@@ -80,8 +90,7 @@ class Drafters:
 
     def rule(self, name: str) -> Verifier:
         """The rule that the trees of a method are made for."""
-        kind, argument = parse(name)
-        return SAMPLED_RULE if kind is not None and kind.samples(argument) else MATCH
+        return SAMPLED_RULE if not trained(name) and samples(name) else MATCH
 
 
 def howl(drafters: Drafters, place: str, tree: TreePolicy | None) -> HowlDrafter:
@@ -106,6 +115,22 @@ def recycling(drafters: Drafters, argument: str, tree: TreePolicy | None, lastin
     return RecyclingDrafter(drafters.target.vocab_size, static(tree, TEMPLATE), lasting)
 
 
+def under_reader(method: str) -> list[str]:
+    """Raises UserError for methods whose trees READER does not widen."""
+    if method and not trained(method) and method.partition(":")[0] != "stand":
+        raise UserError(f"reader: found {method} behind it, expected a drafter, stand or nothing")
+    return [method] if method else []
+
+
+def reader(drafters: Drafters, method: str, tree: TreePolicy | None, lasting: bool = False) -> ReaderDrafter:
+    on_cpu, base = drafters.target.device.type == "cpu", None
+    if under_reader(method):
+        own = (CPU_TREE if on_cpu else ACCELERATOR_TREE) if trained(method) else None
+        base = drafters.drafter(method, tree or own, lasting)
+    row = CPU_ROW if on_cpu else ACCELERATOR_ROW
+    return ReaderDrafter(base, drafters.datastore, row_cost=row, lasting=lasting)
+
+
 KINDS = {
     "plain": Kind("plain", lambda drafters, argument, tree: NoDrafter()),
     "lookup": Kind("lookup", lambda drafters, argument, tree: LookupDrafter()),
@@ -121,6 +146,15 @@ KINDS = {
         shaped=True,
         samples=lambda mode: mode != "deterministic",
         lasting=partial(stand, lasting=True),
+    ),
+    "reader": Kind(
+        "reader[:METHOD]",
+        reader,
+        under_reader,
+        widens=True,
+        retrieves=True,
+        samples=lambda method: bool(method) and not trained(method) and samples(method),
+        lasting=partial(reader, lasting=True),
     ),
     "recycling": Kind("recycling", recycling, shaped=True, lasting=partial(recycling, lasting=True)),
 }
@@ -161,14 +195,47 @@ def trained(name: str) -> bool:
     return name not in LIBRARY and parse(name)[0] is None
 
 
+def inner(name: str) -> str:
+    """The method that decides what trees a method takes: itself, or the one that it widens."""
+    kind, argument = (None, "") if name in LIBRARY else parse(name)
+    return argument if kind is not None and kind.widens and argument else name
+
+
 def grows(name: str) -> bool:
     """Whether a method drafts trees of a shape that one may choose."""
+    name = inner(name)
     return trained(name) or shaped(name) or name not in LIBRARY and parse(name)[0].grows
 
 
 def shaped(name: str) -> bool:
     """Whether a method drafts a static tree, and has one of its own."""
+    name = inner(name)
     return not trained(name) and name not in LIBRARY and parse(name)[0].shaped
+
+
+def takes(name: str, tree: TreePolicy) -> bool:
+    """Whether a method that has a tree of its own can be given this one instead, to be compared with others on it."""
+    return isinstance(tree, StaticTree) and shaped(name) or not trained(name) and trained(inner(name))
+
+
+def samples(name: str) -> bool:
+    """Whether the trees of a kind carry the distributions they were drawn from."""
+    kind, argument = parse(name)
+    return kind.samples(argument)
+
+
+def retrieves(name: str) -> bool:
+    return name not in LIBRARY and not trained(name) and parse(name)[0].retrieves
+
+
+def check_vocabulary(datastore: Datastore, target: str, tokenizer) -> None:
+    """Raises UserError for a datastore of another tokenizer."""
+    own, theirs = vocabulary_digest(tokenizer), datastore.about.get("vocabulary")
+    if own != theirs:
+        raise UserError(
+            f"datastore {datastore.folder}: found tokens of {datastore.about.get('target')} (vocabulary {theirs}), "
+            f"expected those of {target} (vocabulary {own})"
+        )
 
 
 def places(name: str) -> list[str]:

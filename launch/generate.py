@@ -24,7 +24,7 @@ from draftsmith.eval.measurement.measure import Decoder, Looped, divergences
 from draftsmith.eval.report.palette import colour_of_pass
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.conversation import COMMANDS, Conversation, chat
-from draftsmith.launch.drafters import grows, shaped
+from draftsmith.launch.drafters import ACCELERATOR_TREE, CPU_TREE, grows, shaped
 from draftsmith.launch.methods import ASSISTANT, Methods, labels
 from draftsmith.models.detokenizer import Detokenizer
 from draftsmith.models.drafters import NoDrafter
@@ -32,8 +32,6 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.pictures import open_pictures
 
-# Wide trees pay where a pass over many rows costs what one over a single row does.
-CPU_TREE, LARGE_TREE = "dynamic:3x4x10", "dynamic:10x7x60"
 COMPARED = 64  # tokens of a chat's answers that plain decoding repeats
 WARM_UP = 8  # tokens
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -43,7 +41,7 @@ CONTROLS |= {code: "\ufffd" for code in range(0x7F, 0xA0)}
 @dataclass(frozen=True)
 class Request:
     """What `draftsmith generate` was asked. prompt: None = what stands on the standard input, or a chat where that is a
-    terminal. tree: None = `CPU_TREE` or, on an accelerator, `LARGE_TREE`.
+    terminal. tree: None = `CPU_TREE` or, on an accelerator, `ACCELERATOR_TREE`.
     """
 
     method: str
@@ -58,6 +56,7 @@ class Request:
     images: tuple[Path, ...] = ()
     compare: bool = True
     dtype: str | None = None
+    datastore: str | None = None
 
 
 class Passes:
@@ -223,9 +222,11 @@ def generate(request: Request) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # the library's remarks would stand in the text
     with screen.during(f"loading {request.method} ..."):
-        methods = Methods.open([request.method], request.target, request.assistant, dtype, screen.note)
+        methods = Methods.open(
+            [request.method], request.target, request.assistant, dtype, screen.note, request.datastore
+        )
         if tree is None and grows(method) and not shaped(method):
-            tree = parse_tree(CPU_TREE if methods.target.device.type == "cpu" else LARGE_TREE)
+            tree = CPU_TREE if methods.target.device.type == "cpu" else ACCELERATOR_TREE
         responder = Responder(methods, methods.decoder(name, tree), sampling, request.max_new_tokens)
         conversation = Conversation(methods.tokenizer, responder.room, request.system, request.images)
         responder.warm_up()

@@ -21,7 +21,7 @@ from draftsmith.launch.report import report as write_report_of
 from draftsmith.launch.tables import show
 from draftsmith.models.detokenizer import Detokenizer
 from draftsmith.models.errors import UserError
-from draftsmith.models.grow import StaticTree, chain, parse_tree
+from draftsmith.models.grow import chain, parse_tree
 
 LARGE_TREE = "dynamic:10x7x60"
 CHAIN_DEPTH = 5
@@ -34,7 +34,7 @@ PARTIAL = "runs.jsonl.partial"  # the journal of a run that has not ended
 class Request:
     """What `draftsmith eval` was asked. methods: drafter directories and baselines; tree: `auto` or the tree to time;
     timed: the temperatures at which speed is measured (acceptance length is measured at all `temperatures`); threads:
-    on a CPU, None = as `chosen_threads` says.
+    on a CPU, None = as `chosen_threads` says; datastore: a directory of `draftsmith datastore build`.
     """
 
     methods: list[str]
@@ -51,6 +51,7 @@ class Request:
     skip_long: bool = False
     seed: int = 0
     threads: int | None = None
+    datastore: str | None = None
 
     def plan(self) -> Plan:
         """Raises UserError for values that contradict each other."""
@@ -89,7 +90,9 @@ def measure(request: Request, report=print) -> dict:
     names = [suite_name(file) for file in request.suites]
     if len(set(names)) < len(names):
         raise UserError(f"suites: found {', '.join(names)}, expected different names")
-    methods = Methods.open(request.methods, request.target, request.assistant, report=report)
+    methods = Methods.open(
+        request.methods, request.target, request.assistant, report=report, datastore=request.datastore
+    )
     before = settings_before(request.output / PARTIAL).get("threads")
     with chosen_threads(methods.target, request.threads, before, report) as tried:
         document = measure_suites(request, plan, names, methods, tried, report)
@@ -106,7 +109,7 @@ def measure_suites(
     request: Request, plan: Plan, names: list[str], methods: Methods, tried: dict[int, float], report
 ) -> dict:
     """Writes result.json and runs.jsonl. tried: what led to the number of threads, recorded in the conditions."""
-    if isinstance(plan.fixed, StaticTree):
+    if plan.fixed is not None:
         methods.shape(plan.fixed)
     rows = max(tree.size for tree in (plan.tree, chain(plan.chain_depth), plan.fixed or plan.tree))
     prompts = {
@@ -159,6 +162,7 @@ def measure_suites(
             "first": first,
             "prompts": list(request.suites),
             "count": {name: len(found) for name, found in prompts.items()},
+            "datastore": request.datastore,
             "max_new_tokens": request.max_new_tokens,
             "seed": request.seed,
             "tree_of_tree_tau": LARGE_TREE,

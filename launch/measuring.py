@@ -11,14 +11,17 @@ Threads = Annotated[
     int, typer.Option(min=1, help="on a CPU; default: OMP_NUM_THREADS, or one or all, by a short trial")
 ]
 
+Datastore = Annotated[str, typer.Option(help="directory of `draftsmith datastore build`, for methods that retrieve")]
+
 
 @app.command(name="eval")
 def evaluate(
     methods: Annotated[
         list[str],
         typer.Argument(
-            help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, stand[:deterministic|:sequential], "
-            "recycling, suffix, lookup, hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
+            help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, reader[:DRAFTER|:stand], "
+            "stand[:deterministic|:sequential], recycling, suffix, lookup, "
+            "hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
         ),
     ],
     suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = [
@@ -42,6 +45,7 @@ def evaluate(
         int,
         typer.Option(min=1, help="instead: so many samples of each prompt, by trajectory; what drafters learn stays"),
     ] = None,
+    datastore: Datastore = None,
 ):
     """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a
     killed one goes on.
@@ -64,6 +68,7 @@ def evaluate(
         skip_long,
         seed,
         threads,
+        datastore,
     )
     measure(request, say) if trajectories is None else scale(request, trajectories, say)
 
@@ -90,6 +95,7 @@ def generate(
     dtype: Annotated[
         str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else that of the checkpoint")
     ] = None,
+    datastore: Datastore = None,
 ):
     """Answer a prompt, or chat: the text as it comes, a new colour with every pass of the target; then the acceptance
     length, and plain decoding beside it.
@@ -111,6 +117,7 @@ def generate(
             tuple(image),
             compare,
             dtype,
+            datastore,
         )
     )
 
@@ -120,8 +127,8 @@ def verify(
     methods: Annotated[
         list[str],
         typer.Argument(
-            help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, stand[:MODE], recycling, suffix, "
-            "lookup"
+            help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, reader[:METHOD], stand[:MODE], "
+            "recycling, suffix, lookup"
         ),
     ],
     suite: str = "bundled:prompts/code.jsonl",
@@ -134,6 +141,7 @@ def verify(
     limit: Count = 16,
     seed: int = 0,
     output: str = "runs/verify",
+    datastore: Datastore = None,
 ):
     """Prove that decoding with a drafter changes no text: trees, batch sizes, sampling, dtypes. Exit code 1 when one
     does in fp32.
@@ -141,7 +149,19 @@ def verify(
     from draftsmith.launch.proof import verify
 
     if not verify(
-        methods, suite, target or [], dtype, tree, batch, temperature, max_new_tokens, limit, seed, Path(output), say
+        methods,
+        suite,
+        target or [],
+        dtype,
+        tree,
+        batch,
+        temperature,
+        max_new_tokens,
+        limit,
+        seed,
+        Path(output),
+        say,
+        datastore,
     ):
         raise SystemExit(1)
 
@@ -159,11 +179,26 @@ def sweep(
     seed: int = 0,
     output: str = "runs/sweep",
     threads: Threads = None,
+    datastore: Datastore = None,
 ):
     """Time many trees of a drafter beside the one that `--tree auto` chooses. Writes OUTPUT/sweep.json."""
     from draftsmith.launch.sweep import sweep
 
-    sweep(drafter, suite, target, tree, temperature, batch, max_new_tokens, limit, seed, Path(output), say, threads)
+    sweep(
+        drafter,
+        suite,
+        target,
+        tree,
+        temperature,
+        batch,
+        max_new_tokens,
+        limit,
+        seed,
+        Path(output),
+        say,
+        threads,
+        datastore,
+    )
 
 
 @app.command(name="tune-tree")

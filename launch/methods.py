@@ -17,13 +17,14 @@ from draftsmith.eval.measurement.measure import Decoder, Looped, decode_batches
 from draftsmith.eval.measurement.prompts import Prompt, all_turns, first_turn
 from draftsmith.eval.measurement.suites import read_suite
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.drafters import KINDS, LIBRARY, Drafters, places, shaped, trained
+from draftsmith.launch.drafters import KINDS, LIBRARY, Drafters, check_vocabulary, places, retrieves, takes, trained
 from draftsmith.models.chat import stop_ids
 from draftsmith.models.drafters import NoDrafter
+from draftsmith.models.drafters.datastore import Datastore
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch
 from draftsmith.models.formats.layout import other_weights, read_json
-from draftsmith.models.grow import StaticTree, TreePolicy
+from draftsmith.models.grow import TreePolicy
 from draftsmith.models.notes import notes
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
@@ -72,15 +73,21 @@ class Methods:
         assistant: str,
         dtype: torch.dtype | None = None,
         report=print,
+        datastore: str | None = None,
     ) -> "Methods":
-        """names: METHOD or NAME=METHOD. Without target_name the drafters name theirs, and other weights than they were
-        trained for are refused; for a target that is named, they are told.
+        """names: METHOD or NAME=METHOD; datastore: what those that retrieve read. Without target_name the drafters name
+        theirs, and other weights than they were trained for are refused; for a target that is named, they are told.
         """
         chosen = target_name is not None
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(f"methods: found {repeated[0]} twice, expected each once")
         named = labels(names)
+        if datastore is not None and not any(map(retrieves, named.values())):
+            raise UserError(
+                f"--datastore: found {datastore}, expected none: none of {', '.join(names)} retrieves (reader)"
+            )
+        store = None if datastore is None else Datastore(Path(datastore))
         found = {place: fetch(place) for name in named.values() for place in places(name)}
         if target_name is None:
             wanted = sorted({target_of(folder) for folder in found.values()})
@@ -101,7 +108,9 @@ class Methods:
                 if not chosen:
                     raise UserError(f"drafter {name}: {others}; --target measures it on these all the same")
                 report(f"drafter {name}: {others}; its acceptance length may be lower than there")
-        drafters = Drafters(target, assistant)
+        drafters = Drafters(target, assistant, store)
+        if store is not None:
+            check_vocabulary(store, target_name, getattr(tokenizer, "tokenizer", tokenizer))
         folders = {name: method for name, method in named.items() if trained(method)}
         heads = {name: drafters.head(place) for name, place in folders.items()}
         baselines = {
@@ -117,9 +126,9 @@ class Methods:
             return self.baselines[name]
         return self.drafters.decoder(self.named[name], tree)
 
-    def shape(self, tree: StaticTree) -> None:
-        """Gives this tree to the methods that draft a static one of their own."""
-        self.baselines |= {name: self.decoder(name, tree) for name in self.baselines if shaped(self.named[name])}
+    def shape(self, tree: TreePolicy) -> None:
+        """Gives this tree to the methods that have one of their own and can take it."""
+        self.baselines |= {name: self.decoder(name, tree) for name in self.baselines if takes(self.named[name], tree)}
 
     @property
     def rows(self) -> int:
@@ -176,7 +185,9 @@ class Methods:
         return {
             **self.target.identity,
             "methods": ["plain", *self.baselines],
-            "drafters": {n: digest(f) for n, f in self.folders.items()},
+            "drafters": {n: digest(f) for n, f in self.folders.items()}
+            | {place: digest(place) for name in self.baselines for place in places(self.named[name])},
+            **({} if self.drafters.datastore is None else {"datastore": self.drafters.datastore.about}),
         }
 
     def machine(self) -> dict:

@@ -10,6 +10,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, prove, measure and publish drafters for speculative decoding.",
 )
+datastore = typer.Typer(no_args_is_help=True, help="Texts to retrieve drafts from.")
+app.add_typer(datastore, name="datastore")
 Count = Annotated[int, typer.Option(min=1)]
 Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from draftsmith.eval.lossless import Comparison, describe, dtype_of, prove
 from draftsmith.eval.measurement.measure import Looped
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.drafters import LIBRARY, shaped
+from draftsmith.launch.drafters import LIBRARY, takes
 from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
 from draftsmith.launch.tables import show_proof
 from draftsmith.models.errors import UserError
-from draftsmith.models.grow import StaticTree, parse_tree
+from draftsmith.models.grow import parse_tree
 
 
 def verify(
@@ -26,6 +26,7 @@ def verify(
     seed: int,
     output: Path,
     report=print,
+    datastore: str | None = None,
 ) -> bool:
     """Whether everything that is claimed holds. Each temperature above 0 is also tried with top-k, top-p and a
     repetition penalty.
@@ -38,15 +39,15 @@ def verify(
     samplings += [Sampling(t, 20, 0.9, 1.2, seed) for t in temperatures if t > 0]
     if any(method in LIBRARY or method == "plain" for method in labels(names).values()):
         raise UserError(
-            f"methods: found {', '.join(names)}, expected drafters, howl:DRAFTER, stand, recycling, suffix, lookup "
-            f"(the loops of Hugging Face are not ours to prove)"
+            f"methods: found {', '.join(names)}, expected drafters, howl:DRAFTER, reader, stand, recycling, suffix, "
+            f"lookup (the loops of Hugging Face are not ours to prove)"
         )
     check_writable(output)
     found: list[Comparison] = []
     for target_name in targets or [None]:
         for dtype in precisions:
             once = report if dtype is precisions[0] else (lambda line: None)  # what concerns the target itself
-            methods = Methods.open(names, target_name, ASSISTANT, dtype, once)
+            methods = Methods.open(names, target_name, ASSISTANT, dtype, once, datastore)
             rows = max(methods.rows, *(policy.size for policy in policies))
             prompts = methods.prompts(suite, limit, max_new_tokens, rows, False, report)
             drafters = {
@@ -58,7 +59,7 @@ def verify(
                 f"{name} {policy}": methods.decoder(name, policy).drafter
                 for name in methods.baselines
                 for policy in policies
-                if shaped(methods.named[name]) and isinstance(policy, StaticTree)
+                if takes(methods.named[name], policy)
             }
             drafters |= {
                 name: decode.drafter for name, decode in methods.baselines.items() if isinstance(decode, Looped)

@@ -6,7 +6,7 @@ from draftsmith.eval.measurement.sweep import GRID
 from draftsmith.eval.measurement.sweep import sweep as time_trees
 from draftsmith.eval.measurement.threads import chosen_threads
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.drafters import trained
+from draftsmith.launch.drafters import inner, trained
 from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
 from draftsmith.launch.tables import show_sweep
 from draftsmith.models.errors import UserError
@@ -26,23 +26,26 @@ def sweep(
     output: Path,
     report=print,
     threads: int | None = None,
+    datastore: str | None = None,
 ) -> dict:
     """Writes OUTPUT/sweep.json: the result of `eval.sweep` and its conditions. threads: as in `chosen_threads`."""
-    if not all(map(trained, labels([drafter]).values())):
+    (method,) = labels([drafter]).values()
+    if not trained(inner(method)):
         raise UserError(
-            f"drafter: found {drafter}, expected a drafter directory (trees of stand and recycling: tune-tree)"
+            f"drafter: found {drafter}, expected a drafter directory or reader:DRAFTER (trees of stand and recycling: "
+            f"tune-tree)"
         )
     policies, sampling = [parse_tree(tree) for tree in trees] if trees else list(GRID), Sampling(temperature, seed=seed)
-    methods = Methods.open([drafter], target, ASSISTANT, report=report)
+    methods = Methods.open([drafter], target, ASSISTANT, report=report, datastore=datastore)
+    make = lambda tree: methods.drafters.drafter(method, tree)  # noqa: E731
     with chosen_threads(methods.target, threads, None, report) as tried:
         prompts = methods.prompts(
-            suite, limit, max_new_tokens, max(60, *(policy.size for policy in policies)), False, report
+            suite, limit, max_new_tokens, max(60, *(make(policy).size for policy in policies)), False, report
         )
         check_writable(output)
-        head = next(iter(methods.heads.values()))
         result = time_trees(
             methods.target,
-            head,
+            methods.drafters.head(inner(method)),
             [p.tokens for p in prompts],
             methods.stops,
             policies,
@@ -50,6 +53,7 @@ def sweep(
             batch,
             max_new_tokens,
             report,
+            make,
         )
         result["conditions"] = {
             "target": methods.target.name,
@@ -58,6 +62,7 @@ def sweep(
             "count": len(prompts),
             "temperature": temperature,
             "batch": batch,
+            "datastore": datastore,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
             **methods.machine(),

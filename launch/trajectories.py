@@ -10,12 +10,12 @@ from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.measurement.trajectories import Method, ahead, figures, trajectories
 from draftsmith.eval.sampling import Sampling
-from draftsmith.launch.drafters import LIBRARY, shaped, trained
+from draftsmith.launch.drafters import LIBRARY, takes, trained
 from draftsmith.launch.measurement import LARGE_TREE, Request, digest, suite_name
 from draftsmith.launch.methods import Methods, check_writable, write_json
 from draftsmith.launch.tables import WIDTH
 from draftsmith.models.errors import UserError
-from draftsmith.models.grow import StaticTree, parse_tree
+from draftsmith.models.grow import parse_tree
 
 
 def scale(request: Request, count: int, report=print) -> dict:
@@ -28,7 +28,9 @@ def scale(request: Request, count: int, report=print) -> dict:
     temperatures = [t for t in plan.temperatures if t > 0]
     if not temperatures:
         raise UserError("--trajectories: found temperature 0 alone, where all are the same text; expected one above 0")
-    methods = Methods.open(request.methods, request.target, request.assistant, report=report)
+    methods = Methods.open(
+        request.methods, request.target, request.assistant, report=report, datastore=request.datastore
+    )
     library = [name for name, method in methods.named.items() if method in LIBRARY]
     if library:
         raise UserError(f"--trajectories: found {library[0]}, expected methods of our own decode loop")
@@ -36,7 +38,7 @@ def scale(request: Request, count: int, report=print) -> dict:
     tree = plan.fixed or parse_tree(LARGE_TREE)
     made = {"plain": Method(lambda: methods.drafters.drafter("plain"), methods.drafters.rule("plain"))}
     for name, method in methods.named.items():
-        grown = tree if trained(method) or shaped(method) and isinstance(plan.fixed, StaticTree) else None
+        grown = tree if trained(method) or takes(method, plan.fixed or tree) else None
         made[name] = Method(
             lambda method=method, grown=grown: methods.drafters.drafter(method, grown, lasting=True),
             methods.drafters.rule(method),
@@ -90,6 +92,7 @@ def scale(request: Request, count: int, report=print) -> dict:
             "count": {name: len(found) for name, found in prompts.items()},
             "trajectories": count,
             "tree": request.tree,
+            "datastore": request.datastore,
             "max_new_tokens": request.max_new_tokens,
             "seed": request.seed,
             **methods.machine(),

@@ -6,7 +6,7 @@ from draftsmith.eval.measurement.tune import tune
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH
-from draftsmith.launch.drafters import shaped, trained
+from draftsmith.launch.drafters import inner, shaped, trained
 from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
 from draftsmith.models.errors import UserError
 from draftsmith.models.topology import candidates
@@ -31,7 +31,7 @@ def tune_tree(
     being the passes that accepted each slot}.
     """
     ((name, asked),) = labels([method]).items()
-    if not trained(asked) and not shaped(asked):
+    if inner(asked) != asked or not trained(asked) and not shaped(asked):
         raise UserError(f"method: found {method}, expected stand, recycling or a drafter: others draft no static tree")
     if output.suffix != ".json":
         raise UserError(f"--output: found {output}, expected a name that ends with .json: --tree knows files by it")

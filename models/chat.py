@@ -2,6 +2,8 @@
 target).
 """
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +26,12 @@ def load_tokenizer(name: str | Path):
         raise
     except Exception as error:  # damaged files raise whatever their readers come across
         raise UserError(f"tokenizer {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+
+
+def vocabulary_digest(tokenizer) -> str:
+    """16 hex digits over which string every id of a tokenizer stands for: token ids on disk are of no other one."""
+    listed = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 # What rendering gives every template, besides special tokens

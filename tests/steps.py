@@ -113,15 +113,15 @@ def node_texts(tree: DraftTree, text: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def learned(drafter, tree: DraftTree, texts: list, path: list[int], token: int, p: Table):
     """A copy of the drafter that has observed an accepted path and the next token."""
-    drafter, asked = copy.copy(drafter), drafter.feature_spec.distribution
-    for name, value in vars(drafter).items():
-        if name in ("memory", "matrix"):
-            setattr(drafter, name, copy.deepcopy(value))
-    nodes = path if asked.rows == "committed" else range(tree.size)
-    told = most_probable(torch.stack([p(texts[node]) for node in nodes]).log()[None], asked.top)
+    kept = [getattr(drafter, name, None) for name in ("tree", "datastore", "feature_spec")]
+    drafter, asked = copy.deepcopy(drafter, {id(x): x for x in kept}), drafter.feature_spec.distribution
     features = Features(tree.tokens[:, path], torch.zeros(1, len(path), 0), torch.tensor([len(path)]))
+    if asked is not None:
+        nodes = path if asked.rows == "committed" else range(tree.size)
+        told = most_probable(torch.stack([p(texts[node]) for node in nodes]).log()[None], asked.top)
+        features = replace(features, distribution=told)
     drafter.proposed = tree
-    drafter.observe(replace(features, distribution=told), torch.tensor([token]))
+    drafter.observe(features, torch.tensor([token]))
     return drafter
 
 

@@ -1,11 +1,13 @@
 """Timing many trees of one drafter on the same prompts, interleaved, beside what `choose` expects of each."""
 
+from collections.abc import Callable
+
 from draftsmith.eval.measurement.choose import expected_tau, measure_costs, ranking, record
 from draftsmith.eval.measurement.measure import Looped, Run, interleaved, summary
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.measurement.speed import robust_ms
 from draftsmith.eval.sampling import Sampling
-from draftsmith.models.drafters import HeadDrafter, NoDrafter
+from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
 from draftsmith.models.grow import DynamicTree, TreePolicy, chain
 from draftsmith.models.targets import TextTarget
 
@@ -48,6 +50,7 @@ def sweep(
     batch: int,
     max_new_tokens: int,
     report=print,
+    make: Callable[[TreePolicy], Drafter] | None = None,
 ) -> dict:
     """{"auto": tree, "best": tree, "auto_over_best", "disturbance", "trees": {tree: {"tau", "speedup", "wall_speedup",
     "tokens_per_second", "expected_tau", "expected_speedup", "ms_per_pass"}}}; auto is timed with the others.
@@ -55,13 +58,14 @@ def sweep(
     speedup, tokens_per_second and ms_per_pass are robust (`speed`), so that a loaded machine does not choose the best
     tree; disturbance is that of the plain passes. auto_over_best = speed of auto / speed of the best tree. The best of
     many noisy figures flatters itself, so it is found on one half of the batches and compared on the other, both ways
-    round, and the geometric mean is taken (`best` is that of all batches).
+    round, and the geometric mean is taken (`best` is that of all batches). make: a drafter in which the head grows a
+    tree, None = the head alone; auto and what is expected are those of the head alone.
     """
     order = choose(target, head, prompts, stops, sampling, batch, max_new_tokens)
     auto, expected = order[0][0], {tree: (tau, speedup) for tree, tau, speedup in order}
     trees = list(dict.fromkeys([auto, *trees]))
     decoders = {"plain": Looped(target, NoDrafter())} | {
-        str(tree): Looped(target, HeadDrafter(head, tree)) for tree in trees
+        str(tree): Looped(target, make(tree) if make else HeadDrafter(head, tree)) for tree in trees
     }
     runs = interleaved(
         decoders, prompts, sampling, max_new_tokens, stops, batch, Progress(report, f"{len(trees)} trees", len(prompts))

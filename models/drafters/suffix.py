@@ -62,6 +62,18 @@ class SuffixRule:
         return max(0, min(limit, int(match * self.factor + self.offset + 1e-6)))
 
 
+def grouped(tokens: np.ndarray, places: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """tokens, places [n] -> (token, its places) of each, the most frequent first, among equals the one met last."""
+    if not len(tokens):
+        return []
+    if (tokens == tokens[0]).all():
+        return [(int(tokens[0]), places)]
+    listed = tokens.tolist()
+    latest = {token: place for place, token in enumerate(listed)}
+    order = sorted(Counter(listed).items(), key=lambda pair: (-pair[1], -latest[pair[0]]))
+    return [(token, places[tokens == token]) for token, _ in order]
+
+
 class SuffixIndex:
     """Texts that grow token by token, and the places where their strings of up to two tokens end.
 
@@ -83,6 +95,12 @@ class SuffixIndex:
     def __len__(self) -> int:
         """Tokens that are indexed."""
         return self.size - self.dead
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        lists = (*self.ones.values(), *self.twos.values())
+        return sum(x.nbytes for x in (self.tokens, self.before, self.behind)) + sum(x.itemsize * len(x) for x in lists)
 
     def append(self, text: int, tokens: list[int]) -> None:
         """Adds tokens to the end of a text; an unknown number starts a new one."""
@@ -187,15 +205,7 @@ class SuffixIndex:
         """
         behind = self.behind[slots]
         behind = behind[behind != NONE]
-        if len(behind) <= 1:
-            return [(int(self.tokens[behind[0]]), behind)] if len(behind) else []
-        tokens = self.tokens[behind]
-        if (tokens == tokens[0]).all():
-            return [(int(tokens[0]), behind)]
-        listed = tokens.tolist()
-        latest = {token: place for place, token in enumerate(listed)}
-        order = sorted(Counter(listed).items(), key=lambda pair: (-pair[1], -latest[pair[0]]))
-        return [(token, behind[tokens == token]) for token, _ in order]
+        return grouped(self.tokens[behind], behind)
 
     def speculate(self, context: list[int], rule: SuffixRule, limit: int) -> Draft:
         """The best draft of at most `limit` nodes behind `context`, of which the last `rule.depth` tokens count; empty

@@ -3,13 +3,13 @@
 import pytest
 
 from draftsmith.launch import drafters
-from draftsmith.launch.drafters import KINDS, Drafters, Kind, grows, parse, places, trained
+from draftsmith.launch.drafters import KINDS, Drafters, Kind, grows, parse, places, retrieves, shaped, takes, trained
 from draftsmith.launch.methods import labels
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.drafters.howl import HowlDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import save_drafter
-from draftsmith.models.grow import chain
+from draftsmith.models.grow import chain, parse_tree
 from tests.conftest import tiny_head
 
 
@@ -26,12 +26,33 @@ def test_a_name_is_a_kind_a_loop_of_the_library_or_a_place():
     assert [places(name) for name in ("lookup", "hf-lookup", "d", "howl:d")] == [[], [], ["d"], ["d"]]
 
 
+def test_a_kind_that_widens_others_takes_what_they_take():
+    names = (
+        "reader",
+        "reader:runs/d",
+        "reader:stand",
+        "reader:stand:deterministic",
+        "howl:d",
+        "stand",
+        "hf-lookup",
+        "d",
+    )
+    assert [name for name in names if grows(name)] == [*names[1:6], "d"]
+    assert [name for name in names if shaped(name)] == ["reader:stand", "reader:stand:deterministic", "stand"]
+    assert [name for name in names if takes(name, chain(2))] == [*names[1:4], "stand"]
+    assert [name for name in names if takes(name, parse_tree("dynamic:3x4x10"))] == ["reader:runs/d"]
+    assert [places(name) for name in names[:4]] == [[], ["runs/d"], [], []]
+    assert [retrieves(name) for name in names] == [True] * 4 + [False] * 4
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("howl", "howl: found no drafter behind it, expected howl:DRAFTER"),
         ("howl:", "howl: found no drafter behind it, expected howl:DRAFTER"),
         ("suffix:3", "suffix:3: found 3 behind suffix, expected suffix alone"),
+        ("reader:suffix", "reader: found suffix behind it, expected a drafter, stand or nothing"),
+        ("reader:reader", "reader: found reader behind it, expected a drafter, stand or nothing"),
     ],
 )
 def test_arguments_that_are_missing_or_too_many(name, message):

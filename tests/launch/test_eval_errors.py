@@ -279,7 +279,7 @@ COMMANDS = {
     ),
     "verify a loop of the library": (
         ["verify", "{place}/drafter", "hf-lookup"],
-        "methods: found {place}/drafter, hf-lookup, expected drafters, howl:DRAFTER, stand, recycling, suffix, lookup",
+        "methods: found {place}/drafter, hf-lookup, expected drafters, howl:DRAFTER, reader, stand, recycling, ",
     ),
     "verify a tree that is none": (["verify", "{place}/drafter", "--tree", "oak"], "tree: found 'oak'"),
     "sweep a baseline": (["sweep", "lookup"], "drafter: found lookup, expected a drafter directory"),
