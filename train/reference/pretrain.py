@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import describe, locate
-from draftsmith.train.recipe import Strict
+from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import corpus
 from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 from draftsmith.train.reference.repository import RepositoryRows
@@ -73,15 +73,15 @@ class TargetRecipe(Strict):
     """
 
     seed: int
-    start_from: str | None = None
-    tokenizer: str | None = None
+    start_from: Place | None = None
+    tokenizer: Place | None = None
     corpus: Corpus
     model: Architecture
     stages: list[Stage]
     optimizer: Optimizer
     compile: bool
     save_minutes: float = Field(gt=0)
-    output: str
+    output: Place
 
     @model_validator(mode="after")
     def _depths_grow(self):

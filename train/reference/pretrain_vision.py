@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from draftsmith.models.errors import UserError
-from draftsmith.train.recipe import Strict
+from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import pretrain as text
 from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 from draftsmith.train.reference.scenes import (
@@ -96,7 +96,7 @@ class VisionRecipe(Strict):
     optimizer: Optimizer
     evaluation: int = Field(gt=0)
     save_minutes: float = Field(gt=0)
-    output: str
+    output: Place
 
     @model_validator(mode="after")
     def _fits(self):
