@@ -108,9 +108,9 @@ def has_section(path: str | Path, name: str) -> bool:
 
 
 class Data(Strict):
-    """files: JSONL, JSON or Parquet files, or `hub:USER/NAME[:SPLIT]`, with `messages`, `conversations`, `text`, or
-    `tokens` + `prompt_length` (as `draftsmith regenerate` writes). max_image_pixels: of a picture, for targets that
-    see; larger ones are bad rows.
+    """files: JSONL, JSON (either gzipped) or Parquet files, or `hub:NAME[@REVISION][:[CONFIG:]SPLIT]`, with `messages`,
+    `conversations`, `text`, or `tokens` + `prompt_length` (as `draftsmith regenerate` writes). max_image_pixels: of a
+    picture, for targets that see; larger ones are bad rows.
     """
 
     files: list[Place] = Field(min_length=1)
