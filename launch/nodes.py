@@ -22,8 +22,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from draftsmith.launch.program import INTERRUPTED
 from draftsmith.launch.rank import Record, records
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import alone
+from draftsmith.train.checkpoint import resumes
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
 PORT = 29500
@@ -143,7 +146,7 @@ def on_hosts(
     own = list(hosts)[node]
     devices = devices_for(hosts[own], f"{hostfile}: {own}: slots")
     world = {host: devices if host == own else [str(k) for k in range(slots)] for host, slots in hosts.items()}
-    return _run(launcher(world, node, address, port), recipe, overrides, dry_run, say, devices)
+    return _run(launcher(world, node, address, port), recipe, overrides, dry_run, say, devices, node)
 
 
 def deepspeed_program() -> str:
@@ -157,9 +160,15 @@ def deepspeed_program() -> str:
 
 
 def _run(
-    launching: list[str], recipe: str, overrides: list[str], dry_run: bool, say: Say, devices: list[str] | None = None
+    launching: list[str],
+    recipe: str,
+    overrides: list[str],
+    dry_run: bool,
+    say: Say,
+    devices: list[str] | None = None,
+    node: int = 0,
 ) -> int:
-    """A launcher that was told its machines. devices: of this machine, where they are known."""
+    """A launcher that was told its machines. devices: of this machine, where they are known; node: its number."""
     output = Path(read_recipe(recipe, DrafterRecipe, overrides).output)
     folder = output.resolve() / "processes"
     module = ["--log_level", "error", "--module", "draftsmith.launch.rank", str(folder), recipe, *overrides]
@@ -169,52 +178,44 @@ def _run(
         say(in_words(devices))
     if dry_run:
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    job = Job(command, folder)
-    code = job.wait()
+    with alone(folder, f"launch-{node}", output):  # each machine of a hostfile has its own part
+        job = Job(command, folder)
+        code = job.wait()
     lost = job.lost()
+    interrupted = job.asked == signal.SIGINT
+    if lost is not None and lost.saved:  # process 0 has said so
+        return INTERRUPTED if interrupted else lost.code
+    if interrupted and code:
+        print(f"interrupted; {resumes(output)}", file=sys.stderr, flush=True)
+        return INTERRUPTED
     if lost is None:
         return code
-    if lost.saved or (
-        lost.code == 2 and lost.rank == 0 and lost in job.own()
-    ):  # process 0 has said here what was wrong
+    if lost.code == 2 and lost.rank == 0 and lost in job.own():  # process 0 has said here what was wrong
         return lost.code
     print(
-        f"error: process {lost.rank} on {lost.host} (pid {lost.pid}) {lost.how}; {_resumes(output)}",
+        f"error: process {lost.rank} on {lost.host} (pid {lost.pid}) {lost.how}; {resumes(output)}",
         file=sys.stderr,
         flush=True,
     )
     return lost.code or code
 
 
-def _resumes(output: Path) -> str:
-    from draftsmith.train.checkpoint import Checkpoints
-
-    last = Checkpoints(output / "checkpoints", {}, 0, 1).latest()
-    return (
-        f"{last} is complete: the same command resumes there"
-        if last
-        else "there is no checkpoint yet: the same command begins anew"
-    )
-
-
 class Job:
     """A running DeepSpeed launcher in a session of its own, so that a signal reaches the processes that train first:
     they save and end, and the launcher ends with their exit code. (By itself it would give them 30 seconds.)
+
+    asked: the signal that told the job to end, None before.
     """
 
     def __init__(self, command: list[str], folder: Path):
         import torch
 
-        self.folder, self.since, self.asked = folder, time.time(), False
+        self.folder, self.since, self.asked, self.process = folder, time.time(), None, None
         environment = {**os.environ, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
-        before = {
-            number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)
-        }  # the launcher inherits this
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True)
-        self.before = before
-        for number in before:
-            signal.signal(number, lambda *_: self._ask())
+        if self.asked:
+            self._signal(signal.SIGTERM)
 
     def wait(self) -> int:
         """The launcher's exit code. When a process was lost, on whatever machine, the ones of this launcher do not wait
@@ -252,12 +253,14 @@ class Job:
         """The processes that this launcher started on this machine."""
         return [r for r in records(self.folder) if (r.host, r.session) == (socket.gethostname(), self.process.pid)]
 
-    def _ask(self) -> None:
+    def _ask(self, number: int, frame) -> None:
         """The processes save and end; a second signal ends them at once."""
-        self._signal(signal.SIGKILL if self.asked else signal.SIGTERM)
-        self.asked = True
+        again, self.asked = self.asked is not None, self.asked or number
+        self._signal(signal.SIGKILL if again else signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
+        if self.process is None:
+            return
         running = [r.pid for r in self.own() if r.code is None]
         for pid in running:
             with contextlib.suppress(ProcessLookupError):

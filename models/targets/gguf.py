@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import usual_modes
 from draftsmith.models.targets.cache import cache_root, known_hash, made_once
 from draftsmith.models.targets.gguf_header import Header
 from draftsmith.models.targets.weights import MANIFEST, check_whole, one_line, quietly
@@ -89,6 +90,7 @@ def convert(file: Path, digest: str, folder: Path, name: str, say: Callable[[str
     header.drop_unknown(folder / "tokenizer.json")
     made = {"sha256": digest, "quantisation": header.quantisation, "file": file.name, "conversion": CONVERSION}
     (folder / MANIFEST).write_text(json.dumps(made | {"transformers": transformers.__version__}, indent=1) + "\n")
+    usual_modes(folder)
 
 
 def unpacked() -> dict:

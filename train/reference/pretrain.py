@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import usual_modes
 from draftsmith.models.targets import describe, locate
 from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import corpus
@@ -324,4 +325,5 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
     }
     (folder / "training.json").write_text(json.dumps(figures, indent=1))
     log(json.dumps(figures))
+    usual_modes(folder)
     return folder.rename(recipe.output)

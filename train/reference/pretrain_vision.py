@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import usual_modes
 from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import pretrain as text
 from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
@@ -465,4 +466,5 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
     (folder / "training.json").write_text(json.dumps(figures, indent=1))
     log(json.dumps(figures))
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    usual_modes(folder)
     return folder.rename(recipe.output)
