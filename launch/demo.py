@@ -16,6 +16,7 @@ from draftsmith.launch.prompts import write_prompts
 from draftsmith.launch.regenerate import regenerate
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import write_new
 from draftsmith.models.formats import fetch
 from draftsmith.models.targets import locate
 
@@ -58,8 +59,7 @@ class TrainingRows:
     def write(self, output: str, tokenizer) -> None:
         text = Path(bundled(self.file)).read_text("utf-8")
         lines = [line for line in text.splitlines() if '"split": "train"' in line]
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text("".join(line + "\n" for line in lines), "utf-8")
+        write_new(Path(output), "".join(line + "\n" for line in lines))
 
 
 @dataclass(frozen=True)

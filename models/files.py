@@ -22,6 +22,15 @@ def write_whole(path: Path, text: str) -> None:
         hidden.unlink(missing_ok=True)
 
 
+def write_new(path: Path, text: str) -> Path:
+    """Writes a file, whole. Raises UserError where there is one already of other content."""
+    if path.exists() and path.read_bytes() != text.encode():
+        raise UserError(f"{path}: exists, with other content; remove it or choose another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    return path
+
+
 def usual_modes(place: Path) -> None:
     """Gives a file, or all files below a folder, the mode of files that were just opened to be written: libraries that
     write a temporary file first (safetensors) leave them to their owner alone.
