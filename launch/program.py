@@ -28,7 +28,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, prove, measure and publish drafters for speculative decoding.",
 )
-Count = Annotated[int, typer.Option(min=1)]
+Recipe = Annotated[str, typer.Argument(help="YAML file")]
+Drafter = Annotated[str, typer.Argument(help="directory, Hub id or bundled:NAME")]
+Count = Annotated[int, typer.Option(min=1, help="how many are written")]
+Limit = Annotated[int, typer.Option(min=1, help="only the first so many prompts of a file")]
+NewTokens = Annotated[int, typer.Option(min=2, help="of an answer, at most")]
+Temperature = Annotated[float, typer.Option(help="0: greedy")]
+Temperatures = Annotated[list[float], typer.Option(help="0: greedy; several may be given")]
+Batches = Annotated[list[int], typer.Option(min=1, help="prompts at a time; several may be given")]
+Seed = Annotated[int, typer.Option(help="of what is drawn at random")]
+HeldOut = Annotated[bool, typer.Option(help="of the share that no training of the bundled targets saw")]
+Output = Annotated[str, typer.Option(help="folder of the results")]
 Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
 
 

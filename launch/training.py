@@ -2,6 +2,7 @@
 `deepspeed --module draftsmith.train`.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def main(arguments: list[str], tell: Callable[[str], None] = lambda reason: None
 
 
 def run(arguments: list[str], tell: Callable[[str], None]) -> int:
-    from draftsmith.train.checkpoint import Terminated, resumes
+    from draftsmith.train.checkpoint import Terminated, resumes, unwritable
     from draftsmith.train.distributed import read_engine_file
     from draftsmith.train.loop import train
     from draftsmith.train.recipe import DrafterRecipe, read_recipe
@@ -53,6 +54,10 @@ def run(arguments: list[str], tell: Callable[[str], None]) -> int:
             print(reason, file=sys.stderr)
         tell("saved")
         return reason.code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise unwritable(error.filename or recipe.output, error, Path(recipe.output)) from None
     return 0
 
 

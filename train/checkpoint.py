@@ -33,7 +33,7 @@ def resumes(output: Path) -> str:
     return "there is no checkpoint yet: the same command begins anew"
 
 
-def unwritable(place: Path, error: Exception, output: Path) -> ProcessError:
+def unwritable(place: str | Path, error: Exception, output: Path) -> ProcessError:
     return ProcessError(f"{place}: cannot be written ({' '.join(str(error).split())[:200]}); {resumes(output)}")
 
 

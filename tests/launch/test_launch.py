@@ -157,6 +157,23 @@ def test_a_job_that_loses_a_process_says_so_and_resumes(folder, two_nodes, tmp_p
         assert torch.equal(value, weights(output)[name]), name
 
 
+@pytest.mark.timeout(600)
+def test_ctrl_c_on_a_job_saves_and_another_job_on_its_output_is_refused(folder, tmp_path):
+    command = folder / "recipe.yaml", *ZERO2, f"output={tmp_path}/out", "engine.checkpoint_minutes=0", "--gpus", "2"
+    job = start(tmp_path, *command)
+    await_step(tmp_path / "out", 3, job)
+    code, said = end(start(tmp_path, *command))
+    assert code == 2 and f"error: {tmp_path}/out: another process writes there" in said, said[-3000:]
+    job.send_signal(signal.SIGINT)
+    code, said = end(job)
+    assert code == 130 and "the same command resumes there" in said and "error:" not in said, said[-3000:]
+    job = start(tmp_path, *command)
+    time.sleep(1)
+    job.send_signal(signal.SIGINT)  # before it has started anything
+    code, said = end(job)
+    assert code == 130, said[-3000:]
+
+
 @pytest.mark.parametrize(
     ("work", "code", "how"),
     [

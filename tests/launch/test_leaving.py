@@ -10,16 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from draftsmith.eval.measurement import measure
 from draftsmith.launch import cli
 from draftsmith.launch import regenerate as regeneration
+from draftsmith.models import targets
 from draftsmith.models.errors import UserError
 from draftsmith.models.files import alone, write_new, write_whole
-from draftsmith.models.formats import save_drafter
+from draftsmith.models.formats import layout, save_drafter
 from draftsmith.models.targets import TextTarget
+from draftsmith.train.reference import pretrain, pretrain_vision
 from draftsmith.train.reference.pretrain import train_tokenizer
-from tests.conftest import tiny_head, tiny_target
+from tests.conftest import ROOT, tiny_head, tiny_target
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,45 @@ def test_ctrl_c_in_the_middle_of_a_measurement(place, tmp_path, monkeypatch, run
         f"interrupted; what is measured is kept in {tmp_path}/runs.jsonl.partial: the same command goes on",
     )
     assert run(*evaluate(place, tmp_path))[0] == 0 and (tmp_path / "result.json").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["code-mini", "shapes-vlm"])
+def test_ctrl_c_in_the_middle_of_pretraining(tmp_path, monkeypatch, run, recipe):
+    place = ROOT / "recipes" / "targets" / f"{recipe}.yaml"
+    arguments = "pretrain", place, f"output={tmp_path}/target"
+    module = pretrain if recipe == "code-mini" else pretrain_vision
+    monkeypatch.setattr(module, "Documents" if recipe == "code-mini" else "make_processor", press)
+    for snapshot in (False, True):
+        if snapshot:
+            (tmp_path / "target.partial" / "checkpoint").mkdir()
+        code, _, line = run(*arguments)
+        resumes = snapshot and recipe == "shapes-vlm"
+        assert (code, line) == (
+            130,
+            f"interrupted; {tmp_path}/target.partial/checkpoint is complete: the same command resumes there"
+            if resumes
+            else "interrupted; there is nothing to go on from: the same command begins anew",
+        )
+    with alone(tmp_path, "target", "target"):
+        code, _, line = run(*arguments)
+        assert code == 2 and line.startswith(f"error: {tmp_path}/target: another process writes there")
+
+
+def test_ctrl_c_while_something_is_fetched(monkeypatch, run):
+    monkeypatch.setattr(targets, "locate", press)
+    line = "interrupted; what was fetched whole is kept: the same command goes on"
+    assert run("fetch", "bundled:targets/smollm2")[::2] == (130, line)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: os error 28")])
+def test_an_export_onto_a_full_disk_is_one_line_and_leaves_nothing(place, tmp_path, monkeypatch, run, error):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(layout, "save_file", full)
+    code, _, line = run("export", place / "drafter", tmp_path / "exported", "--to", "vllm")
+    assert code == 2 and line.startswith(f"error: {tmp_path}/exported: cannot be written (") and str(error)[-8:] in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,24 @@ def test_a_disk_that_is_full_at_the_last_checkpoint_leaves_the_one_before(
     assert main(often) == 0 and same(tmp_path / "out", unharmed)
 
 
+def test_a_disk_that_is_full_in_the_middle(folder, tmp_path, capsys, monkeypatch, unharmed):
+    write = telemetry.Log.write
+
+    def full(log, line):
+        if line["step"] == 3:
+            raise FULL["as the system says it"]
+        write(log, line)
+
+    often = arguments(folder, tmp_path / "out", "engine.checkpoint_minutes=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(telemetry.Log, "write", full)
+        assert main(often) == 2
+    line = said(capsys)
+    assert line.startswith(f"error: {tmp_path}/out: cannot be written ([Errno 28] No space left on device)")
+    assert line.endswith(f"; {tmp_path}/out/checkpoints/step-2 is complete: the same command resumes there")
+    assert main(often) == 0 and same(tmp_path / "out", unharmed)
+
+
 def test_of_two_runs_on_one_output_the_second_is_refused(folder, tmp_path, capsys):
     with alone(tmp_path / "out", "train", "out"):
         assert main(arguments(folder, tmp_path / "out")) == 2
