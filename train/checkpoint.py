@@ -28,6 +28,8 @@ def latest(folder: Path) -> Path | None:
 
 def resumes(output: Path) -> str:
     """What a run with this output goes on from, in words."""
+    if (output / "drafter").exists():
+        return f"the drafter is saved in {output / 'drafter'}: nothing is left to do"
     if last := latest(output / "checkpoints"):
         return f"{last} is complete: the same command resumes there"
     return "there is no checkpoint yet: the same command begins anew"

@@ -159,7 +159,8 @@ def test_a_job_that_loses_a_process_says_so_and_resumes(folder, two_nodes, tmp_p
 
 @pytest.mark.timeout(600)
 def test_ctrl_c_on_a_job_saves_and_another_job_on_its_output_is_refused(folder, tmp_path):
-    command = folder / "recipe.yaml", *ZERO2, f"output={tmp_path}/out", "engine.checkpoint_minutes=0", "--gpus", "2"
+    long = ["optimization.epochs=400", "engine.checkpoint_minutes=0"]
+    command = folder / "recipe.yaml", *ZERO2, f"output={tmp_path}/out", *long, "--gpus", "2"
     job = start(tmp_path, *command)
     await_step(tmp_path / "out", 3, job)
     code, said = end(start(tmp_path, *command))

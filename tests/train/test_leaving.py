@@ -17,6 +17,7 @@ from draftsmith.launch.training import main
 from draftsmith.models.files import alone
 from draftsmith.models.formats import layout
 from draftsmith.train import data, telemetry
+from draftsmith.train.checkpoint import resumes
 
 
 def arguments(folder, output, *more):
@@ -67,6 +68,15 @@ def test_a_signal_saves_and_the_same_command_resumes(
     )
     assert main(arguments(folder, tmp_path / "out")) == 0 and same(tmp_path / "out", unharmed)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_a_run_goes_on_from(tmp_path):
+    assert resumes(tmp_path) == "there is no checkpoint yet: the same command begins anew"
+    for name in ("step-9", "step-10", ".step-11"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert resumes(tmp_path) == f"{tmp_path}/checkpoints/step-10 is complete: the same command resumes there"
+    (tmp_path / "drafter").mkdir()
+    assert resumes(tmp_path) == f"the drafter is saved in {tmp_path}/drafter: nothing is left to do"
 
 
 def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved_yet(folder, tmp_path, capsys, monkeypatch):
