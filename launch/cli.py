@@ -5,14 +5,44 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
+import draftsmith
 import draftsmith.launch.measuring  # noqa: F401 (registers its commands)
-from draftsmith.launch.program import Count, Target, app, datastore, say
-from draftsmith.models.errors import UserError
+from draftsmith.launch.program import (
+    Count,
+    Drafter,
+    HeldOut,
+    Limit,
+    Recipe,
+    Seed,
+    Target,
+    Temperatures,
+    app,
+    datastore,
+    say,
+)
+from draftsmith.models.errors import UserError, keeping
+from draftsmith.models.files import alone
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        say(f"draftsmith {draftsmith.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="show the version and end")
+    ] = False,
+):
+    pass
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
-def train(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
+def train(recipe: Recipe, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
     """Train a drafter by a recipe (one process; `draftsmith launch RECIPE` for several)."""
     from draftsmith.launch.training import main
 
@@ -21,7 +51,7 @@ def train(recipe: str, overrides: Annotated[list[str], typer.Argument(help="sect
 
 @app.command()
 def launch(
-    recipe: str,
+    recipe: Recipe,
     overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None,
     gpus: Annotated[
         int, typer.Option(min=1, help="processes on this machine, one a GPU; with --slurm: on each machine, default 1")
@@ -33,7 +63,7 @@ def launch(
     master_addr: Annotated[
         str, typer.Option(help="where the processes meet; default: the first machine of the hostfile")
     ] = None,
-    master_port: Annotated[int, typer.Option(min=1, max=65535)] = None,
+    master_port: Annotated[int, typer.Option(min=1, max=65535, help="where the processes meet; default: 29500")] = None,
     slurm: Annotated[
         bool, typer.Option(help="write a batch script that saves, queues itself again and resumes, and submit it")
     ] = False,
@@ -77,7 +107,9 @@ def _belong(options: dict, there: bool, owner: str, command: str = "launch") -> 
 
 @app.command()
 def inspect(
-    recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None, samples: Count = 3
+    recipe: Recipe,
+    overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="rows that are shown")] = 3,
 ):
     """Show a recipe's training rows, the tokens that the target wrote in green."""
     from rich.console import Console
@@ -89,28 +121,37 @@ def inspect(
 
 
 @app.command()
-def pretrain(recipe: str, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
+def pretrain(recipe: Recipe, overrides: Annotated[list[str], typer.Argument(help="section.key=value")] = None):
     """Train a bundled reference target by its recipe: text alone, or one that sees (a recipe with a section
     `vision`).
     """
     from draftsmith.train.recipe import has_section, read_recipe
-    from draftsmith.train.reference.pretrain import TargetRecipe, pretrain
+    from draftsmith.train.reference.pretrain import TargetRecipe
+    from draftsmith.train.reference.pretrain import pretrain as work
 
-    if has_section(recipe, "vision"):
-        from draftsmith.train.reference.pretrain_vision import VisionRecipe, pretrain_vision
+    kind, seeing = TargetRecipe, has_section(recipe, "vision")
+    if seeing:
+        from draftsmith.train.reference.pretrain_vision import VisionRecipe as kind
+        from draftsmith.train.reference.pretrain_vision import pretrain_vision as work
 
-        pretrain_vision(read_recipe(recipe, VisionRecipe, overrides or []), say)
-    else:
-        pretrain(read_recipe(recipe, TargetRecipe, overrides or []), say)
+    asked = read_recipe(recipe, kind, overrides or [])
+    place, snapshot = Path(asked.output), Path(f"{asked.output}.partial/checkpoint")
+    kept = lambda: (  # noqa: E731
+        f"{snapshot} is complete: the same command resumes there"
+        if seeing and snapshot.is_dir()
+        else "there is nothing to go on from: the same command begins anew"
+    )
+    with alone(place.parent, place.name, asked.output), keeping(kept):
+        work(asked, say)
 
 
 @app.command()
 def prompts(
-    output: str,
+    output: Annotated[str, typer.Argument(help="a new file, JSONL")],
     count: Count = 1000,
-    package: list[str] = ["python"],
-    seed: int = 0,
-    held_out: bool = False,
+    package: Annotated[list[str], typer.Option(help="installed package, or python: the standard library")] = ["python"],
+    seed: Seed = 0,
+    held_out: HeldOut = False,
     tests: Annotated[bool, typer.Option(help="test functions instead of documented ones")] = False,
     target: Target = "bundled:targets/code",
 ):
@@ -123,7 +164,7 @@ def prompts(
 
 @app.command()
 def longbench(
-    output: str,
+    output: Annotated[str, typer.Argument(help="a new file, JSONL")],
     conversations: Annotated[list[str], typer.Option(help="files of `conversation` (WildChat) or `messages`")] = [],
     documents: Annotated[list[str], typer.Option(help="files of `text` and `question`")] = [],
     package: Annotated[list[str], typer.Option(help="installed packages, or python: repository-level questions")] = [],
@@ -136,7 +177,7 @@ def longbench(
     count: Count = 200,
     sampler: Annotated[str, typer.Option(help="natural or balanced")] = "natural",
     fill: Annotated[bool, typer.Option(help="put unrelated prompts in front until a bin is reached")] = False,
-    seed: int = 0,
+    seed: Seed = 0,
     target: Target = "bundled:targets/code-long",
 ):
     """Build a suite of long prompts (LongSpecBench) with bins of lengths."""
@@ -162,7 +203,12 @@ def longbench(
 
 
 @app.command()
-def scenes(output: str, count: Count = 1000, seed: int = 0, held_out: bool = False):
+def scenes(
+    output: Annotated[str, typer.Argument(help="a new folder")],
+    count: Count = 1000,
+    seed: Seed = 0,
+    held_out: HeldOut = False,
+):
     """Draw scenes for `shapes-vlm`: pictures, and questions and descriptions as LLaVA-format JSON."""
     from draftsmith.launch.scenes import write_scenes
 
@@ -171,14 +217,14 @@ def scenes(output: str, count: Count = 1000, seed: int = 0, held_out: bool = Fal
 
 @app.command()
 def regenerate(
-    target: str,
-    prompts: str,
-    output: str,
-    temperature: list[float] = [0.0],
-    max_new_tokens: Count = 160,
+    target: Annotated[str, typer.Argument(help="Hub id, directory or bundled:NAME")],
+    prompts: Annotated[str, typer.Argument(help="JSONL, JSON (either gzipped) or Parquet")],
+    output: Annotated[str, typer.Argument(help="file of the answers, JSONL; OUTPUT.partial until it is complete")],
+    temperature: Temperatures = [0.0],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer, at most")] = 160,
     batch: Annotated[int, typer.Option(min=1, help="prompts at a time, in each process")] = 64,
-    limit: Count = None,
-    seed: int = 0,
+    limit: Limit = None,
+    seed: Seed = 0,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else the checkpoint's")] = None,
     processes: Annotated[int, typer.Option(min=1, help="that share the prompts and the cores, or the GPUs")] = 1,
     drafter: Annotated[str, typer.Option(help="drafts meanwhile: directory, Hub id or bundled:NAME")] = None,
@@ -226,8 +272,8 @@ def demo(
 
 @app.command()
 def export(
-    drafter: str,
-    output: str,
+    drafter: Drafter,
+    output: Annotated[str, typer.Argument(help="a new folder")],
     to: Annotated[str, typer.Option(help="vllm, sglang, speculators or arctic")],
     target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
     depth: Annotated[int, typer.Option(min=1, help="drafted tokens in the config and in the command")] = 5,
@@ -240,8 +286,8 @@ def export(
 
 @app.command(name="import")
 def import_(
-    source: str,
-    output: str,
+    source: Annotated[str, typer.Argument(help="directory or Hub id")],
+    output: Annotated[str, typer.Argument(help="a new folder")],
     target: Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME that it drafts for")],
     pickle: Annotated[bool, typer.Option(help="also read pytorch_model.bin (tensors only)")] = False,
     taps: Annotated[
@@ -257,9 +303,9 @@ def import_(
 
 @app.command()
 def push(
-    drafter: str,
+    drafter: Drafter,
     repository: Annotated[str, typer.Argument(help="USER/NAME")],
-    private: bool = False,
+    private: Annotated[bool, typer.Option(help="make it a private repository")] = False,
     revision: Annotated[str, typer.Option(help="branch, made where it does not exist")] = None,
     dry_run: Annotated[bool, typer.Option(help="show files and card, send nothing")] = False,
     results: Annotated[
@@ -273,7 +319,8 @@ def push(
     """
     from draftsmith.launch.hub import push
 
-    push(drafter, repository, private, revision, dry_run, results, target, license, say)
+    with keeping(lambda: "what was sent is kept: the same command goes on from there"):
+        push(drafter, repository, private, revision, dry_run, results, target, license, say)
 
 
 @app.command()
@@ -281,7 +328,8 @@ def fetch(target: Annotated[str, typer.Argument(help="GGUF file, hub:USER/NAME/F
     """Fetch and dequantise a target where that is still to be done, and print its directory."""
     from draftsmith.models.targets import locate
 
-    say(locate(target))
+    with keeping(lambda: "what was fetched whole is kept: the same command goes on"):
+        say(locate(target))
 
 
 @datastore.command()
@@ -317,7 +365,7 @@ def doctor(recipes: Annotated[list[str], typer.Argument(help="default: the recip
 def main() -> None:
     try:
         app(standalone_mode=False)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, SafetensorError) as error:  # the last: what safetensors says of a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:

@@ -10,14 +10,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
+from draftsmith.launch.doctor import packages_of
 from draftsmith.launch.measurement import CODE, Request, measure
 from draftsmith.launch.methods import bundled
 from draftsmith.launch.prompts import write_prompts
 from draftsmith.launch.regenerate import regenerate
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import write_new
 from draftsmith.models.formats import fetch
 from draftsmith.models.targets import locate
+from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
 TEMPERATURES, SEED = [0.0, 0.8], 0  # of the answers
 
@@ -58,8 +61,7 @@ class TrainingRows:
     def write(self, output: str, tokenizer) -> None:
         text = Path(bundled(self.file)).read_text("utf-8")
         lines = [line for line in text.splitlines() if '"split": "train"' in line]
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text("".join(line + "\n" for line in lines), "utf-8")
+        write_new(Path(output), "".join(line + "\n" for line in lines))
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,19 @@ def run(chosen: Demo, output: Path, report=print) -> None:
 
     started = time.time()
     stage = lambda number, text: report(f"\n[{number}/4, {(time.time() - started) / 60:.1f} min] {text}")  # noqa: E731
-    if chosen.shipped:
-        fetch(chosen.shipped)  # what is missing is missed before the work
-    tokenizer = load_tokenizer(chosen.target)
     prompts, answers = f"{output}/prompts.jsonl", f"{output}/answers.jsonl"
+    recipe = Path(locate("bundled:targets")).parent / chosen.recipe
+    overrides = [
+        f"data.files={json.dumps([answers])}",
+        f"output={json.dumps(str(output))}",
+        *chosen.overrides,
+    ]
+    # What is missing is missed before the work
+    if lacking := [gap.said for gap in packages_of(read_recipe(recipe, DrafterRecipe, overrides))]:
+        raise UserError(f"demo: found no {', no '.join(lacking)}")
+    if chosen.shipped:
+        fetch(chosen.shipped)
+    tokenizer = load_tokenizer(chosen.target)
     stage(1, chosen.prompts.command(prompts))
     chosen.prompts.write(prompts, tokenizer)
     stage(
@@ -174,13 +185,11 @@ def run(chosen: Demo, output: Path, report=print) -> None:
         SEED,
         report,
     )
-    overrides = [
-        f"data.files={json.dumps([answers])}",
-        f"output={json.dumps(str(output))}",
-        *chosen.overrides,
-    ]
     stage(3, f"draftsmith train recipes/{chosen.recipe} {' '.join(overrides)}")
-    if main([str(Path(locate("bundled:targets")).parent / chosen.recipe), *overrides]) != 0:
+    code = main([str(recipe), *overrides])
+    if code in (130, 143):  # it was asked to stop, and has said what is kept
+        raise SystemExit(code)
+    if code != 0:
         raise UserError("demo: training ended with an error, see above")
     request = chosen.request(output)
     stage(4, command(request))

@@ -3,6 +3,7 @@ loaded or downloaded.
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -33,6 +34,8 @@ PURPOSE = {
     "transformers": "everything",
     "huggingface_hub": "Hub ids, push",
     "safetensors": "everything",
+    "accelerate": "everything",
+    "pillow": "targets that see",
     "deepspeed": "draftsmith train",
     "datasets": "Parquet and Hub data",
     "peft": "recipes with lora",
@@ -197,7 +200,7 @@ def packages_of(recipe: DrafterRecipe) -> Iterator[Gap]:
         else {}
     )
     for name, advice in needed.items():
-        if not version(name):
+        if importlib.util.find_spec(name) is None:
             yield Gap(name, f"{name} ({advice})")
 
 

@@ -19,6 +19,7 @@ from draftsmith.eval.measurement.suites import read_rows
 from draftsmith.launch.prompts import HELD_OUT
 from draftsmith.models.chat import encode_prompt
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import write_new
 from draftsmith.train.reference import corpus
 from draftsmith.train.reference.repository import open_file, question
 
@@ -307,8 +308,7 @@ def write_suite(rows: list[dict], output: str, left_out: Counter, report=print) 
     told = ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
     if not rows:
         raise UserError(f"sources: found no prompt that fits ({told or 'they are empty'}), expected at least one")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_new(Path(output), "".join(json.dumps(row) + "\n" for row in rows))
     counts = Counter(row["category"] for row in rows)
     report(
         f"{len(rows)} prompts: {', '.join(f'{category} {counts[category]}' for category in counts)}"

@@ -6,12 +6,13 @@ import hashlib
 import importlib.util
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from draftsmith.eval.measurement.journal import Journal, settings_before
+from draftsmith.eval.measurement.journal import Journal, check_finished, settings_before
 from draftsmith.eval.measurement.prompts import Prompt
 from draftsmith.eval.measurement.suite import ACCEPTANCE_BATCH, Plan, Suite
 from draftsmith.eval.measurement.threads import chosen_threads
@@ -20,14 +21,17 @@ from draftsmith.launch.methods import ASSISTANT, Methods, bundled, check_writabl
 from draftsmith.launch.report import report as write_report_of
 from draftsmith.launch.tables import show
 from draftsmith.models.detokenizer import Detokenizer
-from draftsmith.models.errors import UserError
+from draftsmith.models.errors import UserError, keeping
+from draftsmith.models.files import alone
+from draftsmith.models.formats.layout import read_json
 from draftsmith.models.grow import chain, parse_tree
 
 LARGE_TREE = "dynamic:10x7x60"
 CHAIN_DEPTH = 5
 CHOICE_PROMPTS = 8
 CODE = "bundled:prompts/code.jsonl"
-PARTIAL = "runs.jsonl.partial"  # the journal of a run that has not ended
+RESULT, FINISHED = "result.json", "runs.jsonl"
+PARTIAL = f"{FINISHED}.partial"  # the journal of a run that has not ended
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,19 @@ class Request:
 def measure(request: Request, report=print) -> dict:
     """Writes OUTPUT/result.json (the first drafter's documented keys, the other drafters' under their names, all cells,
     conditions), the raw traces beside it in runs.jsonl, and OUTPUT/report. A killed measurement goes on when the same
-    one is asked again.
+    one is asked again; a finished one is shown. Raises UserError where a finished one of other settings lies there.
     """
     plan = request.plan()
-    names = [suite_name(file) for file in request.suites]
-    if len(set(names)) < len(names):
-        raise UserError(f"suites: found {', '.join(names)}, expected different names")
+    suites = named_suites(request.suites)
     methods = Methods.open(
         request.methods, request.target, request.assistant, report=report, datastore=request.datastore
     )
-    before = settings_before(request.output / PARTIAL).get("threads")
+    journals = [settings_before(request.output / name) for name in (FINISHED, PARTIAL)]
+    before = next((found["threads"] for found in journals if "threads" in found), None)
     with chosen_threads(methods.target, request.threads, before, report) as tried:
-        document = measure_suites(request, plan, names, methods, tried, report)
+        document = measure_suites(request, plan, suites, methods, tried, report)
     show(document)
-    report(f"result in {request.output / 'result.json'}")
+    report(f"result in {request.output / RESULT}")
     if importlib.util.find_spec("matplotlib") is None:
         report("no report: matplotlib is not installed (pip install 'draftsmith[report]')")
     else:
@@ -106,7 +109,7 @@ def measure(request: Request, report=print) -> dict:
 
 
 def measure_suites(
-    request: Request, plan: Plan, names: list[str], methods: Methods, tried: dict[int, float], report
+    request: Request, plan: Plan, suites: dict[str, str], methods: Methods, tried: dict[int, float], report
 ) -> dict:
     """Writes result.json and runs.jsonl. tried: what led to the number of threads, recorded in the conditions."""
     if plan.fixed is not None:
@@ -116,7 +119,7 @@ def measure_suites(
         name: methods.prompts(
             file, request.limit, request.max_new_tokens, max(rows, methods.rows), request.skip_long, report
         )
-        for name, file in zip(names, request.suites)
+        for name, file in suites.items()
     }
     settings = {
         **methods.identity(),
@@ -128,8 +131,25 @@ def measure_suites(
         "seed": request.seed,
         "threads": torch.get_num_threads(),
     }
+    if (document := finished(request.output / RESULT, request.output / FINISHED, settings, report)) is not None:
+        return document
     check_writable(request.output)
-    journal = Journal(request.output / PARTIAL, json.loads(json.dumps(settings)))
+    with alone(request.output, "eval", request.output), keeping(lambda: going_on(request.output / PARTIAL)):
+        journal = Journal(request.output / PARTIAL, json.loads(json.dumps(settings)))
+        return measured(request, plan, suites, prompts, methods, journal, tried, report)
+
+
+def measured(
+    request: Request,
+    plan: Plan,
+    suites: dict[str, str],
+    prompts: dict[str, list[Prompt]],
+    methods: Methods,
+    journal: Journal,
+    tried: dict[int, float],
+    report,
+) -> dict:
+    """The measurement itself, and its files."""
     if "threads" not in journal:
         journal.add("threads", {"trial_ms": {str(number): ms for number, ms in tried.items()}})
     cells, documents, samples = [], {}, {}
@@ -160,7 +180,7 @@ def measure_suites(
             "target": methods.target.name,
             "drafters": methods.folders,
             "first": first,
-            "prompts": list(request.suites),
+            "prompts": list(suites.values()),
             "count": {name: len(found) for name, found in prompts.items()},
             "datastore": request.datastore,
             "max_new_tokens": request.max_new_tokens,
@@ -171,9 +191,27 @@ def measure_suites(
             "thread_trial_ms": journal["threads"]["trial_ms"],
         },
     }
-    write_json(request.output / "result.json", document)
-    journal.path.replace(request.output / "runs.jsonl")
+    write_json(request.output / RESULT, document)
+    journal.path.replace(request.output / FINISHED)
     return document
+
+
+def finished(result: Path, journal: Path, settings: dict, report) -> dict | None:
+    """The result that is there already, where it is that of these settings; journal: of the finished run. Raises
+    UserError where it is another's.
+    """
+    if not result.is_file() or Path(f"{journal}.partial").is_file() and not journal.is_file():
+        return None
+    check_finished(result, settings_before(journal), settings)
+    report(f"{result} is there already, of the same measurement; remove it to measure again")
+    return read_json(result)
+
+
+def going_on(journal: Path) -> str:
+    """What is kept of a measurement that was interrupted, in words."""
+    if not journal.is_file():
+        return "nothing is measured yet: the same command begins anew"
+    return f"what is measured is kept in {journal}: the same command goes on"
 
 
 def digest(prompts: list[Prompt]) -> str:
@@ -181,8 +219,21 @@ def digest(prompts: list[Prompt]) -> str:
     return hashlib.sha256(json.dumps([p.identity for p in prompts]).encode()).hexdigest()[:16]
 
 
-def suite_name(file: str) -> str:
-    return Path(bundled(file)).name.split(".")[0]
+def named_suites(asked: Sequence[str]) -> dict[str, str]:
+    """Files by the names that results give them: NAME=FILE says it, otherwise it is that of the file. Raises UserError
+    for names that occur twice.
+    """
+    named = {}
+    for suite in asked:
+        name, said, file = suite.partition("=")
+        if not said or "/" in name or ":" in name or Path(suite).exists():
+            name, file = Path(bundled(suite)).name.split(".")[0], suite
+        if not name or name in named:
+            raise UserError(
+                f"suites: found {name or 'no name'} {'twice' * bool(name)}, expected different names: NAME={file}"
+            )
+        named[name] = file
+    return named
 
 
 def pieces(trace, tokenizer) -> list[str]:

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from draftsmith.launch.program import Count, app, say
+from draftsmith.launch.program import (
+    Batches,
+    Drafter,
+    Limit,
+    NewTokens,
+    Output,
+    Seed,
+    Temperature,
+    Temperatures,
+    app,
+    say,
+)
 
 Threads = Annotated[
     int, typer.Option(min=1, help="on a CPU; default: OMP_NUM_THREADS, or one or all, by a short trial")
@@ -24,22 +35,22 @@ def evaluate(
             "hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
         ),
     ],
-    suite: Annotated[list[str], typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = [
+    suite: Annotated[list[str], typer.Option(help="[NAME=]FILE: JSONL, JSON, Parquet or bundled:PATH")] = [
         "bundled:prompts/code.jsonl"
     ],
     target: Annotated[str, typer.Option(help="default: the one that the drafters name")] = None,
     assistant: Annotated[str, typer.Option(help="draft model of hf-assisted")] = "bundled:targets/code-mini",
-    output: str = "runs/eval",
+    output: Output = "runs/eval",
     tree: Annotated[
         str, typer.Option(help="tree to time: auto, chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle or FILE.json")
     ] = "auto",
-    temperature: list[float] = [0.0, 0.6, 1.0],
+    temperature: Temperatures = [0.0, 0.6, 1.0],
     time_at: Annotated[list[float], typer.Option(help="temperatures at which speed is measured; default: all")] = None,
-    batch: Annotated[list[int], typer.Option(min=1)] = [1],
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    limit: Count = None,
+    batch: Batches = [1],
+    max_new_tokens: NewTokens = 128,
+    limit: Limit = None,
     skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False,
-    seed: int = 0,
+    seed: Seed = 0,
     threads: Threads = None,
     trajectories: Annotated[
         int,
@@ -84,9 +95,9 @@ def generate(
     tree: Annotated[
         str, typer.Option(help="default: dynamic:3x4x10 on a CPU, dynamic:10x7x60 on an accelerator")
     ] = None,
-    temperature: float = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
-    seed: int = 0,
+    temperature: Temperature = 0.0,
+    max_new_tokens: NewTokens = 256,
+    seed: Seed = 0,
     system: Annotated[str, typer.Option(help="system message")] = None,
     image: Annotated[list[Path], typer.Option(help="pictures of the first message, for targets that see")] = [],
     compare: Annotated[
@@ -131,16 +142,20 @@ def verify(
             "recycling, suffix, lookup"
         ),
     ],
-    suite: str = "bundled:prompts/code.jsonl",
+    suite: Annotated[str, typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = "bundled:prompts/code.jsonl",
     target: Annotated[list[str], typer.Option(help="default: the one that the drafters name")] = None,
     dtype: Annotated[list[str], typer.Option(help="fp32, bf16, fp16; identity is claimed in fp32")] = ["fp32"],
-    tree: list[str] = ["chain:5", "dynamic:4x4x12", "dynamic:10x7x60"],
-    batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],
-    temperature: list[float] = [0.0, 1.0],
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    limit: Count = 16,
-    seed: int = 0,
-    output: str = "runs/verify",
+    tree: Annotated[list[str], typer.Option(help="chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle or FILE.json")] = [
+        "chain:5",
+        "dynamic:4x4x12",
+        "dynamic:10x7x60",
+    ],
+    batch: Batches = [1, 8],
+    temperature: Temperatures = [0.0, 1.0],
+    max_new_tokens: NewTokens = 64,
+    limit: Limit = 16,
+    seed: Seed = 0,
+    output: Output = "runs/verify",
     datastore: Datastore = None,
 ):
     """Prove that decoding with a drafter changes no text: trees, batch sizes, sampling, dtypes. Exit code 1 when one
@@ -168,16 +183,16 @@ def verify(
 
 @app.command()
 def sweep(
-    drafter: str,
-    suite: str = "bundled:prompts/code.jsonl",
-    target: str = None,
+    drafter: Drafter,
+    suite: Annotated[str, typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = "bundled:prompts/code.jsonl",
+    target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
     tree: Annotated[list[str], typer.Option(help="trees to time; default: a map of depths, sizes and widths")] = None,
-    temperature: float = 0.0,
-    batch: Count = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    limit: Count = 8,
-    seed: int = 0,
-    output: str = "runs/sweep",
+    temperature: Temperature = 0.0,
+    batch: Annotated[int, typer.Option(min=1, help="prompts at a time")] = 1,
+    max_new_tokens: NewTokens = 64,
+    limit: Limit = 8,
+    seed: Seed = 0,
+    output: Output = "runs/sweep",
     threads: Threads = None,
     datastore: Datastore = None,
 ):
@@ -205,16 +220,16 @@ def sweep(
 def tune_tree(
     method: Annotated[str, typer.Argument(help="stand[:MODE], recycling, or a drafter whose tree is static")],
     suite: Annotated[str, typer.Option(help="prompts to tune on: JSONL, JSON, Parquet or bundled:PATH")],
-    output: Path = Path("tree.json"),
+    output: Annotated[Path, typer.Option(help="FILE.json")] = Path("tree.json"),
     target: Annotated[str, typer.Option(help="default: the one that the drafter names")] = None,
     size: Annotated[int, typer.Option(min=1, help="drafted nodes of the tree, at most")] = 80,
     candidates: Annotated[int, typer.Option(min=1, help="nodes of the large tree that it is chosen from")] = 625,
     depth: Annotated[int, typer.Option(min=1, help="levels of the large tree")] = 20,
     trajectories: Annotated[int, typer.Option(min=1, help="samples of each prompt, memory kept between them")] = 4,
-    temperature: float = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    limit: Count = 30,
-    seed: int = 0,
+    temperature: Temperature = 1.0,
+    max_new_tokens: NewTokens = 128,
+    limit: Limit = 30,
+    seed: Seed = 0,
 ):
     """Find the static tree that suits a method on some prompts. Writes OUTPUT, which --tree takes."""
     from draftsmith.launch.tune import tune_tree

@@ -22,6 +22,7 @@ from draftsmith.models.chat import stop_ids
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.drafters.datastore import Datastore
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import write_whole
 from draftsmith.models.formats import fetch
 from draftsmith.models.formats.layout import other_weights, read_json
 from draftsmith.models.grow import TreePolicy
@@ -256,7 +257,4 @@ def check_writable(folder: Path) -> None:
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Complete or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".json") as file:
-        json.dump(document, file, indent=1)
-    os.replace(file.name, path)
+    write_whole(path, json.dumps(document, indent=1))

@@ -1,10 +1,28 @@
-"""What all commands of `draftsmith` share: the program that they register with, and options of one meaning."""
+"""What all commands of `draftsmith` share: the program that they register with, options of one meaning, and how they
+end when they are interrupted.
+"""
 
+import sys
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
+
+INTERRUPTED = 130  # exit code
+
+
+class Commands(TyperGroup):
+    def invoke(self, context):
+        """Ctrl-C ends every command with a line and its own exit code."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as interrupt:
+            interrupted(interrupt)
+            raise SystemExit(INTERRUPTED) from None
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -12,9 +30,24 @@ app = typer.Typer(
 )
 datastore = typer.Typer(no_args_is_help=True, help="Texts to retrieve drafts from.")
 app.add_typer(datastore, name="datastore")
-Count = Annotated[int, typer.Option(min=1)]
+Recipe = Annotated[str, typer.Argument(help="YAML file")]
+Drafter = Annotated[str, typer.Argument(help="directory, Hub id or bundled:NAME")]
+Count = Annotated[int, typer.Option(min=1, help="how many are written")]
+Limit = Annotated[int, typer.Option(min=1, help="only the first so many prompts of a file")]
+NewTokens = Annotated[int, typer.Option(min=2, help="of an answer, at most")]
+Temperature = Annotated[float, typer.Option(help="0: greedy")]
+Temperatures = Annotated[list[float], typer.Option(help="0: greedy; several may be given")]
+Batches = Annotated[list[int], typer.Option(min=1, help="prompts at a time; several may be given")]
+Seed = Annotated[int, typer.Option(help="of what is drawn at random")]
+HeldOut = Annotated[bool, typer.Option(help="of the share that no training of the bundled targets saw")]
+Output = Annotated[str, typer.Option(help="folder of the results")]
 Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
 
 
 def say(line: str) -> None:
     print(line, flush=True)
+
+
+def interrupted(interrupt: KeyboardInterrupt) -> None:
+    """The line that says what is kept (that of `models.errors.Interrupted`) and how to go on."""
+    print(f"interrupted; {str(interrupt) or 'nothing is kept: the same command begins anew'}", file=sys.stderr)

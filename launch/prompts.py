@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import write_new
 from draftsmith.train.reference import corpus
 
 HELD_OUT = 0.03  # share of module paths that no training of the bundled models sees
@@ -55,6 +56,4 @@ def write_prompts(
             f"packages {', '.join(packages)}: found no {'test' if tests else 'documented'} functions that fit, "
             f"expected at least one"
         )
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Path(output)
+    return write_new(Path(output), "".join(json.dumps(row) + "\n" for row in rows))

@@ -20,7 +20,10 @@ from functools import partial
 from pathlib import Path
 
 LONGEST = 400  # characters of a reason
-SAVED = 143  # exit code of a run that was asked to stop and saved its state; also that of a process that SIGTERM killed
+STOPPED = (
+    130,
+    143,
+)  # exit codes of a run that was asked to stop; with a reason it saved its state, else a signal killed
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Record:
 
     @property
     def saved(self) -> bool:
-        return self.code == SAVED and bool(self.reason)
+        return self.code in STOPPED and bool(self.reason)
 
     @property
     def how(self) -> str:
@@ -136,10 +139,7 @@ def _read(reader: int) -> str:
 def train(arguments: list[str], tell: Callable[[str], None]) -> int:
     from draftsmith.launch.training import main
 
-    code = main(arguments, tell)
-    if code == SAVED:
-        tell("saved")
-    return code
+    return main(arguments, tell)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 
 import torch
 
 from draftsmith.eval.lossless import dtype_of
 from draftsmith.eval.measurement import journal
+from draftsmith.eval.measurement.journal import check_finished
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.measurement.prompts import Prompt, read_prompts
 from draftsmith.eval.sampling import Sampling
@@ -25,7 +27,8 @@ from draftsmith.launch.answers.decoding import Work, decoded, spread
 from draftsmith.launch.answers.precision import cpu_flags, slow_on
 from draftsmith.launch.answers.server import Server, served
 from draftsmith.models.chat import stop_ids
-from draftsmith.models.errors import UserError
+from draftsmith.models.errors import UserError, keeping
+from draftsmith.models.files import alone, write_whole
 from draftsmith.models.formats import fetch
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.notes import notes
@@ -37,6 +40,26 @@ TREE = "chain:2"  # what a drafter drafts in a batch (tests/benchmarks/answers.p
 CONCURRENCY = 64
 
 
+def writing(regenerate: Callable[..., Path]) -> Callable[..., Path]:
+    """One process at a time writes to an output, and one that Ctrl-C ends says what it leaves."""
+
+    @wraps(regenerate)
+    def alone_there(target_name: str, prompts_file: str, output: str, *more, **options) -> Path:
+        place, partial = Path(output), Path(f"{output}.partial")
+
+        def kept() -> str:
+            answers = partial.read_bytes().count(b"\n") - 1 if partial.is_file() else 0  # behind the settings
+            if answers < 1:
+                return "nothing is answered yet: the same command begins anew"
+            return f"{answers} answers are kept in {partial}: the same command goes on"
+
+        with alone(place.parent, place.name, output), keeping(kept):
+            return regenerate(target_name, prompts_file, output, *more, **options)
+
+    return alone_there
+
+
+@writing
 def regenerate(
     target_name: str,
     prompts_file: str,
@@ -60,7 +83,8 @@ def regenerate(
     Row i is decoded at temperatures[i % len]. Answers already in `output.partial` are kept, so that a killed run goes
     on; the file appears under its name only when complete. dtype: fp32, bf16 or fp16, by default that of
     `TextTarget.load`; of the copy that checks a server, where there is one. Neither the batch, nor the processes, nor a
-    drafter with its tree changes a text in fp32. Raises UserError.
+    drafter with its tree changes a text in fp32. An output that is there already is left as it is. Raises UserError,
+    also where it is one of other prompts or settings, or another process writes it.
     """
     check_options(dtype, processes, drafter, server)
     kinds = [Sampling(temperature, seed=seed).temperature for temperature in temperatures]
@@ -79,6 +103,10 @@ def regenerate(
         "seed": seed,
         "dtype": "server's" if service else dtype or ("checkpoint's" if torch.cuda.is_available() else "fp32"),
     }
+    if Path(output).exists():
+        check_finished(Path(output), journal.settings_before(settings_of(output)), settings)
+        report(f"{output} is there already, of the same prompts and settings; remove it to answer again")
+        return Path(output)
     partial = Path(f"{output}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     done = {entry["row"] for entry in journal.read(partial, settings)}
@@ -129,9 +157,18 @@ def decode_all(work: Work, prompts: list[Prompt], left: list[int], processes: in
     return decoded(work, take) if processes == 1 else spread(work, take, processes)
 
 
+def settings_of(output: str | Path) -> Path:
+    """The file beside finished answers that says what they were made with."""
+    return Path(f"{output}.settings.json")
+
+
 def finish(partial: Path, output: Path) -> Path:
-    """The rows of a complete journal in order, under their own name: the journal goes only when they are there."""
-    lines = sorted(partial.read_text().splitlines()[1:], key=lambda line: json.loads(line)["row"])
+    """The rows of a complete journal in order, under their own name, and its settings beside them: the journal goes
+    only when they are there.
+    """
+    settings, *rows = partial.read_text().splitlines()
+    write_whole(settings_of(output), settings + "\n")
+    lines = sorted(rows, key=lambda line: json.loads(line)["row"])
     ordered = Path(f"{output}.ordered")
     ordered.write_text("".join(line + "\n" for line in lines))
     os.replace(ordered, output)

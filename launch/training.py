@@ -2,12 +2,14 @@
 `deepspeed --module draftsmith.train`.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from draftsmith.models.errors import ProcessError, UserError
+from draftsmith.launch.program import INTERRUPTED, interrupted, say
+from draftsmith.models.errors import ProcessError, UserError, keeping
 
 USAGE = "usage: draftsmith train RECIPE [section.key=value ...] [--dry-run]"
 
@@ -24,32 +26,39 @@ def main(arguments: list[str], tell: Callable[[str], None] = lambda reason: None
         arguments = [a for a in arguments if a != "--dry-run"]
         if not arguments or arguments[0].startswith("-"):
             raise UserError(USAGE)
-        return dry_run(arguments) if dry else run(arguments)
+        return dry_run(arguments) if dry else run(arguments, tell)
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, (ProcessError, OSError)):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         tell(str(error))
         return 2
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("RANK", "0") == "0":
+            interrupted(interrupt)
+        return INTERRUPTED
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], tell: Callable[[str], None]) -> int:
+    from draftsmith.train.checkpoint import Terminated, resumes, unwritable
     from draftsmith.train.distributed import read_engine_file
-    from draftsmith.train.loop import Terminated, train
+    from draftsmith.train.loop import train
     from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
     recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
     extra = read_engine_file(recipe.engine.config, Path(arguments[0]))
     try:
-        train(recipe, say, evaluator(recipe), extra)
+        with keeping(lambda: resumes(Path(recipe.output))):
+            train(recipe, say, evaluator(recipe), extra)
     except Terminated as reason:
         if os.environ.get("RANK", "0") == "0":
             print(reason, file=sys.stderr)
-        return 143
+        tell("saved")
+        return reason.code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise unwritable(error.filename or recipe.output, error, Path(recipe.output)) from None
     return 0
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def evaluator(recipe):

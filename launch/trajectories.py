@@ -1,6 +1,7 @@
 """`draftsmith eval ... --trajectories N`: many samples of each prompt, and what drafters learn from one to the next."""
 
 import json
+from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -8,13 +9,15 @@ from rich.table import Table
 
 from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.measurement.progress import Progress
+from draftsmith.eval.measurement.prompts import Prompt
 from draftsmith.eval.measurement.trajectories import Method, ahead, figures, trajectories
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.drafters import LIBRARY, takes, trained
-from draftsmith.launch.measurement import LARGE_TREE, Request, digest, suite_name
+from draftsmith.launch.measurement import LARGE_TREE, Request, digest, finished, going_on, named_suites
 from draftsmith.launch.methods import Methods, check_writable, write_json
 from draftsmith.launch.tables import WIDTH
-from draftsmith.models.errors import UserError
+from draftsmith.models.errors import UserError, keeping
+from draftsmith.models.files import alone
 from draftsmith.models.grow import parse_tree
 
 
@@ -34,7 +37,7 @@ def scale(request: Request, count: int, report=print) -> dict:
     library = [name for name, method in methods.named.items() if method in LIBRARY]
     if library:
         raise UserError(f"--trajectories: found {library[0]}, expected methods of our own decode loop")
-    names = [suite_name(file) for file in request.suites]
+    suites = named_suites(request.suites)
     tree = plan.fixed or parse_tree(LARGE_TREE)
     made = {"plain": Method(lambda: methods.drafters.drafter("plain"), methods.drafters.rule("plain"))}
     for name, method in methods.named.items():
@@ -46,7 +49,7 @@ def scale(request: Request, count: int, report=print) -> dict:
     rows = max(method.make().size for method in made.values())
     prompts = {
         name: methods.prompts(file, request.limit, request.max_new_tokens, rows, request.skip_long, report)
-        for name, file in zip(names, request.suites)
+        for name, file in suites.items()
     }
     settings = {
         **methods.identity(),
@@ -58,8 +61,32 @@ def scale(request: Request, count: int, report=print) -> dict:
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
     }
-    check_writable(request.output)
-    journal = Journal(request.output / "trajectories.jsonl.partial", json.loads(json.dumps(settings)))
+    result, journal = request.output / "trajectories.json", request.output / "trajectories.jsonl"
+    if (document := finished(result, journal, settings, report)) is None:
+        check_writable(request.output)
+        partial = Path(f"{journal}.partial")
+        with alone(request.output, "trajectories", request.output), keeping(lambda: going_on(partial)):
+            entries = Journal(partial, json.loads(json.dumps(settings)))
+            document = measured(request, count, temperatures, suites, prompts, methods, made, entries, report)
+            write_json(result, document)
+            partial.replace(journal)
+    Console(width=WIDTH).print(table(document["cells"]))
+    report(f"result in {result}")
+    return document
+
+
+def measured(
+    request: Request,
+    count: int,
+    temperatures: list[float],
+    suites: dict[str, str],
+    prompts: dict[str, list[Prompt]],
+    methods: Methods,
+    made: dict[str, Method],
+    journal: Journal,
+    report,
+) -> dict:
+    """The measurement itself: what trajectories.json holds."""
     cells = []
     for name, found in prompts.items():
         for temperature in temperatures:
@@ -83,12 +110,12 @@ def scale(request: Request, count: int, report=print) -> dict:
                     place = {"suite": name, "temperature": temperature, "batch": batch, "method": method}
                     behind = ahead(runs[first], run, batch, last, request.seed) if method != first else None
                     cells.append(place | figures(run, runs["plain"], batch, request.seed) | {"behind_first": behind})
-    document = {
+    return {
         "cells": cells,
         "conditions": {
             "target": methods.target.name,
             "methods": methods.named,
-            "prompts": list(request.suites),
+            "prompts": list(suites.values()),
             "count": {name: len(found) for name, found in prompts.items()},
             "trajectories": count,
             "tree": request.tree,
@@ -98,11 +125,6 @@ def scale(request: Request, count: int, report=print) -> dict:
             **methods.machine(),
         },
     }
-    write_json(request.output / "trajectories.json", document)
-    journal.path.replace(request.output / "trajectories.jsonl")
-    Console(width=WIDTH).print(table(cells))
-    report(f"result in {request.output / 'trajectories.json'}")
-    return document
 
 
 def table(cells: list[dict]) -> Table:

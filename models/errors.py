@@ -1,5 +1,8 @@
 """The exceptions that a user is meant to read."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Bad input: one line naming the file, key or row, the value found and the value expected. Exit code 2, no
@@ -23,3 +26,18 @@ def differing_keys(place: str, differences: list[str], expected: int) -> UserErr
 
 class ProcessError(UserError):
     """One that a single process meets, a full disk say: it prints it itself, whatever its rank."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of work of which something is kept: one line that says what, and how to go on."""
+
+
+@contextmanager
+def keeping(line: Callable[[], str]) -> Iterator[None]:
+    """A block that Ctrl-C leaves as `Interrupted`, with the line as it is then."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(line()) from None

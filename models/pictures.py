@@ -2,19 +2,23 @@
 processor together with the text.
 """
 
+from __future__ import annotations  # names of Pillow's are looked up by nobody: it is needed for pictures alone
+
 import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers import AutoProcessor
 
 from draftsmith.models.chat import encode_prompt, load_tokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import ImagePrompt, locate
 from draftsmith.models.targets.vision import FAMILIES
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MARK = "<image>"
 INPUTS = {
@@ -23,12 +27,24 @@ INPUTS = {
 MAX_PIXELS = 2**26  # of one picture, where a recipe does not say
 
 
+def pillow(name: str):
+    """`PIL.Image`. Raises UserError naming the picture or target that needs it where Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError(
+            f"{name}: pictures need the package pillow, found none; pip install 'draftsmith[train]'"
+        ) from None
+    return Image
+
+
 def open_picture(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """RGB. Raises UserError for a file that is missing, no picture, cut off, or of more than `max_pixels` pixels (found
     before they are decoded).
     """
     if isinstance(source, Path) and not source.is_file():
         raise UserError(f"{name}: no such file, expected a picture")
+    Image = pillow(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -45,7 +61,7 @@ def open_picture(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) 
             f"{name}: found a picture too large to be opened ({error}), expected at most {max_pixels:,} pixels "
             f"(data.max_image_pixels)"
         ) from None
-    except UnidentifiedImageError:
+    except Image.UnidentifiedImageError:
         raise UserError(
             f"{name}: found no picture in it, expected PNG, JPEG or another format that Pillow reads"
         ) from None
@@ -170,6 +186,9 @@ class Reader:
 
 def load_processor(name: str | Path):
     """The processor of a target that sees. Raises UserError when none lies beside the target."""
+    pillow(f"processor {name}")
+    from transformers import AutoProcessor
+
     try:
         return AutoProcessor.from_pretrained(locate(name), trust_remote_code=False)
     except UserError:

@@ -47,7 +47,7 @@ class Hub(BaseHTTPRequestHandler):
         ("POST", rf"/api/models/{REPO}/preupload/(?P<rev>[^/]+)", "preupload"),
         ("POST", rf"/api/models/{REPO}/commit/(?P<rev>[^/]+)", "commit"),
         ("POST", rf"/api/models/{REPO}/branch/(?P<rev>[^/]+)", "branch"),
-        ("GET", rf"/api/models/{REPO}(/revision/(?P<rev>[^/]+))?", "info"),
+        ("GET", rf"/api/(models|datasets)/{REPO}(/revision/(?P<rev>[^/]+))?", "info"),
         ("GET", rf"/api/models/{REPO}/tree/(?P<rev>[^/]+).*", "tree"),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
         ("PUT", rf"/lfs/{REPO}/(?P<sha>\w+)", "put"),

@@ -17,6 +17,49 @@ from safetensors import SafetensorError
 from draftsmith.models.errors import ProcessError, UserError
 from draftsmith.train.distributed import barrier
 
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # torch and safetensors wrap what the system says
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint below a folder."""
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+
+
+def resumes(output: Path) -> str:
+    """What a run with this output goes on from, in words."""
+    if (output / "drafter").exists():
+        return f"the drafter is saved in {output / 'drafter'}: nothing is left to do"
+    if last := latest(output / "checkpoints"):
+        return f"{last} is complete: the same command resumes there"
+    return "there is no checkpoint yet: the same command begins anew"
+
+
+def unwritable(place: str | Path, error: Exception, output: Path) -> ProcessError:
+    return ProcessError(f"{place}: cannot be written ({' '.join(str(error).split())[:200]}); {resumes(output)}")
+
+
+class Terminated(Exception):
+    """The run was asked to stop by a signal, SIGTERM or SIGINT, and saved its state."""
+
+    def __init__(self, line: str, number: int):
+        super().__init__(line)
+        self.code = 128 + number  # exit code
+
+
+def finished(folder: Path, settings: dict) -> bool:
+    """Whether a run of these settings left its drafter. Raises UserError when it is another run's."""
+    if not folder.exists():
+        return False
+    found = json.loads((folder / "draftsmith.json").read_text("utf-8")).get("settings", {})
+    different = sorted(k for k in settings if found.get(k) != settings[k])
+    if different:
+        raise UserError(
+            f"output: {folder} was trained by another recipe or on other rows ({', '.join(different)} differ); "
+            "remove it or choose another output"
+        )
+    return True
+
 
 class Checkpoints:
     """The checkpoints below `folder`. settings: what must agree between the run that wrote one and the run that resumes
@@ -25,10 +68,6 @@ class Checkpoints:
 
     def __init__(self, folder: Path, settings: dict, rank: int, world: int):
         self.folder, self.settings, self.rank, self.world = folder, settings, rank, world
-
-    def latest(self) -> Path | None:
-        found = [p for p in self.folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-        return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
     def read(self, place: Path) -> dict:
         """state.json of a checkpoint. Raises UserError when it belongs to another recipe."""
@@ -68,17 +107,9 @@ class Checkpoints:
                 _to_disk(self.folder)
                 for place in older:  # invisible first: a kill in the middle of a removal must not leave half of one
                     shutil.rmtree(place.rename(self.folder / f".{place.name}"))
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system says
+        except UNWRITABLE as error:
             shutil.rmtree(hidden, ignore_errors=True)
-            last = self.latest()
-            raise ProcessError(
-                f"{shown}: cannot be written ({' '.join(str(error).split())[:200]}); "
-                + (
-                    f"{last} is complete: the same command resumes there"
-                    if last
-                    else "there is no checkpoint before it"
-                )
-            ) from None
+            raise unwritable(shown, error, self.folder.parent) from None
         barrier(self.world)
 
     def load(self, engine, place: Path) -> None:
@@ -99,14 +130,23 @@ def _to_disk(place: Path) -> None:
 
 @contextmanager
 def termination():
-    """Yields a function that tells whether SIGTERM arrived; the signal then no longer kills."""
-    received = []
+    """Yields a list of the signals that arrived, SIGTERM or SIGINT (Ctrl-C), which then no longer kill; a second SIGINT
+    is a KeyboardInterrupt again.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+        before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: nothing is caught
-        yield lambda: False
+        yield received
         return
     try:
-        yield lambda: bool(received)
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

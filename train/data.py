@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +21,10 @@ import torch
 from draftsmith.models.chat import UnstableTemplate, encode_row
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Packing
+from draftsmith.train.files import HUB, identity, pinned, read_records
 
 EARLY = 1000  # records after which a file that is mostly unusable is refused without reading on
+SIDE_BY_SIDE = ("conversation_a", "conversation_b", "chosen", "rejected")  # what sets of compared answers have
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -144,6 +145,7 @@ def prepare(
     names are. Raises UserError naming file and row when a share of more than `max_bad_rows` of a file's records cannot
     be used, and when nothing can be learned from any.
     """
+    files = pinned(files)
     place = folder / key_of(files, max_length, tokenizer, stops, vocab_size, pictures)
     if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ def await_rows(
     """The rows that the first process of this machine prepares; waiting is no collective, so that no time-out of one
     can strike.
     """
-    place = folder / key_of(files, max_length, tokenizer, stops, vocab_size, pictures)
+    place = folder / key_of(pinned(files), max_length, tokenizer, stops, vocab_size, pictures)
     while not place.is_dir():
         time.sleep(0.1)
     return Rows(place)
@@ -184,19 +186,8 @@ def key_of(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_
     if pictures is not None:
         digest.update(json.dumps([1, *pictures.key, [str(Path(file).resolve().parent) for file in files]]).encode())
     for file in files:
-        digest.update(file.encode() if file.startswith("hub:") else _content(Path(file)))
+        digest.update(identity(file))
     return digest.hexdigest()[:16]
-
-
-def _content(path: Path) -> bytes:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected JSONL, JSON or Parquet, or hub:USER/NAME")
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").digest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).digest()
-        )
 
 
 def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report, pictures) -> None:
@@ -287,58 +278,11 @@ def _encode(
     """The rows of a record: (token ids, token mask, pictures) of each."""
     if pictures is not None:
         return pictures.encode(
-            record, Path("." if file.startswith("hub:") else file).parent, stops, vocab_size, max_length
+            record, Path("." if file.startswith(HUB) else file).parent, stops, vocab_size, max_length
         )
     if isinstance(record, dict) and (record.get("image") or record.get("images")):
         raise UserError("found a picture, expected text alone: this target does not see")
     return [(*encode_record(record, tokenizer, stops, vocab_size), [])]
-
-
-def read_records(file: str) -> Iterator[tuple[int, object]]:
-    """(row number from 1, record) of a file or Hub data set, one at a time; a line that is no JSON comes as a
-    `UserError` in the record's place.
-    """
-    if file.startswith("hub:"):
-        name, _, split = file.removeprefix("hub:").partition(":")
-        yield from enumerate(_stream(file, name, split=split or "train"), 1)
-        return
-    path = Path(file)
-    if path.suffix == ".parquet":
-        yield from enumerate(_stream(file, "parquet", data_files=str(path), split="train"), 1)
-        return
-    if path.suffix not in (".jsonl", ".json"):
-        raise UserError(f"{path}: found suffix {path.suffix!r}, expected .jsonl, .json or .parquet")
-    with path.open("rb") as lines:
-        if path.suffix == ".json" and lines.read(1) == b"[":
-            try:
-                yield from enumerate(json.loads(path.read_bytes()), 1)
-            except ValueError as error:
-                raise UserError(f"{path}: not valid JSON ({error})") from None
-            return
-        lines.seek(0)
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:  # UnicodeDecodeError is one
-                    yield number, UserError(f"not valid JSON ({error})")
-
-
-def _stream(file: str, name: str, **options) -> Iterator[dict]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{file}: reading it needs the package datasets, found none; pip install 'draftsmith[train]'"
-        ) from None
-    datasets.disable_progress_bars()
-    try:
-        stream = datasets.load_dataset(name, streaming=True, **options)
-        yield from (
-            stream if stream.features is None else stream.decode(False)
-        )  # pictures as they are stored: a bad one is an error of its row
-    except Exception as error:  # datasets raises many types for bad files; the cause is its innermost message
-        raise UserError(f"{file}: cannot be read ({' '.join(str(error.__cause__ or error).split())[:200]})") from None
 
 
 def encode_record(record, tokenizer, stops: set[int], vocab_size: int) -> tuple[list[int], list[int]]:
@@ -356,6 +300,11 @@ def encode_record(record, tokenizer, stops: set[int], vocab_size: int) -> tuple[
     if isinstance(record.get("text"), str):
         ids = tokenizer(record["text"])["input_ids"]
         return ids, [1] * len(ids)
+    if others := next((key for key in SIDE_BY_SIDE if key in record), None):
+        raise UserError(
+            f"found {others}: answers of other models, expected tokens, messages, conversations or text (draftsmith "
+            f"regenerate reads the prompts of such rows)"
+        )
     raise UserError(f"found keys {sorted(record)}, expected tokens, messages, conversations or text")
 
 

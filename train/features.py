@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from draftsmith.models.errors import ProcessError, UserError
 from draftsmith.models.features import FeatureSpec, Teacher, TrainingFeatures
+from draftsmith.models.files import usual_modes
 from draftsmith.train.data import Rows
 from draftsmith.train.pictures import Pictures
 
@@ -181,6 +182,7 @@ class Cached:
             save_file(self.waiting, partial)
         except SafetensorError as error:
             raise ProcessError(f"{place}: cannot be written ({' '.join(str(error).split())[:200]})") from None
+        usual_modes(partial)
         numbers = sorted({int(key.split(".")[0]) for key in self.waiting})
         listed = json.dumps({"sha256": _sha256(partial), "rows": numbers})
         partial.replace(place)

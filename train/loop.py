@@ -1,8 +1,8 @@
 """recipe -> target -> rows -> features -> head.loss -> DeepSpeed -> drafter directory. One straight line."""
 
 import contextlib
-import json
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +13,7 @@ from torch import nn
 
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import alone
 from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.heads.adapted import merged
 from draftsmith.models.noise import seed_of
@@ -20,7 +21,15 @@ from draftsmith.models.notes import notes
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed
 from draftsmith.train.about import measured, trained
-from draftsmith.train.checkpoint import Checkpoints, termination
+from draftsmith.train.checkpoint import (
+    UNWRITABLE,
+    Checkpoints,
+    Terminated,
+    finished,
+    latest,
+    termination,
+    unwritable,
+)
 from draftsmith.train.data import Rows, await_rows, prepare
 from draftsmith.train.features import Cached, Online
 from draftsmith.train.lora import Adapter
@@ -37,10 +46,6 @@ PERSISTENT = 20  # steps in a row with gradients that are not finite, after whic
 Evaluator = Callable[
     [TextTarget, nn.Module, list[list[int]], set[int]], float
 ]  # acceptance length on prompts, given the stop ids
-
-
-class Terminated(Exception):
-    """The run was asked to stop and saved its state."""
 
 
 def build_optimizer(recipe: DrafterRecipe, head: nn.Module):
@@ -102,11 +107,11 @@ def train(
     """Trains a drafter and returns its directory, `output/drafter`. `output/log.jsonl` holds one line per step.
 
     A killed or terminated run goes on from its last checkpoint when called again (`Terminated` is raised after
-    SIGTERM); a finished one is left as it is. evaluator: measures the acceptance length on the held-out rows
+    SIGTERM and Ctrl-C); a finished one is left as it is. evaluator: measures the acceptance length on the held-out rows
     (`evaluation.rows` of the recipe).
     """
     spec = recipe.data
-    with distributed.launched() as (rank, world, local):
+    with distributed.launched() as (rank, world, local), contextlib.ExitStack() as stack:
         say = report if rank == 0 else (lambda line: None)
         distributed.check_dtype(recipe.engine.dtype)
         described, tokenizer = describe(recipe.target), load_tokenizer(recipe.target)
@@ -119,7 +124,10 @@ def train(
             say(line)
         stops = stop_ids(described, tokenizer)
         pictures = load_pictures(recipe.target, described, spec.max_image_pixels, cut_for(config))
-        arguments = (tokenizer, stops, described.vocab_size, Path(recipe.output) / "rows")
+        output = Path(recipe.output)
+        arguments = (tokenizer, stops, described.vocab_size, output / "rows")
+        if rank == 0:
+            stack.enter_context(alone(output, "train", recipe.output))
         if local == 0:
             rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, say, pictures)
         else:
@@ -133,30 +141,16 @@ def train(
         settings = recipe.model_dump(mode="json", exclude=silent) | {"rows": rows.key}
         if described.weights is not None:
             settings["weights"] = described.weights.sha256
-        if finished(Path(recipe.output) / "drafter", settings):
+        if finished(output / "drafter", settings):
             say(
                 f"{recipe.output}/drafter is there already, trained by this recipe on these rows; remove it to train "
                 f"again"
             )
-            return Path(recipe.output) / "drafter"
+            return output / "drafter"
         with distributed.process_group(rank, world, local) as device:
             return Run(
                 recipe, settings, rows, pictures, stops, rank, world, device, say, evaluator, engine_extra or {}
             ).train()
-
-
-def finished(folder: Path, settings: dict) -> bool:
-    """Whether a run of these settings left its drafter. Raises UserError when it is another run's."""
-    if not folder.exists():
-        return False
-    found = json.loads((folder / "draftsmith.json").read_text("utf-8")).get("settings", {})
-    different = sorted(k for k in settings if found.get(k) != settings[k])
-    if different:
-        raise UserError(
-            f"output: {folder} was trained by another recipe or on other rows ({', '.join(different)} differ); "
-            "remove it or choose another output"
-        )
-    return True
 
 
 class Run:
@@ -216,7 +210,7 @@ class Run:
             "draft_vocab_coverage": self.coverage,
         }
         self.checkpoints, self.state = Checkpoints(self.output / "checkpoints", settings, rank, world), State()
-        place = self.checkpoints.latest()
+        place = latest(self.checkpoints.folder)
         found = self.checkpoints.read(place) if place else None
         resumes = found is not None and found["world_size"] == world
         if found and not resumes:
@@ -274,7 +268,7 @@ class Run:
             Stopwatch(self.target.device),
         )
         started, saved, current = time.time() - state.seconds, time.time(), None
-        with termination() as terminated:
+        with termination() as asked:
             for number, epoch, bins in self.schedule.after(state.step):
                 if epoch != current:
                     current = epoch
@@ -316,15 +310,16 @@ class Run:
                         "lower optimization.lr or muon_lr"
                     )
                 due, stop = self._any(
-                    time.time() - saved > recipe.engine.checkpoint_minutes * 60 and self.rank == 0, terminated()
+                    time.time() - saved > recipe.engine.checkpoint_minutes * 60 and self.rank == 0, bool(asked)
                 )
-                if (due or stop) and number < total:
+                if due or stop or number == total:  # behind the last step too: what follows may meet a full disk
                     self._save()
                     saved = time.time()
                     if stop:
                         raise Terminated(
                             f"terminated; step {number} is saved in {self.checkpoints.folder}, the same command "
-                            f"resumes there"
+                            f"resumes there",
+                            asked[0] if asked else signal.SIGTERM,
                         )
         for log in logs:
             log.finish()
@@ -427,7 +422,10 @@ class Run:
                     f"the drafter of step {best['step']} is kept: acceptance length {best['tau']:.3f} on the "
                     f"held-out prompts"
                 )
-            self._write(head, adapter, self.output)
+            try:
+                self._write(head, adapter, self.output)
+            except UNWRITABLE as error:
+                raise unwritable(folder, error, self.output) from None
             for leftover in (self.checkpoints.folder, self.output / "best"):
                 shutil.rmtree(leftover, ignore_errors=True)
             self.say(f"drafter saved in {folder}" + (f", adapter in {self.output / 'adapter'}" if adapter else ""))

@@ -9,10 +9,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import usual_modes
 from draftsmith.train.recipe import Lora
 
 
@@ -58,7 +60,11 @@ class Adapter:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             new = Path(temporary) / "new"
-            self._model.save_pretrained(str(new), state_dict=state, save_embedding_layers=False)
+            try:
+                self._model.save_pretrained(str(new), state_dict=state, save_embedding_layers=False)
+            except SafetensorError as error:
+                raise OSError(f"{folder}: cannot be written ({' '.join(str(error).split())[:200]})") from None
+            usual_modes(new)
             shutil.rmtree(folder, ignore_errors=True)
             new.rename(folder)
 

@@ -14,10 +14,10 @@ import hashlib
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
 from draftsmith.models.chat import render
 from draftsmith.models.errors import UserError
@@ -32,6 +32,9 @@ from draftsmith.models.pictures import (
 )
 from draftsmith.models.targets import Description, ImagePrompt
 from draftsmith.train.data import encode_answers, encode_record, messages_of
+
+if TYPE_CHECKING:  # needed for pictures alone
+    from PIL import Image
 
 Row = tuple[list[int], list[int], list[Path | bytes]]  # token ids, token mask, pictures in the order of the text
 Cut = Callable[[list[int], list[int], list[Path | bytes], list[int]], list[Row]]  # how a conversation becomes rows
@@ -76,7 +79,7 @@ class Pictures:
         apart = [] if self.cut is whole else [self.cut.__name__]
         return [self.image_token, self.max_pixels, self.reader.chat_template, self.processor.to_json_string(), *apart]
 
-    def load(self, place: Path) -> Image.Image:
+    def load(self, place: Path) -> "Image.Image":
         """A picture of `Rows.images`."""
         return open_picture(place, str(place), self.max_pixels)
 
@@ -119,7 +122,7 @@ class Pictures:
         behind = [0, *(place + 1 for place, token in enumerate(ids) if token == self.image_token)]
         return self.cut(ids, mask, sources, [behind[count] for count in accumulate(counts)])
 
-    def tokens_of(self, image: Image.Image) -> int:
+    def tokens_of(self, image: "Image.Image") -> int:
         """How many image tokens a picture takes."""
         alone = [{"role": "user", "content": [{"type": "image", "image": image}]}]
         return list(render(self.reader, alone)["input_ids"]).count(self.image_token)

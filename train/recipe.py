@@ -3,6 +3,7 @@
 A recipe knows nothing about tensors. Every default that a person would want to change stands in the YAML, not here.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_type_hints
@@ -18,9 +19,9 @@ from draftsmith.models.pictures import MAX_PIXELS
 
 
 class Strict(BaseModel):
-    """A section of a recipe: no unknown keys, no silent conversion of a wrong type, immutable."""
+    """A section of a recipe: no unknown keys, no silent conversion of a wrong type, finite numbers, immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @classmethod
     def kind_of(cls, values: dict) -> "type[Strict]":
@@ -29,18 +30,34 @@ class Strict(BaseModel):
 
 
 R = TypeVar("R", bound=Strict)
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, in which ~ is the user's home, or another name
 
 
 class Yaml(yaml.SafeLoader):
-    """The booleans of YAML 1.2, true and false: `off` is a word (head.spec_mode: off)."""
+    """Plain scalars as YAML 1.2 reads them (its core schema): `1e-4` is a number; `2026-11-27`, `1:30`, `off` and `yes`
+    are text; `010` is ten. Digits may stand in groups: 1_000.
+    """
 
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in found if tag != "tag:yaml.org,2002:bool"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = {}
+
+    def number(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
 
 
-Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+SCALARS = {  # tag: (its form, what it begins with)
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": ("<<", ["<"]),
+}
+for kind, (form, first) in SCALARS.items():
+    Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{form})$"), first)
+Yaml.add_constructor("tag:yaml.org,2002:int", Yaml.number)
 
 
 def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R:
@@ -84,19 +101,19 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
 def has_section(path: str | Path, name: str) -> bool:
     """Whether a recipe has a section, where it can be read at all: what tells kinds of recipe apart."""
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
+        values = yaml.load(Path(path).read_text("utf-8"), Yaml)
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return False
     return isinstance(values, dict) and name in values
 
 
 class Data(Strict):
-    """files: JSONL, JSON or Parquet files, or `hub:USER/NAME[:SPLIT]`, with `messages`, `conversations`, `text`, or
-    `tokens` + `prompt_length` (as `draftsmith regenerate` writes). max_image_pixels: of a picture, for targets that
-    see; larger ones are bad rows.
+    """files: JSONL, JSON (either gzipped) or Parquet files, or `hub:NAME[@REVISION][:[CONFIG:]SPLIT]`, with `messages`,
+    `conversations`, `text`, or `tokens` + `prompt_length` (as `draftsmith regenerate` writes). max_image_pixels: of a
+    picture, for targets that see; larger ones are bad rows.
     """
 
-    files: list[str] = Field(min_length=1)
+    files: list[Place] = Field(min_length=1)
     max_length: int = Field(gt=8)
     max_bad_rows: float = Field(ge=0, lt=1)
     features: Literal["online", "cached"]
@@ -113,7 +130,7 @@ class Head(Strict):
     """name and start_from, beside what the head of this name has in its `Shape`."""
 
     name: Annotated[str, AfterValidator(known)]
-    start_from: str | None
+    start_from: Place | None
 
     @property
     def shape(self) -> dict:
@@ -176,7 +193,7 @@ class Engine(Strict):
     zero_stage: Literal[0, 1, 2, 3]
     dtype: Literal["fp32", "bf16", "fp16"]
     target: Literal["replicated", "sharded"]
-    config: str | None
+    config: Place | None
     checkpoint_minutes: float = Field(ge=0)
 
 
@@ -194,7 +211,7 @@ class Evaluation(Strict):
 class DrafterRecipe(Strict):
     """One run of drafter training; see recipes/eagle3-code.yaml for what every value means."""
 
-    target: str
+    target: Place
     seed: int
     data: Data
     head: Head
@@ -205,7 +222,7 @@ class DrafterRecipe(Strict):
     engine: Engine
     evaluation: Evaluation
     wandb: str | None
-    output: str
+    output: Place
 
     @classmethod
     def kind_of(cls, values):

@@ -28,7 +28,7 @@ class Journal:
 
 
 def settings_before(path: Path) -> dict:
-    """Settings of the run that would go on; {} where there is none (or what `read` will refuse)."""
+    """Settings of the run that a journal is of; {} where there is none (or what `read` will refuse)."""
     line, complete, _ = path.read_text().partition("\n") if path.is_file() else ("", "", "")
     try:
         found = json.loads(line) if complete else {}
@@ -55,3 +55,23 @@ def read(path: Path, settings: dict) -> list[dict]:
             f"{path}: found another run ({lines[0]}), expected {json.dumps(settings)}; remove it to start anew"
         )
     return [json.loads(line) for line in lines[1:]]
+
+
+def check_finished(place: Path, found: dict, settings: dict) -> None:
+    """Raises UserError where a finished output is not of these settings. found: those it was made with, {} where nobody
+    knows.
+    """
+    settings = json.loads(json.dumps(settings))
+    different = sorted(key for key in settings.keys() | found.keys() if found.get(key) != settings.get(key))
+    if not found:
+        raise UserError(f"{place}: exists, and nothing says what it was made with; remove it or choose another output")
+    if different:
+        shown = ", ".join(
+            f"{key}: found {short(found.get(key))}, expected {short(settings.get(key))}" for key in different
+        )
+        raise UserError(f"{place}: is there already, of another run ({shown}); remove it or choose another output")
+
+
+def short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

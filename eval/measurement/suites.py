@@ -73,15 +73,27 @@ def _text(*keys: str, opening: str = "") -> Callable[[dict], tuple[list[dict], l
     return read
 
 
+def _conversation(key: str) -> Callable[[dict], tuple[list[dict], list[str]] | None]:
+    """What `messages` are elsewhere."""
+    return lambda row: _messages(row | {"messages": row[key]})
+
+
+def _prompt(row: dict) -> tuple[list[dict], list[str]] | None:
+    return (_conversation("prompt") if isinstance(row["prompt"], list) else _text("prompt"))(row)
+
+
 # format -> (the key that tells it, reader). The first whose key a row has is taken.
 FORMATS = {
     "messages": ("messages", _messages),
     "LLaVA": ("conversations", _conversations),
     "Spec-Bench, MT-bench": ("turns", _turns),
-    "HumanEval": ("prompt", _text("prompt")),
+    "HumanEval, preferences": ("prompt", _prompt),
     "Alpaca": ("instruction", _text("instruction", "input")),
     "GSM8K": ("question", _text("question")),
     "CNN/DM": ("article", _text("article", opening="Summarize: ")),
+    "LMSYS-Chat, WildChat": ("conversation", _conversation("conversation")),
+    "Chatbot Arena": ("conversation_a", _conversation("conversation_a")),  # both sides were asked the same first
+    "preferences without a prompt": ("chosen", _conversation("chosen")),
 }
 NAMES = ("name", "question_id", "task_id", "id")
 
@@ -136,7 +148,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, object]]:
             raise UserError(f"{path}: not valid JSON ({error})") from None
         return
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+        if line := line.strip("\ufeff \t\r"):  # the mark of UTF-8 stands inside where files were put together
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:

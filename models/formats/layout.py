@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.models.errors import UserError, differing_keys
 from draftsmith.models.features import Shared
+from draftsmith.models.files import usual_modes
 from draftsmith.models.targets import Weights
 
 Tensors = dict[str, torch.Tensor]
@@ -245,15 +246,19 @@ def check_tensors(
 @contextmanager
 def written(folder: Path, config: dict, tensors: Tensors, about: dict) -> Iterator[Path]:
     """Yields the new directory, hidden beside its place; after the block it takes the place of `folder`. An exception
-    leaves all as it was.
+    leaves all as it was. Raises OSError naming the folder where the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
         new.mkdir()
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        for name, document in (("config.json", config), ("draftsmith.json", about)):
-            (new / name).write_text(json.dumps(document, indent=2) + "\n")
+        try:
+            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+            for name, document in (("config.json", config), ("draftsmith.json", about)):
+                (new / name).write_text(json.dumps(document, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:  # neither names the place
+            raise OSError(f"{folder}: cannot be written ({' '.join(str(error).split())[:200]})") from None
+        usual_modes(new)
         yield new
         if folder.exists():
             folder.rename(old)

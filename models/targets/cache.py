@@ -13,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from draftsmith.models.files import write_whole
+
 BLOCK = 2**22  # bytes
 
 
@@ -69,7 +71,5 @@ def known_hash(file: Path) -> str:
     digest = content_hash(file)
     with suppress(OSError):  # a cache that cannot be written costs time only
         record.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False, suffix=".new") as new:
-            json.dump(seen | {"sha256": digest}, new)
-        os.replace(new.name, record)
+        write_whole(record, json.dumps(seen | {"sha256": digest}))
     return digest

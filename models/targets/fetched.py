@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets.cache import cache_root, content_hash, made_once
-from draftsmith.models.targets.gguf import convert, target_place
+from draftsmith.models.targets.gguf import check_packages, convert, target_place
 
 RESUMES = Version("25.1")  # of pip: from here on a broken download goes on where it stopped
 SECONDS = 0.5  # between looks at how far pip is
@@ -58,6 +58,7 @@ class FetchedTarget:
         with made_once(self.place) as new:
             if new is None:
                 return self.place
+            check_packages(name)  # before anything is fetched
             wheels = cache_root() / "wheels" / f"{self.package}-{self.version}"
             with made_once(wheels) as into:
                 if into is not None:

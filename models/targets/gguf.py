@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import usual_modes
 from draftsmith.models.targets.cache import cache_root, known_hash, made_once
 from draftsmith.models.targets.gguf_header import Header
 from draftsmith.models.targets.weights import MANIFEST, check_whole, one_line, quietly
@@ -51,11 +52,7 @@ def dequantised(file: Path, name: str, say: Callable[[str], None]) -> Path:
 def convert(file: Path, digest: str, folder: Path, name: str, say: Callable[[str], None]) -> None:
     """Fills a folder with the target that a GGUF file of this sha256 holds."""
     say(f"{name}: dequantising {file.name} ({file.stat().st_size / 1e6:,.0f} MB) once, into {target_place(digest)}")
-    if lacking := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
-        raise UserError(
-            f"target {name}: GGUF files need the package {' and '.join(lacking)}, found none "
-            f"(pip install 'draftsmith[gguf]')"
-        )
+    check_packages(name)
     try:
         header = Header.read(file)
     except BROKEN as error:
@@ -89,6 +86,16 @@ def convert(file: Path, digest: str, folder: Path, name: str, say: Callable[[str
     header.drop_unknown(folder / "tokenizer.json")
     made = {"sha256": digest, "quantisation": header.quantisation, "file": file.name, "conversion": CONVERSION}
     (folder / MANIFEST).write_text(json.dumps(made | {"transformers": transformers.__version__}, indent=1) + "\n")
+    usual_modes(folder)
+
+
+def check_packages(name: str) -> None:
+    """Raises UserError where what reads GGUF files is not installed."""
+    if lacking := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
+        raise UserError(
+            f"target {name}: GGUF files need the package {' and '.join(lacking)}, found none "
+            f"(pip install 'draftsmith[gguf]')"
+        )
 
 
 def unpacked() -> dict:

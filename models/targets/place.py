@@ -2,6 +2,7 @@
 directory.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def locate(name: str | Path) -> str:
     that is fetched once. A `.gguf` file, a folder with one, or `hub:USER/NAME/FILE.gguf` is dequantised once; the
     directory is that of the result. Raises UserError.
     """
-    text = str(name)
+    text = os.path.expanduser(name)
     if text.startswith(BUNDLED):
         place, table = bundled(text)
         return str(place if table is None else table.directory(text, say))

@@ -30,7 +30,7 @@ peak = lambda: int(next(line for line in status() if line.startswith("VmHWM")).s
 before, save, sizes = peak(), loop.Checkpoints.save, []
 def sized(self, *arguments):
     save(self, *arguments)
-    sizes.append(sum(f.stat().st_size for f in self.latest().rglob("*") if f.is_file()))
+    sizes.append(sum(f.stat().st_size for f in latest(self.folder).rglob("*") if f.is_file()))
 loop.Checkpoints.save = sized
 code = main(sys.argv[1:])
 print(json.dumps({"memory": peak() - before, "checkpoint": sizes[0] if sizes else 0}), file=sys.stderr)

@@ -253,7 +253,7 @@ def test_suites(refused, place, tmp_path, content, message):
 def test_suites_of_one_name(refused, place, tmp_path):
     (tmp_path / "suite.json").write_text('[{"prompt": "a"}]')
     line = refused("eval", place / "drafter", "--suite", place / "suite.jsonl", "--suite", tmp_path / "suite.json")
-    assert "suites: found suite, suite, expected different names" in line
+    assert "suites: found suite twice, expected different names" in line
 
 
 def test_an_unknown_bundled_suite(refused, place):

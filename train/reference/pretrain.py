@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
+from draftsmith.models.files import usual_modes
 from draftsmith.models.targets import describe, locate
-from draftsmith.train.recipe import Strict
+from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import corpus
 from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 from draftsmith.train.reference.repository import RepositoryRows
@@ -73,15 +74,15 @@ class TargetRecipe(Strict):
     """
 
     seed: int
-    start_from: str | None = None
-    tokenizer: str | None = None
+    start_from: Place | None = None
+    tokenizer: Place | None = None
     corpus: Corpus
     model: Architecture
     stages: list[Stage]
     optimizer: Optimizer
     compile: bool
     save_minutes: float = Field(gt=0)
-    output: str
+    output: Place
 
     @model_validator(mode="after")
     def _depths_grow(self):
@@ -324,4 +325,5 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
     }
     (folder / "training.json").write_text(json.dumps(figures, indent=1))
     log(json.dumps(figures))
+    usual_modes(folder)
     return folder.rename(recipe.output)

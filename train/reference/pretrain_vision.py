@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from draftsmith.models.errors import UserError
-from draftsmith.train.recipe import Strict
+from draftsmith.models.files import usual_modes
+from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import pretrain as text
 from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 from draftsmith.train.reference.scenes import (
@@ -96,7 +97,7 @@ class VisionRecipe(Strict):
     optimizer: Optimizer
     evaluation: int = Field(gt=0)
     save_minutes: float = Field(gt=0)
-    output: str
+    output: Place
 
     @model_validator(mode="after")
     def _fits(self):
@@ -465,4 +466,5 @@ def pretrain_vision(recipe: VisionRecipe, log=print) -> Path:
     (folder / "training.json").write_text(json.dumps(figures, indent=1))
     log(json.dumps(figures))
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    usual_modes(folder)
     return folder.rename(recipe.output)

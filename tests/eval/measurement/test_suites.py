@@ -12,6 +12,7 @@ from draftsmith.eval.measurement.suites import read_suite
 from draftsmith.models.errors import UserError
 from draftsmith.train.reference.pretrain import train_tokenizer
 
+SAID = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 ROWS = {
     "messages with an answer": (
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
@@ -40,6 +41,10 @@ ROWS = {
     "Alpaca": ({"instruction": "add", "input": "1 2", "output": "3"}, [], ["add\n\n1 2"]),
     "Alpaca without input": ({"instruction": "add", "input": "", "output": "3"}, [], ["add"]),
     "CNN/DM": ({"article": "news", "highlights": "n", "id": "f0"}, [], ["Summarize: news"]),
+    "Chatbot Arena": ({"question_id": "q", "conversation_a": SAID, "conversation_b": SAID}, [], ["a"]),
+    "WildChat": ({"conversation": SAID, "language": "English"}, [], ["a"]),
+    "preferences with messages as prompt": ({"prompt": SAID[:1], "chosen": SAID[1:], "rejected": SAID[1:]}, [], ["a"]),
+    "preferences without a prompt": ({"chosen": SAID, "rejected": SAID}, [], ["a"]),
 }
 
 
@@ -55,6 +60,24 @@ def write(path: Path, rows: list) -> Path:
     else:
         path.write_text(json.dumps(rows, indent=1) if path.suffix == ".json" else lines)
     return path
+
+
+@pytest.mark.parametrize("key", ["conversation", "conversation_a", "prompt"])
+def test_what_is_no_conversation_is_named_by_its_key(tmp_path, key):
+    write(tmp_path / "a.jsonl", [{key: [{"role": "user"}]}])
+    with pytest.raises(UserError, match=f"a.jsonl row 1: {key}: found .*, expected text that is not empty"):
+        read_suite(tmp_path / "a.jsonl")
+
+
+def test_marks_and_blank_lines_before_rows_do_not_count(tmp_path):
+    bom, rows = b"\xef\xbb\xbf", [b'{"prompt": "a"}\r\n', b'{"prompt": "b"}\n']
+    for name, content in {
+        "a.jsonl": bom + b"\n" + rows[0] + bom + rows[1],
+        "a.json": bom + b"\n [" + b",".join(rows) + b"]",
+        "a.jsonl.gz": gzip.compress(b"\n" + bom + b"".join(rows)),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert [c.turns for c in read_suite(tmp_path / name)] == [["a"], ["b"]], name
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "jsonl.gz", "parquet"])

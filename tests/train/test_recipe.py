@@ -1,0 +1,87 @@
+"""Recipes: numbers, words and places as people write them."""
+
+import pytest
+import yaml
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.targets import locate
+from draftsmith.train.recipe import DrafterRecipe, Yaml, read_recipe
+from tests.conftest import ROOT
+
+PLAIN = (ROOT / "recipes" / "eagle3-code.yaml").read_text()
+NUMBERS = {
+    "1e-4": 0.0001,
+    "1E-4": 0.0001,
+    "+5e-5": 0.00005,
+    "2e3": 2000.0,
+    ".5": 0.5,
+    "1.": 1.0,
+    "010": 10,
+    "0o17": 15,
+    "0x1F": 31,
+    "1_000": 1000,
+    "-3": -3,
+}
+TEXTS = ["2026-11-27", "2026-11-27 10:00:00", "1:30", "190:20:30", "off", "yes", "no", "=", "1.2.3", "e5", "0b11", "1e"]
+
+
+@pytest.mark.parametrize(("text", "value"), NUMBERS.items())
+def test_numbers(text, value):
+    found = yaml.load(f"[{text}]", Yaml)[0]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_no_number_stays_text(text):
+    assert yaml.load(f"key: {text}", Yaml) == {"key": text}
+
+
+def test_quoted_scalars_are_text_and_words_for_nothing_are_none():
+    assert yaml.load("['1e-4', \"true\", null, ~, true]", Yaml) == ["1e-4", "true", None, None, True]
+
+
+def write(folder, *changes: tuple[str, str]):
+    text = PLAIN
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "recipe.yaml").write_text(text)
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize("rate", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
+def test_a_rate_in_a_file_and_as_an_override(tmp_path, rate):
+    file = write(tmp_path, ("lr: 0.003 ", f"lr: {rate} "))
+    assert read_recipe(file, DrafterRecipe).optimization.lr == 0.0001
+    file = write(tmp_path)
+    assert read_recipe(file, DrafterRecipe, [f"optimization.lr={rate}"]).optimization.lr == 0.0001
+
+
+def test_dates_and_times_name_projects_and_folders(tmp_path):
+    file = write(tmp_path, ("wandb: null", "wandb: 2026-11-27"), ("output: runs/eagle3-code", "output: 1:30"))
+    recipe = read_recipe(file, DrafterRecipe)
+    assert (recipe.wandb, recipe.output) == ("2026-11-27", "1:30")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lr: '1e-4' ", "optimization.lr: found '1e-4'; Input should be a valid number"),
+        ("lr: .inf ", "optimization.lr: found inf; Input should be a finite number"),
+        ("lr: .nan ", "optimization.lr: found nan; Input should be"),
+    ],
+)
+def test_numbers_that_are_none(tmp_path, change, message):
+    with pytest.raises(UserError, match=f"{tmp_path}/recipe.yaml: {message}"):
+        read_recipe(write(tmp_path, ("lr: 0.003 ", change)), DrafterRecipe)
+
+
+def test_the_home_is_expanded_wherever_a_place_stands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path, ("files: [runs/eagle3-code/answers.jsonl]", "files: [~/rows.jsonl, 'hub:a/b']"))
+    places = ["target=~/target", "output=~/out", "head.start_from=~/drafter", "engine.config=~/engine.json"]
+    recipe = read_recipe(file, DrafterRecipe, places)
+    assert recipe.data.files == [f"{tmp_path}/rows.jsonl", "hub:a/b"]
+    assert (recipe.target, recipe.output) == (f"{tmp_path}/target", f"{tmp_path}/out")
+    assert (recipe.head.start_from, recipe.engine.config) == (f"{tmp_path}/drafter", f"{tmp_path}/engine.json")
+    assert locate("~/target") == f"{tmp_path}/target"
