@@ -146,6 +146,10 @@ class Methods:
         conversations = read_suite(place, limit)
 
         def fits(prompt: Prompt) -> bool:
+            if (highest := max(prompt.tokens)) >= self.target.vocab_size:
+                raise UserError(
+                    f"{place} prompt {prompt.name}: found token id {highest}, expected 0..{self.target.vocab_size - 1}"
+                )
             if len(prompt.tokens) > room and not skip_long:
                 raise UserError(
                     f"{place} prompt {prompt.name}: found {len(prompt.tokens)} tokens, expected at most {room} "

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from draftsmith.launch.cli import main
+from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.formats import save_drafter
 from draftsmith.train.reference.pretrain import train_tokenizer
 from tests.conftest import tiny_head, tiny_target
@@ -303,3 +304,19 @@ def test_report_of_another_documents_json(refused, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "result.json").write_text("{}")
     assert f"{tmp_path}/result.json: cells: missing" in refused("report", tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["<tool>go", "go <tool>", "a <tool> in the middle"])
+def test_a_prompt_with_an_id_that_the_embedding_does_not_have_is_refused(prompt, changed, refused, tmp_path):
+    """The tokenizer has a token more than the target has rows, which is told before."""
+
+    def one_more(folder):
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens([f"<more{i}>" for i in range(300 - len(tokenizer))] + ["<tool>"])
+        tokenizer.save_pretrained(folder)
+
+    target = changed(one_more, "target")
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text(json.dumps({"prompt": "add 1"}) + "\n" + json.dumps({"prompt": prompt}) + "\n")
+    line = refused("eval", "lookup", "--target", target, "--suite", suite)
+    assert "prompt " in line and "found token id 300, expected 0..299" in line
