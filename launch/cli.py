@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import draftsmith.launch.measuring  # noqa: F401 (registers its commands)
-from draftsmith.launch.program import Count, Target, app, say
+from draftsmith.launch.program import Count, Target, TemplateArgs, app, say, template_variables
 from draftsmith.models.errors import UserError
 
 
@@ -185,6 +185,7 @@ def regenerate(
     tree: Annotated[str, typer.Option(help="of the drafter: chain:DEPTH or dynamic:TOP_KxDEPTHxSIZE")] = None,
     server: Annotated[str, typer.Option(help="http://HOST:PORT with OpenAI's completions answers instead")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="requests at a time to the server; default: 64")] = None,
+    template_arg: TemplateArgs = [],
 ):
     """Let the target answer prompts; a killed run goes on where it stopped."""
     from draftsmith.launch import regenerate as answers
@@ -207,6 +208,7 @@ def regenerate(
         tree or answers.TREE,
         server,
         concurrency or answers.CONCURRENCY,
+        template_variables(template_arg),
     )
     say(f"answers in {place}")
 

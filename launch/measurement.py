@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ PARTIAL = "runs.jsonl.partial"  # the journal of a run that has not ended
 class Request:
     """What `draftsmith eval` was asked. methods: drafter directories and baselines; tree: `auto` or the tree to time;
     timed: the temperatures at which speed is measured (acceptance length is measured at all `temperatures`); threads:
-    on a CPU, None = as `chosen_threads` says.
+    on a CPU, None = as `chosen_threads` says; variables: of the chat template.
     """
 
     methods: list[str]
@@ -51,6 +52,7 @@ class Request:
     skip_long: bool = False
     seed: int = 0
     threads: int | None = None
+    variables: Mapping = field(default_factory=dict)
 
     def plan(self) -> Plan:
         """Raises UserError for values that contradict each other."""
@@ -89,9 +91,10 @@ def measure(request: Request, report=print) -> dict:
     names = [suite_name(file) for file in request.suites]
     if len(set(names)) < len(names):
         raise UserError(f"suites: found {', '.join(names)}, expected different names")
-    methods = Methods.open(request.methods, request.target, request.assistant, report=report)
-    before = settings_before(request.output / PARTIAL).get("threads")
-    with chosen_threads(methods.target, request.threads, before, report) as tried:
+    methods = Methods.open(request.methods, request.target, request.assistant, None, report, request.variables)
+    before = settings_before(request.output / PARTIAL)
+    methods.renderer = methods.renderer.at(before.get("clock"))
+    with chosen_threads(methods.target, request.threads, before.get("threads"), report) as tried:
         document = measure_suites(request, plan, names, methods, tried, report)
     show(document)
     report(f"result in {request.output / 'result.json'}")
@@ -124,6 +127,7 @@ def measure_suites(
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
         "threads": torch.get_num_threads(),
+        **timely(methods),
     }
     check_writable(request.output)
     journal = Journal(request.output / PARTIAL, json.loads(json.dumps(settings)))
@@ -170,6 +174,11 @@ def measure_suites(
     write_json(request.output / "result.json", document)
     journal.path.replace(request.output / "runs.jsonl")
     return document
+
+
+def timely(methods: Methods) -> dict:
+    """The clock that templates were told, where they ask for it: a run that goes on gives them the same."""
+    return {"clock": methods.renderer.clock} if methods.renderer.clock else {}
 
 
 def digest(prompts: list[Prompt]) -> str:

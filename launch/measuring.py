@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from draftsmith.launch.program import Count, app, say
+from draftsmith.launch.program import Count, TemplateArgs, app, say, template_variables
 
 Threads = Annotated[
     int, typer.Option(min=1, help="on a CPU; default: OMP_NUM_THREADS, or one or all, by a short trial")
@@ -42,6 +42,7 @@ def evaluate(
         int,
         typer.Option(min=1, help="instead: so many samples of each prompt, by trajectory; what drafters learn stays"),
     ] = None,
+    template_arg: TemplateArgs = [],
 ):
     """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a
     killed one goes on.
@@ -64,6 +65,7 @@ def evaluate(
         skip_long,
         seed,
         threads,
+        template_variables(template_arg),
     )
     measure(request, say) if trajectories is None else scale(request, trajectories, say)
 
@@ -90,6 +92,7 @@ def generate(
     dtype: Annotated[
         str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else that of the checkpoint")
     ] = None,
+    template_arg: TemplateArgs = [],
 ):
     """Answer a prompt, or chat: the text as it comes, a new colour with every pass of the target; then the acceptance
     length, and plain decoding beside it.
@@ -111,6 +114,7 @@ def generate(
             tuple(image),
             compare,
             dtype,
+            template_variables(template_arg),
         )
     )
 
@@ -134,14 +138,28 @@ def verify(
     limit: Count = 16,
     seed: int = 0,
     output: str = "runs/verify",
+    template_arg: TemplateArgs = [],
 ):
     """Prove that decoding with a drafter changes no text: trees, batch sizes, sampling, dtypes. Exit code 1 when one
     does in fp32.
     """
     from draftsmith.launch.proof import verify
 
+    variables, place = template_variables(template_arg), Path(output)
     if not verify(
-        methods, suite, target or [], dtype, tree, batch, temperature, max_new_tokens, limit, seed, Path(output), say
+        methods,
+        suite,
+        target or [],
+        dtype,
+        tree,
+        batch,
+        temperature,
+        max_new_tokens,
+        limit,
+        seed,
+        place,
+        say,
+        variables,
     ):
         raise SystemExit(1)
 
@@ -159,11 +177,13 @@ def sweep(
     seed: int = 0,
     output: str = "runs/sweep",
     threads: Threads = None,
+    template_arg: TemplateArgs = [],
 ):
     """Time many trees of a drafter beside the one that `--tree auto` chooses. Writes OUTPUT/sweep.json."""
     from draftsmith.launch.sweep import sweep
 
-    sweep(drafter, suite, target, tree, temperature, batch, max_new_tokens, limit, seed, Path(output), say, threads)
+    variables, place = template_variables(template_arg), Path(output)
+    sweep(drafter, suite, target, tree, temperature, batch, max_new_tokens, limit, seed, place, say, threads, variables)
 
 
 @app.command(name="tune-tree")
@@ -180,6 +200,7 @@ def tune_tree(
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     limit: Count = 30,
     seed: int = 0,
+    template_arg: TemplateArgs = [],
 ):
     """Find the static tree that suits a method on some prompts. Writes OUTPUT, which --tree takes."""
     from draftsmith.launch.tune import tune_tree
@@ -198,6 +219,7 @@ def tune_tree(
         limit,
         seed,
         say,
+        template_variables(template_arg),
     )
 
 

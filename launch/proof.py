@@ -1,5 +1,6 @@
 """`draftsmith verify`: the losslessness matrix of drafters on their target, as a table and JSON."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def verify(
     seed: int,
     output: Path,
     report=print,
+    variables: Mapping = {},
 ) -> bool:
     """Whether everything that is claimed holds. Each temperature above 0 is also tried with top-k, top-p and a
     repetition penalty.
@@ -45,7 +47,7 @@ def verify(
     found: list[Comparison] = []
     for target_name in targets or [None]:
         for dtype in precisions:
-            methods = Methods.open(names, target_name, ASSISTANT, dtype, report)
+            methods = Methods.open(names, target_name, ASSISTANT, dtype, report, variables)
             rows = max(methods.rows, *(policy.size for policy in policies))
             prompts = methods.prompts(suite, limit, max_new_tokens, rows, False, report)
             drafters = {

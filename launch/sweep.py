@@ -1,5 +1,6 @@
 """`draftsmith sweep`: times many trees of one drafter beside the chosen one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from draftsmith.eval.measurement.sweep import GRID
@@ -26,6 +27,7 @@ def sweep(
     output: Path,
     report=print,
     threads: int | None = None,
+    variables: Mapping = {},
 ) -> dict:
     """Writes OUTPUT/sweep.json: the result of `eval.sweep` and its conditions. threads: as in `chosen_threads`."""
     if not all(map(trained, labels([drafter]).values())):
@@ -33,7 +35,7 @@ def sweep(
             f"drafter: found {drafter}, expected a drafter directory (trees of stand and recycling: tune-tree)"
         )
     policies, sampling = [parse_tree(tree) for tree in trees] if trees else list(GRID), Sampling(temperature, seed=seed)
-    methods = Methods.open([drafter], target, ASSISTANT, report=report)
+    methods = Methods.open([drafter], target, ASSISTANT, None, report, variables)
     with chosen_threads(methods.target, threads, None, report) as tried:
         prompts = methods.prompts(
             suite, limit, max_new_tokens, max(60, *(policy.size for policy in policies)), False, report

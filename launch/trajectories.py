@@ -6,12 +6,12 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from draftsmith.eval.measurement.journal import Journal
+from draftsmith.eval.measurement.journal import Journal, settings_before
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.measurement.trajectories import Method, ahead, figures, trajectories
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.drafters import LIBRARY, shaped, trained
-from draftsmith.launch.measurement import LARGE_TREE, Request, digest, suite_name
+from draftsmith.launch.measurement import LARGE_TREE, Request, digest, suite_name, timely
 from draftsmith.launch.methods import Methods, check_writable, write_json
 from draftsmith.launch.tables import WIDTH
 from draftsmith.models.errors import UserError
@@ -28,7 +28,9 @@ def scale(request: Request, count: int, report=print) -> dict:
     temperatures = [t for t in plan.temperatures if t > 0]
     if not temperatures:
         raise UserError("--trajectories: found temperature 0 alone, where all are the same text; expected one above 0")
-    methods = Methods.open(request.methods, request.target, request.assistant, report=report)
+    methods = Methods.open(request.methods, request.target, request.assistant, None, report, request.variables)
+    place = request.output / "trajectories.jsonl.partial"
+    methods.renderer = methods.renderer.at(settings_before(place).get("clock"))
     library = [name for name, method in methods.named.items() if method in LIBRARY]
     if library:
         raise UserError(f"--trajectories: found {library[0]}, expected methods of our own decode loop")
@@ -55,9 +57,10 @@ def scale(request: Request, count: int, report=print) -> dict:
         "tree": request.tree,
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
+        **timely(methods),
     }
     check_writable(request.output)
-    journal = Journal(request.output / "trajectories.jsonl.partial", json.loads(json.dumps(settings)))
+    journal = Journal(place, json.loads(json.dumps(settings)))
     cells = []
     for name, found in prompts.items():
         for temperature in temperatures:
@@ -78,9 +81,9 @@ def scale(request: Request, count: int, report=print) -> dict:
                 )
                 first, last = next(iter(methods.named)), (count - 1) // batch
                 for method, run in runs.items():
-                    place = {"suite": name, "temperature": temperature, "batch": batch, "method": method}
+                    cell = {"suite": name, "temperature": temperature, "batch": batch, "method": method}
                     behind = ahead(runs[first], run, batch, last, request.seed) if method != first else None
-                    cells.append(place | figures(run, runs["plain"], batch, request.seed) | {"behind_first": behind})
+                    cells.append(cell | figures(run, runs["plain"], batch, request.seed) | {"behind_first": behind})
     document = {
         "cells": cells,
         "conditions": {
