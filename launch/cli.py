@@ -18,9 +18,11 @@ from draftsmith.launch.program import (
     Seed,
     Target,
     Temperatures,
+    TemplateArgs,
     app,
     datastore,
     say,
+    template_variables,
 )
 from draftsmith.models.errors import UserError, keeping
 from draftsmith.models.files import alone
@@ -231,6 +233,7 @@ def regenerate(
     tree: Annotated[str, typer.Option(help="of the drafter: chain:DEPTH or dynamic:TOP_KxDEPTHxSIZE")] = None,
     server: Annotated[str, typer.Option(help="http://HOST:PORT with OpenAI's completions answers instead")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="requests at a time to the server; default: 64")] = None,
+    template_arg: TemplateArgs = [],
 ):
     """Let the target answer prompts; a killed run goes on where it stopped."""
     from draftsmith.launch import regenerate as answers
@@ -253,6 +256,7 @@ def regenerate(
         tree or answers.TREE,
         server,
         concurrency or answers.CONCURRENCY,
+        template_variables(template_arg),
     )
     say(f"answers in {place}")
 

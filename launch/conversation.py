@@ -5,9 +5,9 @@ types.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from draftsmith.models.chat import encode_prompt
 from draftsmith.models.errors import UserError
-from draftsmith.models.pictures import MARK, Reader, marks
+from draftsmith.models.pictures import MARK, Reader, encode_prompt, marks
+from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import ImagePrompt
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -15,13 +15,14 @@ COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stop
 
 class Conversation:
     """Turns of a user's message and the answer to it, behind a system message if there is one. room: tokens that a
-    prompt may take; pictures belong to the first message.
+    prompt may take; reader: as `Renderer.of` takes it; pictures belong to the first message.
     """
 
-    def __init__(self, tokenizer, room: int, system: str | None = None, pictures: Sequence[Path] = ()):
-        if pictures and not isinstance(tokenizer, Reader):
+    def __init__(self, reader, room: int, system: str | None = None, pictures: Sequence[Path] = ()):
+        self.renderer = Renderer.of(reader)
+        if pictures and not isinstance(self.renderer.reader, Reader):
             raise UserError(f"--image: found {pictures[0]}, expected text alone: this target does not see")
-        self.tokenizer, self.room, self.pictures = tokenizer, room, list(pictures)
+        self.room, self.pictures = room, list(pictures)
         self.before = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[list[dict]] = []
 
@@ -52,9 +53,8 @@ class Conversation:
         self.turns = []
 
     def _encode(self, messages):
-        if isinstance(self.tokenizer, Reader):
-            return self.tokenizer.prompt(messages, self.pictures[: marks(messages)])
-        return encode_prompt(self.tokenizer, messages)
+        shown = self.pictures[: marks(messages)] if self.pictures else []
+        return encode_prompt(self.renderer, messages, shown)
 
 
 def chat(conversation: Conversation, answer: Callable[[str], None], read: Callable[[], str], note) -> None:

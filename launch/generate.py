@@ -6,9 +6,9 @@ The text goes to the standard output, everything else to the standard error. Col
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
@@ -41,7 +41,7 @@ CONTROLS |= {code: "\ufffd" for code in range(0x7F, 0xA0)}
 @dataclass(frozen=True)
 class Request:
     """What `draftsmith generate` was asked. prompt: None = what stands on the standard input, or a chat where that is a
-    terminal. tree: None = `CPU_TREE` or, on an accelerator, `ACCELERATOR_TREE`.
+    terminal. tree: None = `CPU_TREE` or, on an accelerator, `ACCELERATOR_TREE`; variables: of the chat template.
     """
 
     method: str
@@ -57,6 +57,7 @@ class Request:
     compare: bool = True
     dtype: str | None = None
     datastore: str | None = None
+    variables: Mapping = field(default_factory=dict)
 
 
 class Passes:
@@ -144,7 +145,7 @@ class Responder:
 
     def warm_up(self) -> None:
         """The first passes of a process are slow: they count for nobody."""
-        prompt, _ = Conversation(self.methods.tokenizer, self.room).prompt("Hi")
+        prompt, _ = Conversation(self.methods.renderer, self.room).prompt("Hi")
         for decoder in (self.decoder, self.plain):
             decoder([prompt], [0], self.sampling, WARM_UP, self.methods.stops)
 
@@ -223,12 +224,18 @@ def generate(request: Request) -> None:
     logging.set_verbosity_error()  # the library's remarks would stand in the text
     with screen.during(f"loading {request.method} ..."):
         methods = Methods.open(
-            [request.method], request.target, request.assistant, dtype, screen.note, request.datastore
+            [request.method],
+            request.target,
+            request.assistant,
+            dtype,
+            screen.note,
+            request.datastore,
+            request.variables,
         )
         if tree is None and grows(method) and not shaped(method):
             tree = CPU_TREE if methods.target.device.type == "cpu" else ACCELERATOR_TREE
         responder = Responder(methods, methods.decoder(name, tree), sampling, request.max_new_tokens)
-        conversation = Conversation(methods.tokenizer, responder.room, request.system, request.images)
+        conversation = Conversation(methods.renderer, responder.room, request.system, request.images)
         responder.warm_up()
     title = f"{name}, {tree}" if tree else name
     compare = request.compare and method != "plain"

@@ -1,40 +1,34 @@
-"""`draftsmith inspect`: what a recipe's training rows look like, token by token, before any training."""
+"""`draftsmith inspect`: what a recipe's training rows look like, token by token, before any training, and what of it
+looks wrong.
+"""
 
+import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from draftsmith.models.chat import load_tokenizer, stop_ids
-from draftsmith.models.notes import notes
+from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import describe
-from draftsmith.train.data import prepare
-from draftsmith.train.pictures import cut_for, load_pictures
+from draftsmith.train.data import Rows
+from draftsmith.train.preparation import prepared
 from draftsmith.train.recipe import DrafterRecipe
+
+READ = 2000  # rows that are looked through for what seems wrong
+SOURCE = re.compile(r"""[\[{]\s*['"](?:type|text|role|content)['"]\s*:""")  # of parts or messages, Python's or JSON
 
 
 def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
-    """Prints counts, the draft vocabulary's coverage by size, and the first rows with the tokens written by the target
-    in green.
+    """Prints counts, the draft vocabulary's coverage by size, what looks wrong, and the first rows with the tokens
+    written by the target in green.
     """
-    target, spec = describe(recipe.target), recipe.data
-    tokenizer = load_tokenizer(recipe.target)
-    config = recipe.kind.Config.for_target(target.config, **recipe.head.shape)
-    for line in notes(target, tokenizer, recipe.target, config):
-        console.print(line, markup=False)
+    target = describe(recipe.target)
     with tempfile.TemporaryDirectory() as folder:
-        rows = prepare(
-            spec.files,
-            spec.max_length,
-            spec.max_bad_rows,
-            tokenizer,
-            stop_ids(target, tokenizer),
-            target.vocab_size,
-            Path(folder),
-            console.print,
-            load_pictures(recipe.target, target, spec.max_image_pixels, cut_for(config)),
-        )
+        made = prepared(recipe, target, Path(folder), console.print)
+        rows, tokenizer = made.rows, made.renderer.tokenizer
         console.print(
             f"{len(rows)} rows, {len(rows.tokens):,} tokens, {int(rows.mask.sum()):,} written by the target (green)"
         )
@@ -49,6 +43,8 @@ def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
             console.print(
                 f"a draft vocabulary of {size} covers {float(counts[:size].sum() / counts.sum()):.2%} of them"
             )
+        for line in suspicions(rows, made.renderer, made.stops):
+            console.print(Text(f"warning: {line}", style="yellow"))
         for number in range(min(samples, len(rows))):
             tokens, mask = rows.row(number)
             console.rule()
@@ -57,6 +53,30 @@ def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
                     Text(tokenizer.decode(tokens[start:stop].tolist()), style="green" if mark else "dim"), end=""
                 )
             console.print()
+
+
+def suspicions(rows: Rows, renderer: Renderer, stops: set[int]) -> list[str]:
+    """One line for everything in the first rows that data should not have: it is supervised all the same."""
+    tokenizer, special = renderer.tokenizer, np.array(sorted(renderer.markers - stops), dtype=np.uint32)
+    found, markers = Counter(), Counter()
+    for number in range(min(READ, len(rows))):
+        tokens, mask = rows.row(number)
+        among = np.unique(tokens[mask & np.isin(tokens, special)]).tolist()
+        markers.update(tokenizer.convert_ids_to_tokens(among))
+        ends = [token for token in tokens[mask].tolist() if token not in stops]
+        found["markers"] += bool(among)
+        found["None"] += tokenizer.decode(ends).strip() in ("None", "null", "nan")
+        found["source"] += bool(SOURCE.search(tokenizer.decode(tokens.tolist())))
+        found["whole"] += bool(mask.all())
+    names = ", ".join(name for name, _ in markers.most_common(3))
+    lines = {
+        "markers": f"markers ({names}) among what is supervised: right only where the target writes them itself",
+        "None": "None or null as the answer",
+        "source": "the source of messages or parts in their text, in Python or JSON",
+        "whole": "no prompt: they are supervised from the first token to the last",
+    }
+    read = min(READ, len(rows))
+    return [f"{found[key]:,} of {read:,} rows have {line}" for key, line in lines.items() if found[key]]
 
 
 def spans(mask: list[bool]) -> list[tuple[int, int, bool]]:

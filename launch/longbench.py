@@ -17,9 +17,9 @@ from pathlib import Path
 
 from draftsmith.eval.measurement.suites import read_rows
 from draftsmith.launch.prompts import HELD_OUT
-from draftsmith.models.chat import encode_prompt
 from draftsmith.models.errors import UserError
 from draftsmith.models.files import write_new
+from draftsmith.models.pictures import encode_prompt
 from draftsmith.train.reference import corpus
 from draftsmith.train.reference.repository import open_file, question
 

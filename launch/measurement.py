@@ -6,8 +6,8 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,7 +38,8 @@ PARTIAL = f"{FINISHED}.partial"  # the journal of a run that has not ended
 class Request:
     """What `draftsmith eval` was asked. methods: drafter directories and baselines; tree: `auto` or the tree to time;
     timed: the temperatures at which speed is measured (acceptance length is measured at all `temperatures`); threads:
-    on a CPU, None = as `chosen_threads` says; datastore: a directory of `draftsmith datastore build`.
+    on a CPU, None = as `chosen_threads` says; datastore: a directory of `draftsmith datastore build`; variables: of the
+    chat template.
     """
 
     methods: list[str]
@@ -56,6 +57,7 @@ class Request:
     seed: int = 0
     threads: int | None = None
     datastore: str | None = None
+    variables: Mapping = field(default_factory=dict)
 
     def plan(self) -> Plan:
         """Raises UserError for values that contradict each other."""
@@ -93,11 +95,12 @@ def measure(request: Request, report=print) -> dict:
     plan = request.plan()
     suites = named_suites(request.suites)
     methods = Methods.open(
-        request.methods, request.target, request.assistant, report=report, datastore=request.datastore
+        request.methods, request.target, request.assistant, None, report, request.datastore, request.variables
     )
     journals = [settings_before(request.output / name) for name in (FINISHED, PARTIAL)]
-    before = next((found["threads"] for found in journals if "threads" in found), None)
-    with chosen_threads(methods.target, request.threads, before, report) as tried:
+    before = next((found for found in journals if "threads" in found), {})
+    methods.renderer = methods.renderer.at(before.get("clock"))
+    with chosen_threads(methods.target, request.threads, before.get("threads"), report) as tried:
         document = measure_suites(request, plan, suites, methods, tried, report)
     show(document)
     report(f"result in {request.output / RESULT}")
@@ -130,6 +133,7 @@ def measure_suites(
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
         "threads": torch.get_num_threads(),
+        **timely(methods),
     }
     if (document := finished(request.output / RESULT, request.output / FINISHED, settings, report)) is not None:
         return document
@@ -212,6 +216,11 @@ def going_on(journal: Path) -> str:
     if not journal.is_file():
         return "nothing is measured yet: the same command begins anew"
     return f"what is measured is kept in {journal}: the same command goes on"
+
+
+def timely(methods: Methods) -> dict:
+    """The clock that templates were told, where they ask for it: a run that goes on gives them the same."""
+    return {"clock": methods.renderer.clock} if methods.renderer.clock else {}
 
 
 def digest(prompts: list[Prompt]) -> str:

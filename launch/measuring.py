@@ -14,8 +14,10 @@ from draftsmith.launch.program import (
     Seed,
     Temperature,
     Temperatures,
+    TemplateArgs,
     app,
     say,
+    template_variables,
 )
 
 Threads = Annotated[
@@ -57,6 +59,7 @@ def evaluate(
         typer.Option(min=1, help="instead: so many samples of each prompt, by trajectory; what drafters learn stays"),
     ] = None,
     datastore: Datastore = None,
+    template_arg: TemplateArgs = [],
 ):
     """Measure drafters and baselines: acceptance length, prediction, speed, losslessness. Writes OUTPUT/result.json; a
     killed one goes on.
@@ -80,6 +83,7 @@ def evaluate(
         seed,
         threads,
         datastore,
+        template_variables(template_arg),
     )
     measure(request, say) if trajectories is None else scale(request, trajectories, say)
 
@@ -107,6 +111,7 @@ def generate(
         str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else that of the checkpoint")
     ] = None,
     datastore: Datastore = None,
+    template_arg: TemplateArgs = [],
 ):
     """Answer a prompt, or chat: the text as it comes, a new colour with every pass of the target; then the acceptance
     length, and plain decoding beside it.
@@ -129,6 +134,7 @@ def generate(
             compare,
             dtype,
             datastore,
+            template_variables(template_arg),
         )
     )
 
@@ -157,12 +163,14 @@ def verify(
     seed: Seed = 0,
     output: Output = "runs/verify",
     datastore: Datastore = None,
+    template_arg: TemplateArgs = [],
 ):
     """Prove that decoding with a drafter changes no text: trees, batch sizes, sampling, dtypes. Exit code 1 when one
     does in fp32.
     """
     from draftsmith.launch.proof import verify
 
+    variables, place = template_variables(template_arg), Path(output)
     if not verify(
         methods,
         suite,
@@ -174,9 +182,10 @@ def verify(
         max_new_tokens,
         limit,
         seed,
-        Path(output),
+        place,
         say,
         datastore,
+        variables,
     ):
         raise SystemExit(1)
 
@@ -195,6 +204,7 @@ def sweep(
     output: Output = "runs/sweep",
     threads: Threads = None,
     datastore: Datastore = None,
+    template_arg: TemplateArgs = [],
 ):
     """Time many trees of a drafter beside the one that `--tree auto` chooses. Writes OUTPUT/sweep.json."""
     from draftsmith.launch.sweep import sweep
@@ -213,6 +223,7 @@ def sweep(
         say,
         threads,
         datastore,
+        template_variables(template_arg),
     )
 
 
@@ -230,6 +241,7 @@ def tune_tree(
     max_new_tokens: NewTokens = 128,
     limit: Limit = 30,
     seed: Seed = 0,
+    template_arg: TemplateArgs = [],
 ):
     """Find the static tree that suits a method on some prompts. Writes OUTPUT, which --tree takes."""
     from draftsmith.launch.tune import tune_tree
@@ -248,6 +260,7 @@ def tune_tree(
         limit,
         seed,
         say,
+        template_variables(template_arg),
     )
 
 

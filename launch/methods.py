@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,10 @@ from draftsmith.models.formats import fetch
 from draftsmith.models.formats.layout import other_weights, read_json
 from draftsmith.models.grow import TreePolicy
 from draftsmith.models.notes import notes
-from draftsmith.models.pictures import load_reader
+from draftsmith.models.pictures import load_renderer
+from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import TextTarget, locate
+from draftsmith.models.templates import CLOCK
 
 KEYS = (
     "robust_speedup",
@@ -52,13 +55,13 @@ ANSWER_BATCH = 16
 
 @dataclass
 class Methods:
-    """A target with its tokenizer and stop ids, and methods by the names that results give them. heads {name: head} of
-    the trained drafters, and where each lies; baselines {name: decoder}, all the others but plain decoding; named: the
-    METHOD of each, as `drafters` knows it.
+    """A target with its chat template and stop ids, and methods by the names that results give them. heads {name: head}
+    of the trained drafters, and where each lies; baselines {name: decoder}, all the others but plain decoding; named:
+    the METHOD of each, as `drafters` knows it.
     """
 
     target: TextTarget
-    tokenizer: object
+    renderer: Renderer
     stops: set[int]
     heads: dict
     folders: dict[str, str]
@@ -75,9 +78,11 @@ class Methods:
         dtype: torch.dtype | None = None,
         report=print,
         datastore: str | None = None,
+        variables: Mapping = {},
     ) -> "Methods":
-        """names: METHOD or NAME=METHOD; datastore: what those that retrieve read. Without target_name the drafters name
-        theirs, and other weights than they were trained for are refused; for a target that is named, they are told.
+        """names: METHOD or NAME=METHOD; datastore: what those that retrieve read; variables: of the chat template.
+        Without target_name the drafters name theirs, and other weights than they were trained for are refused; for a
+        target that is named, they are told.
         """
         chosen = target_name is not None
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -101,17 +106,20 @@ class Methods:
                 )
             target_name = wanted[0]
         target = TextTarget.load(target_name, dtype)
-        tokenizer = load_reader(target_name, target)
-        for line in notes(target, tokenizer, target_name):
+        renderer = load_renderer(target_name, target, variables)
+        for line in notes(target, renderer.reader, target_name):
             report(line)
         for name, place in ((name, place) for name, method in named.items() for place in places(method)):
             if others := other_weights(about(found[place]), target):
                 if not chosen:
                     raise UserError(f"drafter {name}: {others}; --target measures it on these all the same")
                 report(f"drafter {name}: {others}; its acceptance length may be lower than there")
+        for name, place in ((name, place) for name, method in named.items() for place in places(method)):
+            if others := other_variables(about(found[place]), renderer):
+                report(f"drafter {name}: {others}; its acceptance length may be lower than there")
         drafters = Drafters(target, assistant, store)
         if store is not None:
-            check_vocabulary(store, target_name, getattr(tokenizer, "tokenizer", tokenizer))
+            check_vocabulary(store, target_name, renderer.tokenizer)
         folders = {name: method for name, method in named.items() if trained(method)}
         heads = {name: drafters.head(place) for name, place in folders.items()}
         baselines = {
@@ -119,7 +127,13 @@ class Methods:
             for name, method in named.items()
             if name not in folders and method != "plain"
         }
-        return cls(target, tokenizer, stop_ids(target, tokenizer), heads, folders, baselines, named, drafters)
+        stops = stop_ids(target, renderer.reader)
+        return cls(target, renderer, stops, heads, folders, baselines, named, drafters)
+
+    @property
+    def tokenizer(self):
+        """Or the `Reader` of a target that sees."""
+        return self.renderer.reader
 
     def decoder(self, name: str, tree: TreePolicy | None = None) -> Decoder:
         """A method by its name here; tree: what a head in it grows."""
@@ -172,8 +186,8 @@ class Methods:
             )
             return [self.tokenizer.decode([t for t in trace.tokens if t not in self.stops]) for trace in traces]
 
-        fitting = [c for c in conversations if fits(first_turn(c, self.tokenizer, place))]
-        found = [p for p in all_turns(fitting, self.tokenizer, place, answer) if fits(p)] if fitting else []
+        fitting = [c for c in conversations if fits(first_turn(c, self.renderer, place))]
+        found = [p for p in all_turns(fitting, self.renderer, place, answer) if fits(p)] if fitting else []
         if not found:
             raise UserError(f"{place}: found no prompt of at most {room} tokens, expected at least one")
         library = [name for name, decoder in self.baselines.items() if isinstance(decoder, Generate)]
@@ -203,6 +217,7 @@ class Methods:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            **({"template_variables": told} if (told := self.renderer.told()) else {}),
         }
 
 
@@ -242,6 +257,20 @@ def bundled(name: str) -> str:
 def about(folder: Path) -> dict:
     """What a drafter's directory says of its training; {} where it says nothing."""
     return read_json(folder / "draftsmith.json") if (folder / "draftsmith.json").is_file() else {}
+
+
+def other_variables(about: dict, renderer: Renderer) -> str:
+    """In which variables of the chat template a drafter was trained with other values than a renderer's; "" where in
+    none, or where nothing is recorded.
+    """
+    trained = about.get("trained")
+    recorded = trained.get("template_variables") if isinstance(trained, dict) else None
+    here = renderer.told()
+    return ", ".join(
+        f"trained with {name} {value!r}, here it is {here.get(name)!r}"
+        for name, value in (recorded or {}).items()
+        if name != CLOCK and here.get(name) != value
+    )
 
 
 def target_of(folder: Path) -> str:

@@ -2,11 +2,14 @@
 end when they are interrupted.
 """
 
+import json
 import sys
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
+
+from draftsmith.models.errors import UserError
 
 INTERRUPTED = 130  # exit code
 
@@ -42,6 +45,31 @@ Seed = Annotated[int, typer.Option(help="of what is drawn at random")]
 HeldOut = Annotated[bool, typer.Option(help="of the share that no training of the bundled targets saw")]
 Output = Annotated[str, typer.Option(help="folder of the results")]
 Target = Annotated[str, typer.Option(help="Hub id, directory or bundled:NAME")]
+TemplateArgs = Annotated[
+    list[str],
+    typer.Option(
+        help="NAME=VALUE: a variable of the chat template, such as enable_thinking=false; strftime_now=DATE: what its "
+        "clock shows",
+    ),
+]
+
+
+def template_variables(given: list[str]) -> dict:
+    """["enable_thinking=false", "style=terse"] -> {"enable_thinking": False, "style": "terse"}: what is JSON is read as
+    such.
+    """
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name.isidentifier() or not equals:
+            raise UserError(f"--template-arg: found {text!r}, expected NAME=VALUE")
+        if name in found:
+            raise UserError(f"--template-arg: found {name} twice, expected each once")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def say(line: str) -> None:

@@ -1,5 +1,6 @@
 """`draftsmith verify`: the losslessness matrix of drafters on their target, as a table and JSON."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def verify(
     output: Path,
     report=print,
     datastore: str | None = None,
+    variables: Mapping = {},
 ) -> bool:
     """Whether everything that is claimed holds. Each temperature above 0 is also tried with top-k, top-p and a
     repetition penalty.
@@ -47,7 +49,7 @@ def verify(
     for target_name in targets or [None]:
         for dtype in precisions:
             once = report if dtype is precisions[0] else (lambda line: None)  # what concerns the target itself
-            methods = Methods.open(names, target_name, ASSISTANT, dtype, once, datastore)
+            methods = Methods.open(names, target_name, ASSISTANT, dtype, once, datastore, variables)
             rows = max(methods.rows, *(policy.size for policy in policies))
             prompts = methods.prompts(suite, limit, max_new_tokens, rows, False, report)
             drafters = {

@@ -1,5 +1,6 @@
 """`draftsmith sweep`: times many trees of one drafter beside the chosen one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from draftsmith.eval.measurement.sweep import GRID
@@ -27,6 +28,7 @@ def sweep(
     report=print,
     threads: int | None = None,
     datastore: str | None = None,
+    variables: Mapping = {},
 ) -> dict:
     """Writes OUTPUT/sweep.json: the result of `eval.sweep` and its conditions. threads: as in `chosen_threads`."""
     (method,) = labels([drafter]).values()
@@ -36,7 +38,7 @@ def sweep(
             f"tune-tree)"
         )
     policies, sampling = [parse_tree(tree) for tree in trees] if trees else list(GRID), Sampling(temperature, seed=seed)
-    methods = Methods.open([drafter], target, ASSISTANT, report=report, datastore=datastore)
+    methods = Methods.open([drafter], target, ASSISTANT, None, report, datastore, variables)
     make = lambda tree: methods.drafters.drafter(method, tree)  # noqa: E731
     with chosen_threads(methods.target, threads, None, report) as tried:
         prompts = methods.prompts(

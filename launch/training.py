@@ -92,36 +92,25 @@ def dry_run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from draftsmith.models.chat import load_tokenizer, stop_ids
+    from draftsmith.models.chat import load_tokenizer
     from draftsmith.models.notes import notes
     from draftsmith.models.targets import describe
-    from draftsmith.train.data import prepare
     from draftsmith.train.distributed import read_engine_file
     from draftsmith.train.estimate import estimate
-    from draftsmith.train.pictures import cut_for, load_pictures
+    from draftsmith.train.preparation import prepared
     from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
     recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
     read_engine_file(recipe.engine.config, Path(arguments[0]))
     described, corpus, world = describe(recipe.target), None, int(os.environ.get("WORLD_SIZE", "1"))
-    tokenizer, spec = load_tokenizer(recipe.target), recipe.data
-    config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
-    for line in notes(described, tokenizer, recipe.target, config):
-        say(line)
     if all(file.startswith("hub:") or Path(file).is_file() for file in recipe.data.files):
         with tempfile.TemporaryDirectory() as folder:
-            rows = prepare(
-                spec.files,
-                spec.max_length,
-                spec.max_bad_rows,
-                tokenizer,
-                stop_ids(described, tokenizer),
-                described.vocab_size,
-                Path(folder),
-                say,
-                load_pictures(recipe.target, described, spec.max_image_pixels, cut_for(config)),
-            )
+            rows = prepared(recipe, described, Path(folder), say).rows
             corpus = len(rows.tokens), int(rows.mask.sum())
+    else:
+        config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
+        for line in notes(described, load_tokenizer(recipe.target), recipe.target, config):
+            say(line)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = estimate(recipe, described, world, device, corpus)
     table = Table(

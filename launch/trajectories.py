@@ -7,13 +7,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from draftsmith.eval.measurement.journal import Journal
+from draftsmith.eval.measurement.journal import Journal, settings_before
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.measurement.prompts import Prompt
 from draftsmith.eval.measurement.trajectories import Method, ahead, figures, trajectories
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.drafters import LIBRARY, takes, trained
-from draftsmith.launch.measurement import LARGE_TREE, Request, digest, finished, going_on, named_suites
+from draftsmith.launch.measurement import LARGE_TREE, Request, digest, finished, going_on, named_suites, timely
 from draftsmith.launch.methods import Methods, check_writable, write_json
 from draftsmith.launch.tables import WIDTH
 from draftsmith.models.errors import UserError, keeping
@@ -32,8 +32,12 @@ def scale(request: Request, count: int, report=print) -> dict:
     if not temperatures:
         raise UserError("--trajectories: found temperature 0 alone, where all are the same text; expected one above 0")
     methods = Methods.open(
-        request.methods, request.target, request.assistant, report=report, datastore=request.datastore
+        request.methods, request.target, request.assistant, None, report, request.datastore, request.variables
     )
+    result, journal = request.output / "trajectories.json", request.output / "trajectories.jsonl"
+    partial = Path(f"{journal}.partial")
+    befores = [settings_before(place).get("clock") for place in (journal, partial)]
+    methods.renderer = methods.renderer.at(next(filter(None, befores), None))
     library = [name for name, method in methods.named.items() if method in LIBRARY]
     if library:
         raise UserError(f"--trajectories: found {library[0]}, expected methods of our own decode loop")
@@ -60,11 +64,10 @@ def scale(request: Request, count: int, report=print) -> dict:
         "tree": request.tree,
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
+        **timely(methods),
     }
-    result, journal = request.output / "trajectories.json", request.output / "trajectories.jsonl"
     if (document := finished(result, journal, settings, report)) is None:
         check_writable(request.output)
-        partial = Path(f"{journal}.partial")
         with alone(request.output, "trajectories", request.output), keeping(lambda: going_on(partial)):
             entries = Journal(partial, json.loads(json.dumps(settings)))
             document = measured(request, count, temperatures, suites, prompts, methods, made, entries, report)
@@ -107,9 +110,9 @@ def measured(
                 )
                 first, last = next(iter(methods.named)), (count - 1) // batch
                 for method, run in runs.items():
-                    place = {"suite": name, "temperature": temperature, "batch": batch, "method": method}
+                    cell = {"suite": name, "temperature": temperature, "batch": batch, "method": method}
                     behind = ahead(runs[first], run, batch, last, request.seed) if method != first else None
-                    cells.append(place | figures(run, runs["plain"], batch, request.seed) | {"behind_first": behind})
+                    cells.append(cell | figures(run, runs["plain"], batch, request.seed) | {"behind_first": behind})
     return {
         "cells": cells,
         "conditions": {

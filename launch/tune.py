@@ -1,5 +1,6 @@
 """`draftsmith tune-tree`: finds the static tree that suits a method on some prompts, for `--tree FILE`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from draftsmith.eval.measurement.tune import tune
@@ -26,6 +27,7 @@ def tune_tree(
     limit: int,
     seed: int,
     report=print,
+    variables: Mapping = {},
 ) -> dict:
     """Writes OUTPUT: {"slots": [[0], [1], [0, 0], ...], "calibration": what they were chosen from and by, "accepted"
     being the passes that accepted each slot}.
@@ -38,7 +40,7 @@ def tune_tree(
     if not depth <= large or not size <= large:
         raise UserError(f"--candidates: found {large}, expected at least --size {size} and --depth {depth}")
     sampling = Sampling(temperature, seed=seed)
-    methods = Methods.open([method], target, ASSISTANT, report=report)
+    methods = Methods.open([method], target, ASSISTANT, report=report, variables=variables)
     prompts = methods.prompts(suite, limit, max_new_tokens, 2 * (1 + large), False, report)
     check_writable(output.parent)
     make = lambda tree: methods.drafters.drafter(asked, tree, lasting=True)  # noqa: E731

@@ -5,15 +5,19 @@ processor together with the text.
 from __future__ import annotations  # names of Pillow's are looked up by nobody: it is needed for pictures alone
 
 import io
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from draftsmith.models.chat import encode_prompt, load_tokenizer
+from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
+from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import ImagePrompt, locate
 from draftsmith.models.targets.vision import FAMILIES
 
@@ -111,21 +115,6 @@ def check_marks(messages: list[dict], pictures: Sequence) -> None:
         )
 
 
-def placed(messages: list[dict], images: list[Image.Image]) -> list[dict]:
-    """Messages whose content is a list of parts, every picture where its mark stands. Raises UserError when marks and
-    pictures differ in number.
-    """
-    check_marks(messages, images)
-    parts, waiting = [_parts(message["content"]) for message in messages], iter(images)
-    return [
-        {
-            "role": message["role"],
-            "content": [part | {"image": next(waiting)} if part["type"] == "image" else part for part in listed],
-        }
-        for message, listed in zip(messages, parts)
-    ]
-
-
 def _parts(content) -> list[dict]:
     if isinstance(content, str):
         texts = content.split(MARK)
@@ -139,36 +128,72 @@ def _parts(content) -> list[dict]:
             if text:
                 found.append({"type": "text", "text": text})
         return found
-    if not isinstance(content, list) or not all(
-        isinstance(part, dict) and part.get("type") in ("image", "text") for part in content
-    ):
-        raise UserError("content: expected a text or a list of parts of type image or text")
-    return [
-        {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part.get("text") or ""}
-        for part in content
-    ]
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise UserError(f"content: found {ascii(content)[:60]}, expected text or a list of parts")
+    for part in content:
+        if part.get("type") != "image" and (part.get("type") != "text" or not isinstance(part.get("text"), str)):
+            raise UserError(f"content: found a part of type {part.get('type')}, expected image or text")
+    return [{"type": part["type"]} | ({"text": part["text"]} if part["type"] == "text" else {}) for part in content]
 
 
 class Reader:
-    """A target's processor in the place of its tokenizer: ids with as many image tokens as the pictures of a message
-    (`placed`) take.
+    """A target's processor in the place of its tokenizer. Messages get their pictures by `placed`, which asks the image
+    processor once for each.
     """
 
     def __init__(self, processor):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.decode, self.eos_token_id = processor.tokenizer.decode, processor.tokenizer.eos_token_id
         self.convert_ids_to_tokens = processor.tokenizer.convert_ids_to_tokens
+        self.mark = str(getattr(processor, "boi_token", None) or processor.image_token)  # of the template's text
 
     @property
     def chat_template(self) -> str:
         return self.processor.chat_template or ""
 
-    def apply_chat_template(self, messages: list[dict], **options) -> dict:
-        return {
-            key: value[0]
-            for key, value in self.processor.apply_chat_template(messages, **options).items()
-            if key in ("input_ids", "assistant_masks")
-        }
+    def placed(self, messages: list[dict], images: list[Image.Image]) -> list[dict]:
+        """Messages whose content is a list of parts; what the processor writes for every picture stands where its mark
+        does. Raises UserError when marks and pictures differ in number.
+        """
+        check_marks(messages, images)
+        waiting = iter(images)
+        return [
+            message
+            | {
+                "content": [
+                    part | {"image": "", "written": self.written(next(waiting))} if part["type"] == "image" else part
+                    for part in _parts(message["content"])
+                ]
+            }
+            for message in messages
+        ]
+
+    def written(self, image: Image.Image) -> str:
+        """What the processor puts in the place of a picture's mark: its image tokens, and what stands around them."""
+        made = self.processor(text=[self.mark], images=[[image]], add_special_tokens=False)["input_ids"][0]
+        ids, added = list(map(int, made)), self.tokenizer.added_tokens_decoder
+        runs = [(known, list(run)) for known, run in groupby(ids, added.__contains__)]
+        text = "".join(
+            "".join(added[token].content for token in run) if known else self.decode(run) for known, run in runs
+        )
+        if list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) != ids:
+            raise UserError(f"processor: what it writes for a picture is not the text {text[:40]!r}, as expected")
+        return text
+
+    def expanded(self, text: str, spans: list[tuple[int, int]], messages: list[dict]) -> tuple[str, list]:
+        """A template's text with what stands for the pictures of `placed` messages, and places in it moved along."""
+        parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+        written = [part["written"] for part in parts if part["type"] == "image"]
+        starts = [found.start() for found in re.finditer(re.escape(self.mark), text)]
+        if len(starts) != len(written):
+            raise UserError(f"chat template: shows {self.mark} {len(starts)} times, expected it for {counted(written)}")
+        pieces = text.split(self.mark)
+        text = pieces[0] + "".join(picture + piece for picture, piece in zip(written, pieces[1:]))
+
+        def moved(at: int) -> int:
+            return at + sum(len(w) - len(self.mark) for w, start in zip(written, starts) if start < at)
+
+        return text, [(moved(start), moved(stop)) for start, stop in spans]
 
     def pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the processor makes of one document's pictures, as targets take it; {} of none."""
@@ -177,11 +202,20 @@ class Reader:
         made = self.processor.image_processor(images=[images], return_tensors="pt")
         return {name: value for name, value in made.items() if name in INPUTS}
 
-    def prompt(self, messages: list[dict], sources: Sequence[Path | bytes]) -> list[int] | ImagePrompt:
-        """Messages up to the last user turn, with marks where pictures stand -> what a target decodes from."""
-        images = open_pictures(sources)
-        tokens = encode_prompt(self, placed(messages, images))
-        return ImagePrompt(tokens, self.pixels(images)) if images else tokens
+
+def encode_prompt(
+    reader, messages: list[dict], sources: Sequence[Path | bytes] = (), tools: list[dict] | None = None
+) -> list[int] | ImagePrompt:
+    """Messages up to a turn that the target answers, with marks where pictures stand -> what it decodes from. reader:
+    as `Renderer.of` takes it.
+    """
+    renderer = Renderer.of(reader)
+    reader = renderer.reader
+    if not isinstance(reader, Reader):
+        return renderer.prompt(messages, tools)
+    images = open_pictures(sources)
+    tokens = renderer.prompt(reader.placed(messages, images), tools)
+    return ImagePrompt(tokens, reader.pixels(images)) if images else tokens
 
 
 def load_processor(name: str | Path):
@@ -200,3 +234,8 @@ def load_processor(name: str | Path):
 def load_reader(name: str | Path, described):
     """The tokenizer of a target of text, the `Reader` of one that sees. described: `TextTarget` or `Description`."""
     return load_tokenizer(name) if described.image_token is None else Reader(load_processor(name))
+
+
+def load_renderer(name: str | Path, described, variables: Mapping = {}, now: datetime | None = None) -> Renderer:
+    """The chat template of a target with these variables, over the `load_reader` of it."""
+    return Renderer(load_reader(name, described), variables, now, str(name), described.vocab_size)

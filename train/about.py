@@ -1,27 +1,25 @@
 """What draftsmith.json tells of a drafter beside its recipe: what an engine must be told, or should not exceed."""
 
-from draftsmith.models.chat import load_tokenizer, template_variables
 from draftsmith.models.grow import parse_tree
+from draftsmith.models.rendering import Renderer
 from draftsmith.train.data import Rows
-from draftsmith.train.pictures import Pictures
 from draftsmith.train.recipe import DrafterRecipe
 
 
-def trained(recipe: DrafterRecipe, rows: Rows, pictures: Pictures | None) -> dict:
+def trained(recipe: DrafterRecipe, rows: Rows, renderer: Renderer) -> dict:
     """What a drafter was trained for.
 
     steps: drafted levels; context: tokens of the longest row (at most data.max_length); temperatures: of the answers
     (`Rows.temperatures`); laws: theirs beside the temperatures (`Rows.laws`); template_variables: those of the chat
-    template (`models.chat.template_variables`).
+    template (`Renderer.told`).
     """
     steps, gto = recipe.objective.steps, recipe.gto
-    reader = pictures.reader if pictures else load_tokenizer(recipe.target)
     return {
         "steps": max(steps, parse_tree(gto.tree).depth) if gto else steps,
         "context": int(rows.lengths.max()),
         "temperatures": rows.temperatures,
         "laws": rows.laws,
-        "template_variables": template_variables(reader),
+        "template_variables": renderer.told(),
     }
 
 

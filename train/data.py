@@ -1,16 +1,17 @@
 """From files to training rows, once: records are read one by one, encoded, and stored as flat arrays that every process
 maps.
 
-Memory does not grow with the data. A record that cannot be used is counted, and the file refused when too many are; a
-chat template that is not prefix-stable spoils every row and ends the run at once.
+Memory does not grow with the data. A record that cannot be used is counted, and the file refused when too many are.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from draftsmith.models.chat import UnstableTemplate, encode_row
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Packing
+from draftsmith.models.rendering import Renderer
 from draftsmith.train.files import HUB, identity, pinned, read_records
+from draftsmith.train.records import encode_record
 
+BEHIND = "rows are left out: their answers begin behind data.max_length {}"
+TOO_SHORT = "rows are left out: the target wrote a single token of them"
 EARLY = 1000  # records after which a file that is mostly unusable is refused without reading on
-SIDE_BY_SIDE = ("conversation_a", "conversation_b", "chosen", "rejected")  # what sets of compared answers have
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,12 @@ class Rows:
         """
         place = self.folder / "laws.json"
         return json.loads(place.read_text("utf-8")) if place.is_file() else None
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What was told when they were prepared."""
+        place = self.folder / "notes.json"
+        return json.loads(place.read_text("utf-8")) if place.is_file() else []
 
     @property
     def key(self) -> str:
@@ -127,32 +135,49 @@ class Rows:
         return tokens[: max(1, int(mask.argmax()))].tolist()
 
 
+def since(renderer: Renderer, folder: Path) -> Renderer:
+    """The same with the time at which a run whose rows lie in `folder` began: templates that show it give a run that is
+    resumed the same rows.
+    """
+    if renderer.clock is None or renderer.fixed:
+        return renderer
+    place = folder / "clock"
+    if not place.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        written = folder / f".clock-{socket.gethostname()}-{os.getpid()}"
+        written.write_text(renderer.clock)
+        with contextlib.suppress(FileExistsError):  # another process of this run was first
+            os.link(written, place)
+        written.unlink()
+    return renderer.at(place.read_text())
+
+
 def prepare(
     files: list[str],
     max_length: int,
     max_bad_rows: float,
-    tokenizer,
+    reader,
     stops: set[int],
     vocab_size: int,
     folder: Path,
     report=print,
     pictures=None,
 ) -> Rows:
-    """Encodes the files below `folder` unless that was done before with equal content and tokenizer (the folder's name
-    is a hash of both).
+    """Encodes the files below `folder` unless that was done before with equal content, tokenizer and template (the
+    folder's name is a hash of all).
 
-    pictures: a `train.pictures.Pictures` for a target that sees. Picture files are not part of the hash, only their
-    names are. Raises UserError naming file and row when a share of more than `max_bad_rows` of a file's records cannot
-    be used, and when nothing can be learned from any.
+    reader: as `Renderer.of` takes it; pictures: a `train.pictures.Pictures` for a target that sees. Picture files are
+    not part of the hash, only their names are. Raises UserError naming file and row when a share of more than
+    `max_bad_rows` of a file's records cannot be used, and when nothing can be learned from any.
     """
-    files = pinned(files)
-    place = folder / key_of(files, max_length, tokenizer, stops, vocab_size, pictures)
+    files, renderer = pinned(files), Renderer.of(reader)
+    place = folder / key_of(files, max_length, renderer, stops, vocab_size, pictures)
     if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{place.name}-{socket.gethostname()}-{os.getpid()}"  # machines may share the folder
         try:
             partial.mkdir()
-            _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, partial, report, pictures)
+            _write(files, max_length, max_bad_rows, renderer, stops, vocab_size, partial, report, pictures)
             try:
                 partial.rename(place)
             except OSError:
@@ -164,24 +189,21 @@ def prepare(
 
 
 def await_rows(
-    files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, folder: Path, pictures=None
+    files: list[str], max_length: int, reader, stops: set[int], vocab_size: int, folder: Path, pictures=None
 ) -> Rows:
     """The rows that the first process of this machine prepares; waiting is no collective, so that no time-out of one
     can strike.
     """
-    place = folder / key_of(pinned(files), max_length, tokenizer, stops, vocab_size, pictures)
+    place = folder / key_of(pinned(files), max_length, Renderer.of(reader), stops, vocab_size, pictures)
     while not place.is_dir():
         time.sleep(0.1)
     return Rows(place)
 
 
-def key_of(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_size: int, pictures=None) -> str:
+def key_of(files: list[str], max_length: int, renderer, stops: set[int], vocab_size: int, pictures=None) -> str:
     """16 hex digits over everything that the rows depend on. Raises UserError for a file that does not exist."""
-    digest = hashlib.sha256(json.dumps([2, max_length, sorted(stops), vocab_size, tokenizer.chat_template]).encode())
-    digest.update(
-        tokenizer.backend_tokenizer.to_str().encode()
-        if hasattr(tokenizer, "backend_tokenizer")
-        else repr(tokenizer).encode()
+    digest = hashlib.sha256(
+        json.dumps([3, max_length, sorted(stops), vocab_size, renderer.fingerprint, *renderer.key]).encode()
     )
     if pictures is not None:
         digest.update(json.dumps([1, *pictures.key, [str(Path(file).resolve().parent) for file in files]]).encode())
@@ -190,26 +212,35 @@ def key_of(files: list[str], max_length: int, tokenizer, stops: set[int], vocab_
     return digest.hexdigest()[:16]
 
 
-def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder: Path, report, pictures) -> None:
+def _write(files, max_length, max_bad_rows, renderer, stops, vocab_size, folder: Path, report, pictures) -> None:
     names, of_row, conversations, temperatures, laws = [], [0], [], set(), set()
-    borders, counts, short, shown = [0], np.zeros(vocab_size, dtype=np.int64), 0, time.time()
+    borders, counts, notes, shown = [0], np.zeros(vocab_size, dtype=np.int64), Counter(), time.time()
+    before, conversation, goes_on = None, -1, False
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "mask.bin").open("wb") as mask_file:
         for file in files:
             bad = seen = 0
             first = ""
             for number, record in read_records(file):
-                seen, place = seen + 1, f"{file} row {number}"
+                seen += 1
                 try:
-                    rows = _encode(record, file, tokenizer, stops, vocab_size, max_length, pictures)
-                except UnstableTemplate as error:
-                    raise UserError(f"{place}: {error}") from None
-                except UserError as error:
-                    bad, first = bad + 1, first or f"{place}: {error}"
+                    rows, said = _encode(record, file, renderer, stops, vocab_size, max_length, pictures)
+                    notes.update(said)
+                except (UserError, RecursionError) as error:
+                    reason = "nested too deeply" if isinstance(error, RecursionError) else error
+                    bad, first = bad + 1, first or f"{file} row {number}: {reason}"
                     rows = []
                 supervised = [row for row in rows if sum(row[1][:max_length]) >= 2]
-                short += len(rows) - len(supervised)
-                conversations += [conversations[-1] + 1 if conversations else 0] * len(supervised)
+                notes.update(
+                    BEHIND.format(max_length) if sum(mask) >= 2 else TOO_SHORT
+                    for _, mask, _ in rows
+                    if sum(mask[:max_length]) < 2
+                )
+                origin = (file, record.get("row")) if isinstance(record, dict) and "turn" in record else None
+                goes_on = goes_on and origin is not None and origin == before  # its turns, as regenerate writes them
+                before = origin
                 if supervised:
+                    conversation, goes_on = conversation + (not goes_on), True
+                    conversations += [conversation] * len(supervised)
                     temperatures.add(temperature_of(record))
                     laws.add(json.dumps(law_of(record), sort_keys=True))
                 for tokens, mask, found in supervised:
@@ -239,13 +270,16 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
                 )
             if bad:
                 report(f"{file}: {bad} of {seen:,} rows cannot be used and are left out; the first: {first}")
+    lines = [f"{count:,} {note}" for note, count in notes.items()]
     if len(borders) == 1:
         raise UserError(
             f"{', '.join(files)}: found no row with two or more tokens written by the target within {max_length} "
-            f"tokens (data.max_length)"
+            f"tokens (data.max_length){''.join(f'; {line}' for line in lines)}"
         )
-    if short:
-        report(f"{short:,} rows are left out: their answers begin behind data.max_length {max_length}")
+    for line in lines:
+        report(line)
+    np.save(folder / "conversations.npy", np.array(conversations, dtype=np.int64))
+    (folder / "notes.json").write_text(json.dumps(lines), "utf-8")
     np.save(folder / "borders.npy", np.array(borders, dtype=np.int64))
     np.save(folder / "counts.npy", counts)
     (folder / "temperatures.json").write_text(
@@ -253,7 +287,6 @@ def _write(files, max_length, max_bad_rows, tokenizer, stops, vocab_size, folder
     )
     (folder / "laws.json").write_text(f"[{', '.join(sorted(laws))}]", "utf-8")
     if pictures is not None:
-        np.save(folder / "conversations.npy", np.array(conversations, dtype=np.int64))
         encoded = [name.encode() for name in names]
         np.save(folder / "names.npy", np.frombuffer(b"".join(encoded), dtype=np.uint8))
         np.save(folder / "name_borders.npy", np.cumsum([0, *map(len, encoded)]))
@@ -272,77 +305,13 @@ def law_of(record: dict) -> dict | None:
     return found if isinstance(found, dict) and all(isinstance(v, (int, float)) for v in found.values()) else None
 
 
-def _encode(
-    record, file: str, tokenizer, stops, vocab_size, max_length, pictures
-) -> list[tuple[list[int], list[int], list]]:
-    """The rows of a record: (token ids, token mask, pictures) of each."""
+def _encode(record, file: str, renderer, stops, vocab_size, max_length, pictures) -> tuple[list, Counter]:
+    """(the rows of a record: (token ids, token mask, pictures) of each; what is to be told of it)."""
     if pictures is not None:
         return pictures.encode(
-            record, Path("." if file.startswith(HUB) else file).parent, stops, vocab_size, max_length
+            record, Path("." if file.startswith(HUB) else file).parent, renderer, stops, vocab_size, max_length
         )
     if isinstance(record, dict) and (record.get("image") or record.get("images")):
         raise UserError("found a picture, expected text alone: this target does not see")
-    return [(*encode_record(record, tokenizer, stops, vocab_size), [])]
-
-
-def encode_record(record, tokenizer, stops: set[int], vocab_size: int) -> tuple[list[int], list[int]]:
-    """(token ids, token mask). Raises UserError saying what was found and expected; `UnstableTemplate` concerns every
-    row.
-    """
-    if isinstance(record, UserError):
-        raise record
-    if not isinstance(record, dict):
-        raise UserError(f"found {type(record).__name__}, expected an object")
-    if record.get("tokens") is not None:
-        return _encode_tokens(record["tokens"], record.get("prompt_length"), vocab_size)
-    if record.get("messages") is not None or record.get("conversations") is not None:
-        return encode_answers(tokenizer, messages_of(record), stops)
-    if isinstance(record.get("text"), str):
-        ids = tokenizer(record["text"])["input_ids"]
-        return ids, [1] * len(ids)
-    if others := next((key for key in SIDE_BY_SIDE if key in record), None):
-        raise UserError(
-            f"found {others}: answers of other models, expected tokens, messages, conversations or text (draftsmith "
-            f"regenerate reads the prompts of such rows)"
-        )
-    raise UserError(f"found keys {sorted(record)}, expected tokens, messages, conversations or text")
-
-
-def encode_answers(tokenizer, messages: list[dict], stops: set[int]) -> tuple[list[int], list[int]]:
-    """`encode_row`, refusing conversations in which the assistant says nothing."""
-    ids, mask = encode_row(tokenizer, messages, stops)
-    if not any(mask):
-        raise UserError("the token mask is all zero: found no answer in it, expected a turn of the assistant")
-    return ids, mask
-
-
-def _encode_tokens(tokens, start, vocab_size):
-    if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens):
-        raise UserError("tokens: expected a list of integers")
-    if not isinstance(start, int) or not 0 < start <= len(tokens):
-        raise UserError(f"prompt_length: found {start!r}, expected 1..{len(tokens)}")
-    wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
-    if wrong is not None:
-        raise UserError(f"found token id {wrong}, expected 0..{vocab_size - 1}")
-    return tokens, [0] * start + [1] * (len(tokens) - start)
-
-
-def messages_of(record: dict) -> list[dict]:
-    """`messages` with role and content, or `conversations` with from and value."""
-    if record.get("messages") is not None:
-        turns = record["messages"]
-        if (
-            not isinstance(turns, list)
-            or not turns
-            or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in turns)
-        ):
-            raise UserError("messages: expected a list of objects with role and content")
-        return turns
-    turns = record["conversations"]
-    if (
-        not isinstance(turns, list)
-        or not turns
-        or not all(isinstance(m, dict) and m.get("from") in ROLES and isinstance(m.get("value"), str) for m in turns)
-    ):
-        raise UserError(f"conversations: expected a list of objects with value and from (one of {', '.join(ROLES)})")
-    return [{"role": ROLES[m["from"]], "content": m["value"]} for m in turns]
+    found = encode_record(record, renderer, stops, vocab_size)
+    return [(*row, []) for row in found.rows], found.notes

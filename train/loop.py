@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.errors import UserError
 from draftsmith.models.files import alone
 from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.heads.adapted import merged
 from draftsmith.models.noise import seed_of
-from draftsmith.models.notes import notes
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed
 from draftsmith.train.about import measured, trained
@@ -30,11 +28,10 @@ from draftsmith.train.checkpoint import (
     termination,
     unwritable,
 )
-from draftsmith.train.data import Rows, await_rows, prepare
 from draftsmith.train.features import Cached, Online
 from draftsmith.train.lora import Adapter
 from draftsmith.train.optimizers import AdamW, MuonAdamW
-from draftsmith.train.pictures import Pictures, cut_for, load_pictures
+from draftsmith.train.preparation import Prepared, prepared
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
 from draftsmith.train.start import build_gto, build_head, regress
@@ -114,31 +111,22 @@ def train(
     with distributed.launched() as (rank, world, local), contextlib.ExitStack() as stack:
         say = report if rank == 0 else (lambda line: None)
         distributed.check_dtype(recipe.engine.dtype)
-        described, tokenizer = describe(recipe.target), load_tokenizer(recipe.target)
+        described = describe(recipe.target)
         if spec.max_length > described.context_length:
             raise UserError(
                 f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}"
             )
-        config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
-        for line in notes(described, tokenizer, recipe.target, config):
-            say(line)
-        stops = stop_ids(described, tokenizer)
-        pictures = load_pictures(recipe.target, described, spec.max_image_pixels, cut_for(config))
         output = Path(recipe.output)
-        arguments = (tokenizer, stops, described.vocab_size, output / "rows")
         if rank == 0:
             stack.enter_context(alone(output, "train", recipe.output))
-        if local == 0:
-            rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, say, pictures)
-        else:
-            rows = await_rows(spec.files, spec.max_length, *arguments, pictures)
+        made = prepared(recipe, described, output / "rows", say, waits=local != 0)
         silent = {
             "output": True,
             "wandb": True,
             "engine": {"checkpoint_minutes"},
-            "data": {"max_image_pixels"},
-        }  # the last is part of the rows' key
-        settings = recipe.model_dump(mode="json", exclude=silent) | {"rows": rows.key}
+            "data": {"max_image_pixels", "chat_template_kwargs"},
+        }  # the last two are part of the rows' key
+        settings = recipe.model_dump(mode="json", exclude=silent) | {"rows": made.rows.key}
         if described.weights is not None:
             settings["weights"] = described.weights.sha256
         if finished(output / "drafter", settings):
@@ -148,9 +136,7 @@ def train(
             )
             return output / "drafter"
         with distributed.process_group(rank, world, local) as device:
-            return Run(
-                recipe, settings, rows, pictures, stops, rank, world, device, say, evaluator, engine_extra or {}
-            ).train()
+            return Run(recipe, settings, made, rank, world, device, say, evaluator, engine_extra or {}).train()
 
 
 class Run:
@@ -160,9 +146,7 @@ class Run:
         self,
         recipe: DrafterRecipe,
         settings: dict,
-        rows: Rows,
-        pictures: Pictures | None,
-        stops: set[int],
+        made: Prepared,
         rank: int,
         world: int,
         device: torch.device,
@@ -170,6 +154,7 @@ class Run:
         evaluator: Evaluator | None,
         engine_extra: dict,
     ):
+        rows, stops = made.rows, made.stops
         self.recipe, self.rows, self.stops, self.rank, self.world, self.say, self.evaluator = (
             recipe,
             rows,
@@ -179,7 +164,7 @@ class Run:
             say,
             evaluator,
         )
-        self.pictures = pictures
+        self.pictures = made.pictures
         self.output, spec, self.objective = Path(recipe.output), recipe.optimization, recipe.goal
         conversations = int(rows.conversations[-1]) + 1
         numbers, self.kept = held_out(
@@ -204,7 +189,7 @@ class Run:
             "weights": asdict(self.target.weights) if self.target.weights else None,
             "recipe": recipe.model_dump(),
             "settings": settings,
-            "trained": trained(recipe, rows, pictures),
+            "trained": trained(recipe, rows, made.renderer),
             "measured": measured(recipe) if len(self.kept) else None,
             "world_size": world,
             "draft_vocab_coverage": self.coverage,

@@ -11,6 +11,7 @@ prompt, as decoding does.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -19,19 +20,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from draftsmith.models.chat import render
 from draftsmith.models.errors import UserError
+from draftsmith.models.messages import messages_of, tools_of
 from draftsmith.models.pictures import (
     Reader,
     counted,
-    load_processor,
     open_picture,
     open_pictures,
     picture_sources,
-    placed,
 )
+from draftsmith.models.rendering import Renderer, check_ids
 from draftsmith.models.targets import Description, ImagePrompt
-from draftsmith.train.data import encode_answers, encode_record, messages_of
+from draftsmith.train.records import encode_record, is_conversation
 
 if TYPE_CHECKING:  # needed for pictures alone
     from PIL import Image
@@ -65,19 +65,20 @@ def cut_for(config) -> Cut:
 
 
 class Pictures:
-    """Reads pictures and encodes records with them. processor: the target's; image_token: the id that stands for
-    pictures in its rows.
+    """Reads pictures and encodes records with them. renderer: of the target's `Reader`; image_token: the id that stands
+    for pictures in its rows.
     """
 
-    def __init__(self, processor, image_token: int, max_pixels: int, cut: Cut = whole):
-        self.processor, self.image_token, self.max_pixels, self.cut = processor, image_token, max_pixels, cut
-        self.reader = Reader(processor)
+    def __init__(self, renderer: Renderer, image_token: int, max_pixels: int, cut: Cut = whole):
+        self.renderer, self.image_token, self.max_pixels, self.cut = renderer, image_token, max_pixels, cut
+        self.reader: Reader = renderer.reader
+        self.processor = self.reader.processor
 
     @property
     def key(self) -> list:
-        """What rows depend on beside files and tokenizer."""
+        """What rows depend on beside files, tokenizer and template."""
         apart = [] if self.cut is whole else [self.cut.__name__]
-        return [self.image_token, self.max_pixels, self.reader.chat_template, self.processor.to_json_string(), *apart]
+        return [self.image_token, self.max_pixels, self.processor.to_json_string(), *apart]
 
     def load(self, place: Path) -> "Image.Image":
         """A picture of `Rows.images`."""
@@ -97,35 +98,49 @@ class Pictures:
             left -= self.tokens_of(self.load(kept[-1]))
         return ImagePrompt(tokens, self.pixels(kept)) if kept else tokens
 
-    def encode(self, record: dict, base: Path, stops: set[int], vocab_size: int, max_length: int) -> list[Row]:
-        """The rows of a record. base: the folder that relative file names start from.
+    def encode(
+        self, record, base: Path, renderer: Renderer, stops: set[int], vocab_size: int, max_length: int
+    ) -> tuple[list[Row], Counter]:
+        """The rows of a record, and what is to be told of it. base: the folder that relative file names start from;
+        renderer: of records that are no conversations.
 
         Raises UserError saying what was found and expected.
         """
         sources = picture_sources(record, base) if isinstance(record, dict) else []
         images = open_pictures(sources, self.max_pixels)
-        if (
-            isinstance(record, dict)
-            and record.get("tokens") is None
-            and (record.get("messages") or record.get("conversations")) is not None
-        ):
-            ids, mask = encode_answers(self.reader, placed(messages_of(record), images), stops)
+        if is_conversation(record):
+            messages = self.reader.placed(messages_of(record), images)
+            counts = [self._count(part["written"]) for m in messages for part in m["content"] if "written" in part]
+            found = self.renderer.encode(messages, tools_of(record), stops)
+            for ids, _ in found.rows:
+                check_ids(ids, self.reader.tokenizer, vocab_size)
         else:
-            ids, mask = encode_record(record, self.processor.tokenizer, stops, vocab_size)
-        counts, found = [self.tokens_of(image) for image in images], ids.count(self.image_token)
-        if found != sum(counts):
-            raise UserError(f"found {found} image tokens, expected {sum(counts)} for {counted(images)}")
-        if (kept := ids[:max_length].count(self.image_token)) < found:
+            counts = [self.tokens_of(image) for image in images]
+            found = encode_record(record, renderer, stops, vocab_size)
+            if found.rows and (held := found.rows[0][0].count(self.image_token)) != sum(counts):
+                raise UserError(f"found {held} image tokens, expected {sum(counts)} for {counted(images)}")
+        rows = [row for ids, mask in found.rows for row in self._rows(ids, mask, sources, counts, max_length)]
+        return rows, found.notes
+
+    def _rows(self, ids: list[int], mask: list[int], sources: list, counts: list[int], max_length: int) -> list[Row]:
+        """counts: image tokens of each picture; a row has the first ones, as far as its text goes."""
+        total, ends = ids.count(self.image_token), [0, *accumulate(counts)]
+        if total not in ends:
+            raise UserError(f"found {total} image tokens, expected {ends[-1]} for {counted(sources)}")
+        if (kept := ids[:max_length].count(self.image_token)) < total:
             raise UserError(
-                f"found {kept} of {found} image tokens within data.max_length {max_length}, expected all of them"
+                f"found {kept} of {total} image tokens within data.max_length {max_length}, expected all of them"
             )
+        number = ends.index(total)
         behind = [0, *(place + 1 for place, token in enumerate(ids) if token == self.image_token)]
-        return self.cut(ids, mask, sources, [behind[count] for count in accumulate(counts)])
+        return self.cut(ids, mask, sources[:number], [behind[end] for end in ends[1 : number + 1]])
 
     def tokens_of(self, image: "Image.Image") -> int:
         """How many image tokens a picture takes."""
-        alone = [{"role": "user", "content": [{"type": "image", "image": image}]}]
-        return list(render(self.reader, alone)["input_ids"]).count(self.image_token)
+        return self._count(self.reader.written(image))
+
+    def _count(self, written: str) -> int:
+        return list(self.reader.tokenizer(written, add_special_tokens=False)["input_ids"]).count(self.image_token)
 
     @staticmethod
     def store(sources: list[Path | bytes], folder: Path) -> list[str]:
@@ -144,8 +159,8 @@ class Pictures:
         return kept
 
 
-def load_pictures(name: str | Path, described: Description, max_pixels: int, cut: Cut = whole) -> Pictures | None:
-    """For a target that sees; None for any other. Raises UserError when no processor lies beside the target."""
+def load_pictures(renderer: Renderer, described: Description, max_pixels: int, cut: Cut = whole) -> Pictures | None:
+    """For a target that sees; None for any other."""
     if described.image_token is None:
         return None
-    return Pictures(load_processor(name), described.image_token, max_pixels, cut)
+    return Pictures(renderer, described.image_token, max_pixels, cut)

@@ -11,7 +11,16 @@ from typing import Annotated, Literal, TypeVar, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.heads import HEADS
@@ -110,7 +119,8 @@ def has_section(path: str | Path, name: str) -> bool:
 class Data(Strict):
     """files: JSONL, JSON (either gzipped) or Parquet files, or `hub:NAME[@REVISION][:[CONFIG:]SPLIT]`, with `messages`,
     `conversations`, `text`, or `tokens` + `prompt_length` (as `draftsmith regenerate` writes). max_image_pixels: of a
-    picture, for targets that see; larger ones are bad rows.
+    picture, for targets that see; larger ones are bad rows. chat_template_kwargs: variables of the target's chat
+    template, such as {enable_thinking: false}; strftime_now: the date that templates are told.
     """
 
     files: list[Place] = Field(min_length=1)
@@ -118,6 +128,7 @@ class Data(Strict):
     max_bad_rows: float = Field(ge=0, lt=1)
     features: Literal["online", "cached"]
     max_image_pixels: int = Field(MAX_PIXELS, gt=0)
+    chat_template_kwargs: dict[str, JsonValue] = {}
 
 
 def known(name: str) -> str:

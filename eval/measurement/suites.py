@@ -13,73 +13,97 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.messages import check_text, messages_of, tools_of
 from draftsmith.models.pictures import picture_sources
+
+Read = tuple[list[dict], list[list[dict]]]  # messages that are given, and turns
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row of a file (counted from 1). before: messages that are given; turns: what the user says, each answered by
-    the target before the next; pictures stand where the text has `<image>`.
+    """One row of a file (counted from 1). before: messages that are given; turns: messages of the user and of tools,
+    each turn answered by the target before the next; pictures stand where the text has `<image>`; tools: functions that
+    the target may call.
     """
 
     row: int
     name: str
     category: str
     before: list[dict]
-    turns: list[str]
+    turns: list[list[dict]]
     pictures: tuple[Path | bytes, ...] = ()
+    tools: list[dict] | None = None
 
 
-def _messages(row: dict) -> tuple[list[dict], list[str]] | None:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
-        return None
-    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]  # a recorded answer
-    if not messages or not isinstance(messages[-1]["content"], str):
-        return None
-    return messages[:-1], [messages[-1]["content"]]
+def turns_of(messages: list[dict]) -> Read:
+    """A conversation without the answers that are recorded in it: the target gives its own. A recorded call stays: the
+    result of a tool belongs to it. Where no answer is recorded, every message of the user is a turn.
+
+    Raises UserError for a conversation that ends with the system's message, or in which nobody asks anything.
+    """
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] in GIVEN:
+        found = messages[-1]["role"] if messages else "assistant"
+        raise UserError(f"messages: found the last one of the {found}, expected one that the target answers")
+    start = next(n for n, m in enumerate(messages) if m["role"] not in (*GIVEN, "assistant"))
+    recorded = any(m["role"] == "assistant" for m in messages[start:])
+    turns, turn = [], []
+    for message in messages[start:]:
+        answered = message["role"] == "assistant" and not message.get("tool_calls")
+        if answered or (not recorded and turn and message["role"] != "tool" and turn[-1]["role"] not in GIVEN):
+            turns += [turn] if turn else []
+            turn = []
+        if not answered:
+            turn.append(message)
+    return messages[:start], [*turns, turn] if turn else turns
 
 
-def _turns(row: dict) -> tuple[list[dict], list[str]] | None:
+def _messages(row: dict, every: bool, key: str = "messages") -> Read:
+    messages = messages_of(row, key)
+    before, turns = turns_of(messages)
+    if every:
+        return before, turns
+    while messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages[: len(messages) - len(turns[-1])], turns[-1:]
+
+
+def _conversations(row: dict, every: bool) -> Read:
+    return turns_of(messages_of(row, "conversations"))
+
+
+def _turns(row: dict, every: bool) -> Read | None:
     turns = row["turns"]
-    return ([], turns) if isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns) else None
-
-
-def _conversations(row: dict) -> tuple[list[dict], list[str]] | None:
-    said = row["conversations"]
-    if not isinstance(said, list) or not all(isinstance(m, dict) and isinstance(m.get("value"), str) for m in said):
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
         return None
-    turns = [m["value"] for m in said if m.get("from") in ("human", "user")]
-    return (
-        ([{"role": "system", "content": m["value"]} for m in said if m.get("from") == "system"], turns)
-        if turns
-        else None
-    )
+    return [], [[_asked(text, f"turns[{number}]")] for number, text in enumerate(turns)]
 
 
-def _text(*keys: str, opening: str = "") -> Callable[[dict], tuple[list[dict], list[str]] | None]:
+def _asked(text: str, name: str) -> dict:
+    check_text(text, name)
+    return {"role": "user", "content": text}
+
+
+def _text(*keys: str, opening: str = "") -> Callable[[dict, bool], Read | None]:
     """The texts of `keys` (empty ones left out), joined by a blank line behind `opening`."""
 
-    def read(row):
+    def read(row, every):
         texts = [row.get(key) or "" for key in keys]
         if not all(isinstance(text, str) for text in texts) or not texts[0]:
             return None
-        return [], [opening + "\n\n".join(text for text in texts if text)]
+        return [], [[_asked(opening + "\n\n".join(text for text in texts if text), keys[0])]]
 
     return read
 
 
-def _conversation(key: str) -> Callable[[dict], tuple[list[dict], list[str]] | None]:
+def _conversation(key: str) -> Callable[[dict, bool], Read]:
     """What `messages` are elsewhere."""
-    return lambda row: _messages(row | {"messages": row[key]})
+    return lambda row, every: _messages(row, every, key)
 
 
-def _prompt(row: dict) -> tuple[list[dict], list[str]] | None:
-    return (_conversation("prompt") if isinstance(row["prompt"], list) else _text("prompt"))(row)
+def _prompt(row: dict, every: bool) -> Read | None:
+    return (_conversation("prompt") if isinstance(row["prompt"], list) else _text("prompt"))(row, every)
 
 
 # format -> (the key that tells it, reader). The first whose key a row has is taken.
@@ -95,11 +119,14 @@ FORMATS = {
     "Chatbot Arena": ("conversation_a", _conversation("conversation_a")),  # both sides were asked the same first
     "preferences without a prompt": ("chosen", _conversation("chosen")),
 }
+GIVEN = ("system", "developer")  # roles that nobody answers
 NAMES = ("name", "question_id", "task_id", "id")
 
 
-def read_suite(file: str | Path, limit: int | None = None) -> list[Conversation]:
-    """The first `limit` conversations. Raises UserError naming file and row."""
+def read_suite(file: str | Path, limit: int | None = None, every: bool = False) -> list[Conversation]:
+    """The first `limit` conversations. every: all turns of `messages` are asked, else the last one behind what is
+    recorded (the other formats record no history: all their turns are asked). Raises UserError naming file and row.
+    """
     path, found = Path(file), []
     for number, row in read_rows(path):
         if limit is not None and len(found) >= limit:
@@ -111,17 +138,15 @@ def read_suite(file: str | Path, limit: int | None = None) -> list[Conversation]
         key, reader = next((known for known in FORMATS.values() if known[0] in row), (None, None))
         if reader is None:
             raise UserError(f"{place}: found {sorted(row)}, {expected}")
-        conversation = reader(row)
-        if conversation is None:
-            raise UserError(
-                f"{place}: {key}: found {json.dumps(row[key], default=str)[:60]}, expected text that is not empty"
-            )
-        name = next((row[key] for key in NAMES if row.get(key) is not None), number)
         try:
-            pictures = tuple(picture_sources(row, path.parent))
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
-        found.append(Conversation(number, str(name), str(row.get("category") or ""), *conversation, pictures))
+            conversation = reader(row, every)
+            if conversation is None:
+                raise UserError(f"{key}: found {ascii(row[key])[:60]}, expected text that is not empty")
+            tools, pictures = tools_of(row), tuple(picture_sources(row, path.parent))
+        except (UserError, RecursionError) as error:
+            raise UserError(f"{place}: {'nested too deeply' if isinstance(error, RecursionError) else error}") from None
+        name = next((row[key] for key in NAMES if row.get(key) is not None), number)
+        found.append(Conversation(number, str(name), str(row.get("category") or ""), *conversation, pictures, tools))
     if not found:
         raise UserError(f"{path}: found no prompts, expected at least one")
     return found
@@ -144,14 +169,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, object]]:
     if text.lstrip().startswith("["):
         try:
             yield from enumerate(json.loads(text), 1)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error})") from None
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line := line.strip("\ufeff \t\r"):  # the mark of UTF-8 stands inside where files were put together
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path} row {number}: not valid JSON ({error})") from None
 
 

@@ -46,8 +46,20 @@ class Work:
 
 def decoded(work: Work, take: Take) -> Iterator[tuple[int, list[int]]]:
     """(row, tokens) of every prompt that `take` gives, as they end."""
-    target = TextTarget.load(work.target, dtype_of(work.dtype) if work.dtype else None)
-    yield from decoded_by(target, open_drafter(work, target), work, take)
+    yield from repeatedly(work)(take)
+
+
+def repeatedly(work: Work) -> Callable[[Take], Iterator[tuple[int, list[int]]]]:
+    """`decoded` of one taker after another, by a target that is loaded once."""
+    loaded = []
+
+    def run(take: Take) -> Iterator[tuple[int, list[int]]]:
+        if not loaded:
+            target = TextTarget.load(work.target, dtype_of(work.dtype) if work.dtype else None)
+            loaded.append((target, open_drafter(work, target)))
+        yield from decoded_by(*loaded[0], work, take)
+
+    return run
 
 
 def decoded_by(target: TextTarget, drafter: Drafter, work: Work, take: Take) -> Iterator[tuple[int, list[int]]]:

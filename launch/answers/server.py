@@ -192,6 +192,7 @@ def served(
     """Answers to asked (row, prompt, temperature), `concurrency` requests at a time, as they end. The threads do not
     keep a process alive that is told to stop.
     """
+    server.closed.clear()
     waiting, done = queue.SimpleQueue(), queue.SimpleQueue()
     for request in asked:
         waiting.put(request)

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from draftsmith.eval.measurement.interval import difference_interval
 from draftsmith.eval.measurement.measure import decode_batches, repeated_4grams
 from draftsmith.eval.sampling import Sampling
-from draftsmith.models.chat import encode_prompt, load_tokenizer, stop_ids
+from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafters import NoDrafter
+from draftsmith.models.pictures import encode_prompt
 from draftsmith.models.targets import TextTarget
 from draftsmith.train.recipe import read_recipe
 from draftsmith.train.reference import corpus

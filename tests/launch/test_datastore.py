@@ -8,9 +8,11 @@ from typer.testing import CliRunner
 from draftsmith.launch.cli import app
 from draftsmith.launch.datastore import build
 from draftsmith.launch.drafters import check_vocabulary
-from draftsmith.models.chat import encode_prompt, encode_row, load_tokenizer
+from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.drafters.datastore import Datastore
 from draftsmith.models.errors import UserError
+from draftsmith.models.pictures import encode_prompt
+from draftsmith.models.rendering import Renderer
 from draftsmith.train.reference.pretrain import train_tokenizer
 
 ROWS = [
@@ -32,7 +34,7 @@ def test_it_holds_what_the_target_wrote(folder, rows, tmp_path):
     tokenizer = load_tokenizer(folder / "target")
     store = Datastore(tmp_path / "store")
     check_vocabulary(store, "t", tokenizer)
-    ids, mask = encode_row(tokenizer, ROWS[0]["messages"], {2})
+    ((ids, mask),) = Renderer(tokenizer).encode(ROWS[0]["messages"], None, {2}).rows
     written = [token for token, own in zip(ids, mask) if own]
     text = tokenizer(ROWS[1]["text"])["input_ids"]
     assert len(store) == len(written) + len(text) + 2 + 3 and store.about["texts"] == 3

@@ -18,11 +18,11 @@ from draftsmith.launch.cli import main
 from draftsmith.launch.conversation import Conversation
 from draftsmith.launch.generate import Passes, Responder, Screen, judge
 from draftsmith.launch.methods import Methods
-from draftsmith.models.chat import encode_prompt
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import save_drafter
 from draftsmith.models.grow import DynamicTree
+from draftsmith.models.pictures import encode_prompt
 from draftsmith.models.targets import TextTarget
 from tests.conftest import tiny_target, trained_head
 from tests.eval.measurement.test_measure import match_wrongly

@@ -10,8 +10,8 @@ import pytest
 from draftsmith.eval.measurement.prompts import read_prompts
 from draftsmith.launch import longbench as bench
 from draftsmith.launch.cli import main
-from draftsmith.models.chat import encode_prompt
 from draftsmith.models.errors import UserError
+from draftsmith.models.pictures import encode_prompt
 from draftsmith.train.reference import corpus
 from draftsmith.train.reference.pretrain import train_tokenizer
 from draftsmith.train.reference.repository import RepositoryRows, open_file, question

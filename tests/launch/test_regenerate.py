@@ -5,6 +5,7 @@ what is killed goes on.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,14 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.answers.decoding import Work, spread
 from draftsmith.launch.answers.precision import INSTRUCTIONS, cpu_flags, slow_on
 from draftsmith.launch.regenerate import regenerate
-from draftsmith.models.chat import encode_prompt, load_tokenizer
+from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import save_drafter
+from draftsmith.models.pictures import encode_prompt
+from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import TextTarget
+from tests import templates
 from tests.conftest import ROOT, tiny_target, trained_head
 
 TEMPERATURES, NEW, STOPS = [0.0, 0.9], 24, set(range(2, 300, 12))
@@ -80,8 +84,70 @@ def test_texts_are_those_of_every_prompt_alone(folder, prompts, plain):
             "finished": finished,
             "temperature": temperature,
             "sampling": {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
+            "target": str(folder / "target"),
+            "tokenizer": Renderer(tokenizer).fingerprint,
         }
     assert {row["finished"] for row in rows} == {True, False}  # some end, some are cut at the limit
+
+
+def test_every_turn_is_answered_behind_the_targets_own_answers(folder, tmp_path):
+    """In one form, whatever the keys; a killed run goes on between turns; a tool's result keeps its role."""
+    shutil.copytree(folder / "target", tmp_path / "target")
+    tokenizer = load_tokenizer(tmp_path / "target")
+    tokenizer.chat_template = templates.QWEN3 + templates.QWEN3_ASKED
+    tokenizer.save_pretrained(tmp_path / "target")
+    target, folder = TextTarget.load(tmp_path / "target"), tmp_path
+    ask = lambda text: {"role": "user", "content": text}  # noqa: E731
+    recorded = {"role": "assistant", "content": "recorded"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "calc", "arguments": {}}}]}
+    result = {"role": "tool", "content": "42"}
+    rows = [
+        {"messages": [ask("def f(a):"), recorded, ask("fox"), recorded]},
+        {"prompt": "import os"},
+        {"turns": ["def f(a):", "fox"]},
+        {"conversations": [{"from": f, "value": v} for f, v in (("human", "b"), ("gpt", "x"), ("human", "quick"))]},
+        {"messages": [ask("b"), call, result, recorded, ask("fox")]},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = answers(folder, file, tmp_path / "answers.jsonl", 2)
+    found = {(row["row"], row.get("turn")): row for row in map(json.loads, text.splitlines())}
+    assert list(found) == [(0, 0), (0, 1), (1, None), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
+    for (number, turn), row in found.items():
+        prompt, request = encode_prompt(tokenizer, row["messages"][:-1]), number + (turn or 0) * len(rows)
+        sampling = Sampling(TEMPERATURES[number % 2], seed=3)
+        (trace,) = generate(target, NoDrafter(), [prompt], sampling, NEW, STOPS, [request])
+        assert row["tokens"] == prompt + trace.tokens and row["prompt_length"] == len(prompt)
+        assert row["temperature"] == sampling.temperature
+        if turn:
+            assert row["messages"][: len(found[number, turn - 1]["messages"])] == found[number, turn - 1]["messages"]
+    assert "recorded" not in text
+    assert "<tool_call>calc{}</tool_call><|end|>\n<|user|>tool\n42" in tokenizer.decode(found[4, 0]["tokens"])
+    assert [m["role"] for m in found[4, 1]["messages"]] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    lines = text.splitlines()
+    partial = tmp_path / "again.jsonl.partial"
+    for kept in (3, 6):  # in the middle of a round, and of another
+        with pytest.raises(RuntimeError):
+            answers(folder, file, tmp_path / "again.jsonl", 2, report=stop_before_the_end)
+        assert partial.exists()
+        partial.write_text("".join(line + "\n" for line in [partial.read_text().splitlines()[0], *lines[:kept]]))
+        assert answers(folder, file, tmp_path / "again.jsonl", 2) == text
+    file.write_text(json.dumps({"messages": [{"role": "system", "content": "You are terse."}]}) + "\n")
+    with pytest.raises(
+        UserError, match="prompts.jsonl row 1: messages: found the last one of the system, expected one"
+    ):
+        answers(folder, file, tmp_path / "none.jsonl", 2)
+
+
+def stop_before_the_end(line: str) -> None:
+    raise RuntimeError(line)
 
 
 def test_neither_the_batch_nor_a_drafter_changes_the_file(folder, prompts, plain, tmp_path):

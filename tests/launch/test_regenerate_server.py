@@ -16,10 +16,12 @@ from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.answers import check, server
 from draftsmith.launch.regenerate import regenerate
-from draftsmith.models.chat import encode_prompt, load_tokenizer, stop_ids
+from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.noise import seed_of
+from draftsmith.models.pictures import encode_prompt
+from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import TextTarget
 from tests.completions_server import Completions, serving
 from tests.conftest import ROOT
@@ -92,6 +94,8 @@ def check_rows(rows, expected, prompts, served):
             "finished": tokens[-1] in served.stops,
             "temperature": TEMPERATURES[i % 2],
             "sampling": {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
+            "target": TARGET,
+            "tokenizer": Renderer(load_tokenizer(TARGET)).fingerprint,
             "server": "served",
         }
 

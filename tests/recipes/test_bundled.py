@@ -12,11 +12,12 @@ from draftsmith.eval.measurement.measure import Looped, decode_batches, interlea
 from draftsmith.eval.measurement.prompts import read_prompts
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.methods import bundled
-from draftsmith.models.chat import encode_row, load_tokenizer, stop_ids
+from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import parse_tree
+from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import TextTarget, locate
 
 
@@ -40,9 +41,8 @@ def test_sizes_and_prompts(code):
 
 def test_template_marks_the_answer_and_its_end(code):
     _, tokenizer, _, _ = code
-    ids, mask = encode_row(
-        tokenizer, [{"role": "user", "content": "def f():"}, {"role": "assistant", "content": "    pass"}], {2}
-    )
+    talk = [{"role": "user", "content": "def f():"}, {"role": "assistant", "content": "    pass"}]
+    ((ids, mask),) = Renderer(tokenizer).encode(talk, None, {2}).rows
     assert tokenizer.decode([t for t, m in zip(ids, mask) if m]) == "    pass<|end|>"
     assert tokenizer.decode(tokenizer("é ∑ 漢\t\n")["input_ids"]) == "é ∑ 漢\t\n"
 

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from draftsmith.models.chat import load_tokenizer
+from draftsmith.models.rendering import Renderer
 from draftsmith.train.about import measured, trained
 from draftsmith.train.data import prepare
 from draftsmith.train.recipe import DrafterRecipe, Gto, read_recipe
@@ -20,7 +21,9 @@ def rows(folder, tmp_path):
 
 
 def test_steps_are_the_drafted_levels_that_were_trained_and_context_the_longest_row(folder, rows):
-    found = trained(read_recipe(folder / "recipe.yaml", DrafterRecipe), rows, None)
+    found = trained(
+        read_recipe(folder / "recipe.yaml", DrafterRecipe), rows, Renderer(load_tokenizer(folder / "target"))
+    )
     longest = max(len(rows.row(number)[0]) for number in range(len(rows)))
     assert found == {"steps": 3, "context": longest, "temperatures": [None], "laws": [None], "template_variables": {}}
     assert 0 < longest < 64  # not data.max_length
@@ -30,7 +33,7 @@ def test_steps_are_the_drafted_levels_that_were_trained_and_context_the_longest_
 def test_trees_of_gto_train_their_depth_too(folder, rows, tree, steps):
     recipe = read_recipe(folder / "recipe.yaml", DrafterRecipe)
     recipe = recipe.model_copy(update={"gto": Gto(**{**GTO, "tree": tree})})
-    assert trained(recipe, rows, None)["steps"] == steps
+    assert trained(recipe, rows, Renderer(load_tokenizer(folder / "target")))["steps"] == steps
 
 
 def test_what_tau_was_measured_with(folder):

@@ -11,6 +11,8 @@ from PIL import Image
 
 from draftsmith.launch.scenes import write_scenes
 from draftsmith.models.errors import UserError
+from draftsmith.models.pictures import Reader
+from draftsmith.models.rendering import Renderer
 from draftsmith.train import data
 from draftsmith.train.pictures import Pictures
 from draftsmith.train.recipe import read_recipe
@@ -41,7 +43,7 @@ def processor(recipe):
 
 @pytest.fixture(scope="module")
 def pictures(processor):
-    return Pictures(processor, processor.image_token_id, 400_000)
+    return Pictures(Renderer(Reader(processor)), processor.image_token_id, 400_000)
 
 
 @pytest.fixture
@@ -131,6 +133,8 @@ def test_several_pictures_stand_where_their_marks_are(llava, tmp_path, processor
 def test_text_rows_keep_their_tokens_and_their_key(folder, tmp_path, tokenizer, processor, pictures):
     text = data.prepare([str(folder / "rows.jsonl")], 64, 0.0, tokenizer, {2}, 300, tmp_path / "a")
     assert {p.name for p in text.folder.iterdir()} == {
+        "conversations.npy",
+        "notes.json",
         "temperatures.json",
         "laws.json",
         "tokens.bin",

@@ -16,6 +16,7 @@ from draftsmith.launch.inspect import inspect
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.heads import HEADS, DreamConfig
+from draftsmith.models.pictures import load_renderer
 from draftsmith.models.targets import ImagePrompt, TextTarget, describe
 from draftsmith.train import data
 from draftsmith.train.features import Cached, Online
@@ -36,7 +37,8 @@ def place(tmp_path_factory):
 
 def rows_of(records, place, folder, max_length=64, max_pixels=64, cut=whole):
     """(rows, pictures) of a LLaVA-format file in `folder`."""
-    pictures = load_pictures(place, describe(place), max_pixels, cut)
+    described = describe(place)
+    pictures = load_pictures(load_renderer(place, described), described, max_pixels, cut)
     (folder / "data.json").write_text(json.dumps(records))
     rows = data.prepare(
         [str(folder / "data.json")],

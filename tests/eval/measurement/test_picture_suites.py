@@ -16,7 +16,7 @@ from draftsmith.launch.regenerate import regenerate
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.errors import UserError
-from draftsmith.models.pictures import load_reader
+from draftsmith.models.pictures import load_reader, load_renderer
 from draftsmith.models.targets import ImagePrompt, TextTarget
 from draftsmith.train import data
 from draftsmith.train.pictures import load_pictures
@@ -39,7 +39,7 @@ def suite(tmp_path):
 
 def test_a_suite_with_pictures_makes_the_prompts_of_the_rows_of_training(place, suite, tmp_path):  # noqa: F811
     target = TextTarget.load(str(place))
-    pictures = load_pictures(place, target, 64)
+    pictures = load_pictures(load_renderer(place, target), target, 64)
     rows = data.prepare(
         [str(suite)], 64, 0.5, pictures.processor.tokenizer, {2}, VOCAB, tmp_path / "rows", pictures=pictures
     )
@@ -71,9 +71,9 @@ def test_pictures_of_later_turns_wait_for_them(place, suite, tmp_path):  # noqa:
 def test_answers_to_pictures_are_rows_for_training(place, suite, tmp_path):  # noqa: F811
     target, out = TextTarget.load(str(place)), tmp_path / "deep" / "answers.jsonl"
     regenerate(str(place), str(suite), str(out), [0.0], 12, 2, None, 0, lambda line: None)
-    pictures, processor = load_pictures(place, target, 64), AutoProcessor.from_pretrained(place)
+    pictures, processor = load_pictures(load_renderer(place, target), target, 64), AutoProcessor.from_pretrained(place)
     stops = stop_ids(target, processor.tokenizer)
-    rows = data.prepare([str(out)], 64, 0.0, processor.tokenizer, stops, VOCAB, tmp_path / "rows", pictures=pictures)
+    rows = data.prepare([str(out)], 128, 0.0, processor.tokenizer, stops, VOCAB, tmp_path / "rows", pictures=pictures)
     said = []
     for number in (0, 1):
         tokens, mask = rows.row(number)
@@ -82,7 +82,9 @@ def test_answers_to_pictures_are_rows_for_training(place, suite, tmp_path):  # n
         (trace,) = generate(target, NoDrafter(), [prompt], Sampling(), 12, stops, [number])
         assert tokens[mask].tolist() == trace.tokens
         said.append(trace.tokens)
-    assert rows.images(2) == [] and said[0] != said[1]  # a random target says other things of other pictures
+    assert rows.images(2) == rows.images(1) and rows.images(3) == []  # its second turn; no picture
+    assert rows.conversations.tolist() == [0, 1, 1, 2]
+    assert said[0] != said[1]  # a random target says other things of other pictures
 
 
 def test_generate_of_the_library_is_refused_where_there_are_pictures(suite, place):  # noqa: F811

@@ -48,6 +48,12 @@ ROWS = {
 }
 
 
+def texts(turns: list[list[dict]]) -> list[str]:
+    """What the user says in turns of one message."""
+    assert all(len(turn) == 1 and turn[0]["role"] == "user" for turn in turns)
+    return [turn[0]["content"] for turn in turns]
+
+
 def write(path: Path, rows: list) -> Path:
     """In the form that the name says."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -65,7 +71,7 @@ def write(path: Path, rows: list) -> Path:
 @pytest.mark.parametrize("key", ["conversation", "conversation_a", "prompt"])
 def test_what_is_no_conversation_is_named_by_its_key(tmp_path, key):
     write(tmp_path / "a.jsonl", [{key: [{"role": "user"}]}])
-    with pytest.raises(UserError, match=f"a.jsonl row 1: {key}: found .*, expected text that is not empty"):
+    with pytest.raises(UserError, match=rf"a.jsonl row 1: {key}\[0\].content: missing, expected text"):
         read_suite(tmp_path / "a.jsonl")
 
 
@@ -77,7 +83,7 @@ def test_marks_and_blank_lines_before_rows_do_not_count(tmp_path):
         "a.jsonl.gz": gzip.compress(b"\n" + bom + b"".join(rows)),
     }.items():
         (tmp_path / name).write_bytes(content)
-        assert [c.turns for c in read_suite(tmp_path / name)] == [["a"], ["b"]], name
+        assert [texts(c.turns) for c in read_suite(tmp_path / name)] == [["a"], ["b"]], name
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "jsonl.gz", "parquet"])
@@ -86,7 +92,7 @@ def test_every_format_in_every_form(tmp_path, row, before, turns, form):
     if form == "parquet":
         pytest.importorskip("pyarrow")
     found = read_suite(write(tmp_path / f"suite.{form}", [row, row]))
-    assert [(c.row, c.before, c.turns) for c in found] == [(1, before, turns), (2, before, turns)]
+    assert [(c.row, c.before, texts(c.turns)) for c in found] == [(1, before, turns), (2, before, turns)]
     assert len(read_suite(tmp_path / f"suite.{form}", 1)) == 1
 
 
@@ -136,7 +142,7 @@ def test_a_turn_follows_the_targets_own_answer(tmp_path):
         ),
         ('{"prompt": "a"}\n{"turns": []}', r"row 2: turns: found \[\], expected text"),
         ('{"turns": ["a", 3]}', "row 1: turns"),
-        ('{"messages": [{"role": "user"}]}', "row 1: messages: found"),
+        ('{"messages": [{"role": "user"}]}', "row 1: messages\\[0\\].content: missing, expected text"),
         ('{"prompt": ""}', "row 1: prompt"),
         ("[1", "not valid JSON"),
     ],
@@ -163,6 +169,76 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
         read_suite(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         read_suite(tmp_path / "absent.jsonl")
+
+
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "calc", "arguments": "{}"}}]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "42"}
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "be terse"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "before", "turns"),
+    [
+        ([user("a"), said("x"), user("b"), said("y")], [], [["a"], ["b"]]),
+        ([SYSTEM, said("Ask me."), user("a"), said("x"), user("b")], ["be terse", "Ask me."], [["a"], ["b"]]),
+        ([user("a"), user("b")], [], [["a"], ["b"]]),  # nothing is recorded: each is answered
+        ([user("a"), user("b"), said("x"), user("c")], [], [["a", "b"], ["c"]]),
+        ([user("a"), CALL, RESULT, said("x"), user("b")], [], [["a", "", "42"], ["b"]]),
+        ([user("a"), CALL, RESULT, RESULT, CALL, RESULT], [], [["a", "", "42", "42", "", "42"]]),
+        ([user("a"), CALL], [], [["a"]]),  # the call is an answer, which the target gives itself
+        ([user("a"), said("x"), RESULT], [], [["a"], ["42"]]),
+        ([user("a"), said("x"), SYSTEM, user("b")], [], [["a"], ["be terse", "b"]]),
+    ],
+)
+def test_every_turn_of_a_conversation_whatever_its_keys(tmp_path, messages, before, turns):
+    tools = [{"type": "function", "function": {"name": "calc"}}]
+    for key in ("messages", "conversation", "prompt", "conversations"):
+        rows = [{key: messages, "tools": json.dumps(tools)}]
+        (found,) = read_suite(write(tmp_path / "s.jsonl", rows), every=True)
+        assert [m["content"] for m in found.before] == before and found.tools == tools
+        assert [[m["content"] for m in turn] for turn in found.turns] == turns, key
+        roles = [m["role"] for m in messages if m["role"] == "tool"]
+        assert [m["role"] for turn in found.turns for m in turn if m["role"] == "tool"] == roles
+        if key == "messages":  # a suite asks the last turn, behind what is recorded
+            (last,) = read_suite(tmp_path / "s.jsonl")
+            assert [[m["content"] for m in turn] for turn in last.turns] == turns[-1:]
+            count = len(last.before) + len(last.turns[0])
+            assert all(m["role"] == "assistant" for m in messages[count:])
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([SYSTEM], "messages: found the last one of the system, expected one that the target answers"),
+        ([user("a"), said("x"), SYSTEM], "found the last one of the system"),
+        ([{"role": "developer", "content": "x"}], "found the last one of the developer"),
+        ([said("x")], "found the last one of the assistant"),
+        ([user("ok \ud800")], r"content: found U\+D800, half of a surrogate pair"),
+        ([user([{"type": "image_url"}])], "found a part of type image_url"),
+    ],
+)
+def test_conversations_that_nobody_can_answer_are_refused(tmp_path, messages, reason):
+    tokenizer = train_tokenizer(["a b c"], 280)
+    for key in ("messages", "conversations"):
+        file = write(tmp_path / "s.jsonl", [{"prompt": "a"}, {key: messages}])
+        with pytest.raises(UserError, match=f"s.jsonl row 2: .*{reason}"):
+            read_prompts(file, tokenizer)
+
+
+def test_half_a_surrogate_in_any_form_is_named_with_its_row(tmp_path):
+    for row in ({"prompt": "ok \ud800"}, {"turns": ["a", "ok \ud800"]}, {"question": "\udc00"}):
+        with pytest.raises(UserError, match="s.jsonl row 1: .*half of a surrogate pair"):
+            read_suite(write(tmp_path / "s.jsonl", [row]))
 
 
 SUITES = Path(os.environ.get("DRAFTSMITH_SUITES") or Path(__file__).parents[3] / "../shared/data").resolve()

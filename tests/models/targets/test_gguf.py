@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.models.chat import encode_prompt, load_tokenizer, stop_ids
+from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.errors import UserError
+from draftsmith.models.pictures import encode_prompt
 from draftsmith.models.targets import TextTarget, describe, gguf, locate
 from draftsmith.models.targets.cache import cache_root, content_hash
 from draftsmith.models.targets.gguf_header import LLAMA3

@@ -13,9 +13,10 @@ from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.cli import app
 from draftsmith.launch.regenerate import regenerate
-from draftsmith.models.chat import encode_prompt, load_tokenizer, stop_ids
+from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafters import NoDrafter
 from draftsmith.models.features import FeatureSpec
+from draftsmith.models.pictures import encode_prompt
 from draftsmith.models.targets import describe, locate
 from draftsmith.models.tree import DraftTree
 

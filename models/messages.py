@@ -1,0 +1,166 @@
+"""Records of conversations as chat templates take them: roles, tool calls and names are kept, keys whose value is null
+are dropped, and what is no text is refused by its kind.
+"""
+
+import json
+import re
+
+from draftsmith.models.errors import UserError
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}  # of ShareGPT's `from`
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages bring their reasoning
+UNWRITTEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufdd0-\ufdef]")
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises UserError for half a surrogate pair, control characters and noncharacters: no tokenizer can be asked for
+    the first, and nobody wrote the others.
+    """
+    if found := UNWRITTEN.search(text):
+        code = ord(found.group())
+        kind = "half of a surrogate pair" if 0xD800 <= code < 0xE000 else "a control character"
+        kind = "a noncharacter" if code >= 0xFDD0 else kind
+        raise UserError(f"{name}: found U+{code:04X}, {kind}, expected text")
+
+
+def messages_of(record: dict, key: str | None = None) -> list[dict]:
+    """`messages` (or what stands under the key) with role and content, or `conversations` with from and value, or with
+    role and content. Raises UserError saying what was found and expected.
+    """
+    key = key or ("messages" if record.get("messages") is not None else "conversations")
+    turns = record[key]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError(f"{key}: found {_shown(turns)}, expected a list of objects with role and content")
+    turns = [_without_nulls(turn) for turn in turns]
+    if key == "conversations" and not all("role" in turn for turn in turns):
+        turns = [_shared(turn) for turn in turns]
+    for number, turn in enumerate(turns):
+        name = f"{key}[{number}]"
+        if not isinstance(turn.get("role"), str):
+            raise UserError(f"{name}.role: found {_shown(turn.get('role'))}, expected text")
+        _check(turn, name)
+        if "tool_calls" in turn:
+            turn["tool_calls"] = _calls(turn["tool_calls"], f"{name}.tool_calls")
+        if turn.get("content") is None:
+            if turn["role"] != "assistant":
+                raise UserError(f"{name}.content: missing, expected text")
+            turn["content"] = ""
+    return turns
+
+
+def tools_of(record: dict) -> list[dict] | None:
+    """The functions that the target may call: `tools`, a list or its JSON. None where there are none."""
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        check_text(tools, "tools")
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"tools: not valid JSON ({error})") from None
+    if tools in (None, "", []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"tools: found {_shown(tools)}, expected a list of objects, or its JSON")
+    tools = _without_nulls(tools)
+    _check(tools, "tools")
+    return tools
+
+
+def as_text(messages: list[dict]) -> list[dict]:
+    """Messages for a target of text: contents given as parts are joined. Raises UserError naming the kind of a part
+    that is no text, and for a content that is neither text nor parts.
+    """
+    return [
+        message if isinstance(message["content"], str) else message | {"content": _joined(message["content"], number)}
+        for number, message in enumerate(messages)
+    ]
+
+
+def says_something(message: dict) -> bool:
+    """Whether there is anything in an answer but its end."""
+    content = message["content"]
+    if not isinstance(content, str):
+        content = "".join(part.get("text") or "" for part in content)
+    return bool(content.strip() or message.get("tool_calls") or reasoning_of(message).strip())
+
+
+def reasoning_of(message: dict) -> str:
+    return next((message[name] for name in REASONING if isinstance(message.get(name), str)), "")
+
+
+def _joined(content, number: int) -> str:
+    name = f"messages[{number}].content"
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise UserError(f"{name}: found {_shown(content)}, expected text or a list of parts")
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"{name}: found a part of type {part.get('type')}, expected parts of text alone")
+    return "".join(part["text"] for part in content)
+
+
+def _shared(turn: dict) -> dict:
+    """A turn as ShareGPT writes it. What a `function_call` says is JSON: {"name", "arguments"}, or a list of such."""
+    who = turn.get("from")
+    if not isinstance(who, str) or who not in ROLES or not isinstance(turn.get("value"), str):
+        raise UserError(f"conversations: expected a list of objects with value and from (one of {', '.join(ROLES)})")
+    role, text = ROLES[who], turn["value"]
+    if who != "function_call":
+        return {"role": role, "content": text}
+    try:
+        calls = json.loads(text)
+    except ValueError:
+        raise UserError(f"conversations: function_call: found {text[:40]!r}, expected JSON with a name") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+
+def _calls(calls, name: str) -> list[dict]:
+    """With arguments that are JSON text as objects: so serving engines hand them to templates."""
+    found = []
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(
+                f"{name}: found {_shown(calls)}, expected a list of objects with a function that has a name"
+            )
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                function = function | {"arguments": json.loads(arguments) if arguments.strip() else {}}
+            except ValueError:
+                pass  # no JSON: as it was written
+        found.append(call | {"function": function} if "function" in call else function)
+    return found
+
+
+def _without_nulls(value):
+    """Arrow gives every object all keys that any has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _check(value, name: str) -> None:
+    """`check_text` of every text in a value."""
+    if isinstance(value, str):
+        check_text(value, name)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_text(str(key), name)
+            _check(item, f"{name}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _check(item, f"{name}[{number}]")
+
+
+def _shown(value) -> str:
+    return ascii(value)[:60]

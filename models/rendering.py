@@ -1,0 +1,385 @@
+"""From messages to token ids, for every command alike: prompts for decoding, and training rows with their token mask
+(1 = written by the target).
+
+What is supervised is what the target would write: the ids of the prompt, as decoding is asked, and behind them the ids
+of the answer. Where a chat template shows an answer differently once other turns follow, every such answer has a row of
+its own behind the history as it was shown then; else the answers of a conversation share one row.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from functools import cached_property
+
+from draftsmith.models.errors import UserError
+from draftsmith.models.messages import REASONING, as_text, reasoning_of, says_something
+from draftsmith.models.templates import CLOCK, rendered, source_of, tells_the_time, variables_of
+
+PLACE, OTHER = "\ufdd2", "\ufdd3"  # noncharacters in the place of a text: they show where a template puts it
+# Something that is opened and closed with nothing in it, and a thought that is opened, at the end of a text
+EMPTY = re.compile(r"(?:<\|?([\w]+)\|?>\s*<\|?/\1\|?>|\[(\w+)\]\s*\[/\2\])\s*$")
+THOUGHT = re.compile(r"<(think|thinking|thought|reason|reasoning|analysis|reflection|scratchpad)>\s*$")
+
+
+EMPTY_ANSWER = "answers say nothing: they are not supervised"
+END_INSIDE = "answers have an end marker inside: they are supervised up to it"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """rows: (token ids, token mask) of each; notes: how often something occurred that whoever reads of the rows should
+    know.
+    """
+
+    rows: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    notes: Counter = field(default_factory=Counter)
+
+
+@dataclass
+class Row:
+    """A row while its conversation goes on. text: what its first `told` ids say, up to an end marker."""
+
+    ids: list[int]
+    mask: list[int]
+    text: str = ""
+    told: int = 0
+    joined: bool = False  # parts were encoded by themselves
+
+
+class Renderer:
+    """The chat template of a target, with the values that its variables have and one clock.
+
+    reader: the target's tokenizer, or the `models.pictures.Reader` of one that sees; variables: by name, among them
+    `strftime_now`, a date (ISO 8601) in the place of the clock's; now: what the clock shows else; target, vocab_size:
+    the target's name, and how many ids its embedding has. Raises UserError for variables that the template does not
+    read.
+    """
+
+    def __init__(
+        self,
+        reader,
+        variables: Mapping = {},
+        now: datetime | None = None,
+        target: str | None = None,
+        vocab_size: int | None = None,
+    ):
+        self.reader, self.now = reader, now or datetime.now()
+        self.target, self.vocab_size = target, vocab_size
+        self.tokenizer = getattr(reader, "tokenizer", reader)
+        self.variables = {name: value for name, value in variables.items() if name != CLOCK}
+        self.fixed = variables.get(CLOCK) is not None  # the clock is given
+        if self.fixed:
+            self.now = _moment(variables[CLOCK])
+        if self.variables:
+            known = variables_of(source_of(reader))
+            if unknown := sorted(self.variables.keys() - known):
+                raise UserError(
+                    f"chat template: reads no variable {unknown[0]}, expected {', '.join(sorted(known)) or 'none'}"
+                )
+
+    @classmethod
+    def of(cls, reader) -> "Renderer":
+        """A tokenizer or a `Reader` with the defaults of its template; a Renderer is one already."""
+        return reader if isinstance(reader, cls) else cls(reader)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell the tokenizer from others."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        return hashlib.sha256((fast.to_str() if fast else repr(self.tokenizer)).encode()).hexdigest()[:16]
+
+    @property
+    def clock(self) -> str | None:
+        """The time that rows depend on; None where the template does not ask for it."""
+        sources = self.reader.chat_template or ""
+        sources = sources.values() if isinstance(sources, dict) else [sources]
+        return self.now.isoformat(timespec="seconds") if any(map(tells_the_time, sources)) else None
+
+    def at(self, clock: str | None) -> "Renderer":
+        """The same with another time (as `clock` gave it), where its own is not given."""
+        return (
+            self
+            if clock is None or self.fixed
+            else Renderer(self.reader, self.variables, _moment(clock), self.target, self.vocab_size)
+        )
+
+    @property
+    def key(self) -> list:
+        """What ids depend on beside the messages and the tokenizer."""
+        return [self.reader.chat_template, self.variables, self.clock]
+
+    def told(self) -> dict:
+        """Every variable of the template with its value, None where it is left to the template's default."""
+        if not self.reader.chat_template:
+            return {}
+        values = {name: self.variables.get(name) for name in sorted(variables_of(source_of(self.reader)))}
+        return values if self.clock is None else values | {CLOCK: self.clock}
+
+    def prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        """Messages up to a turn that the target answers -> ids that end with the opening of the assistant's turn.
+        Raises UserError for an id that the target's embedding does not have, and for a call that the template does not
+        show.
+        """
+        messages = self._ready(messages)
+        for number in range(len(messages)):
+            self._check_calls(messages[: number + 1], tools)
+        ids = self._ids(self._text(messages, tools, asked=True)[0])
+        if self.vocab_size is not None:
+            check_ids(ids, self.tokenizer, self.vocab_size)
+        return ids
+
+    def encode(self, messages: list[dict], tools: list[dict] | None, stops: set[int]) -> Encoded:
+        """Rows of a whole conversation. Answers that stand before any other turn are not supervised: no prompt leads to
+        them. Raises UserError where nobody answers, and for an answer that the template does not show.
+        """
+        messages, notes = self._ready(messages), Counter()
+        begun = next((n for n, m in enumerate(messages) if m["role"] not in ("assistant", "system", "developer")), None)
+        turns = [n for n, m in enumerate(messages) if m["role"] == "assistant" and begun is not None and n > begun]
+        if not turns:
+            raise UserError("found no answer in it, expected a turn of the assistant behind one that it answers")
+        ends, pieces = self._ends(stops), []
+        for turn in turns:
+            if not says_something(messages[turn]):
+                notes[EMPTY_ANSWER] += 1
+                continue
+            asked, given, answer = self._answer(messages[: turn + 1], tools)
+            if any(end in _texts(messages[turn]) for end in ends):
+                notes[END_INSIDE] += 1
+            pieces.append((asked, given, *_until(answer, ends)))
+        rows = self._rows(pieces, stops, shared=True)
+        return Encoded([(row.ids, row.mask) for row in rows], notes)
+
+    # ---------------------------------------------------------------------------------------- texts
+
+    def _ready(self, messages: list[dict]) -> list[dict]:
+        """With reasoning under all the names that templates know; a target of text gets texts alone."""
+        messages = messages if self.reader is not self.tokenizer else as_text(messages)
+        return [
+            m | {"reasoning_content": reasoning, "thinking": reasoning} if (reasoning := reasoning_of(m)) else m
+            for m in messages
+        ]
+
+    def _text(self, messages: list[dict], tools, asked: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """What the template makes of messages, and what its generation blocks mark."""
+        source = source_of(self.reader, tools)
+        values = {**self.tokenizer.special_tokens_map, **self.variables, "tools": tools, "add_generation_prompt": asked}
+        try:
+            text, spans = rendered(source, self.now.strftime, values | {"messages": messages})
+        except UserError:
+            if not any("tool_calls" in message for message in messages):
+                raise
+            written = [_with_written_arguments(message) for message in messages]
+            text, spans = rendered(source, self.now.strftime, values | {"messages": written})
+        return (text, spans) if self.reader is self.tokenizer else self.reader.expanded(text, spans, messages)
+
+    def _answer(self, messages: list[dict], tools) -> tuple[str, str, str]:
+        """(the prompt, what the template itself puts behind it, the answer) of the last message."""
+        *before, last = messages
+        asked, (said, spans) = self._text(before, tools, asked=True)[0], self._text(messages, tools)
+        self._check_calls(messages, tools)
+        if not said.startswith(asked):
+            return asked, "", self._behind(asked, said, messages, tools)
+        given, answer = "", said[len(asked) :]
+        if spans and spans[-1][1] > len(asked):
+            given = said[len(asked) : max(len(asked), spans[-1][0])]
+            answer = answer[len(given) :]
+        block = self._empty_block
+        if block and answer.startswith(block) and not _texts(last).lstrip().startswith(block.strip()):
+            given, answer = given + block, answer[len(block) :]
+        elif (thought := self._thought(asked)) and thought not in answer:
+            raise UserError(self._without_reasoning(len(before), thought))
+        return asked, given, answer
+
+    def _behind(self, asked: str, said: str, messages: list[dict], tools) -> str:
+        """The answer where what the template shows of the conversation does not begin with the prompt: from the
+        answer's own text on. A thought that the prompt opens must be in it, as the target writes it.
+        """
+        *before, last = messages
+        head, found, tail = self._text([*before, last | {"content": self._content(PLACE)}], tools)[0].partition(PLACE)
+        if thought := self._thought(asked):
+            content, opening = _texts(last), "<" + thought.removeprefix("</")
+            if thought not in content or not found:
+                raise UserError(self._without_reasoning(len(before), thought))
+            if content.lstrip().startswith(opening):
+                content = content.lstrip().removeprefix(opening).removeprefix("\n")
+            return content + tail
+        if not found or not said.startswith(head):
+            raise UserError(
+                f"chat template: shows the answer in turn {len(before)} in another way than behind its prompt, "
+                f"expected its text there"
+            )
+        return said[len(head) :]
+
+    def _without_reasoning(self, turn: int, thought: str) -> str:
+        return (
+            f"turn {turn}: found an answer without {thought}, expected the reasoning that the prompt opens "
+            f"(`draftsmith regenerate` makes answers with it; data.chat_template_kwargs may turn it off)"
+        )
+
+    def _check_calls(self, messages: list[dict], tools) -> None:
+        """Raises UserError for a call of the last message that the template does not show: the target would be taught,
+        or told, that it said nothing.
+        """
+        *before, last = messages
+        for number, call in enumerate(last.get("tool_calls", [])):
+            function = call.get("function", call)
+            marked = function | {"name": PLACE}
+            calls = list(last["tool_calls"])
+            calls[number] = call | {"function": marked} if "function" in call else marked
+            if PLACE not in self._text([*before, last | {"tool_calls": calls}], tools)[0]:
+                raise UserError(
+                    f"chat template: does not show the call of {function['name']} in turn {len(before)}, expected it "
+                    f"in the answer"
+                )
+
+    @cached_property
+    def _empty_block(self) -> str:
+        """What the template puts between the prompt and an answer that has no reasoning, where that is an empty place
+        for it; "" where it puts nothing, or what every answer has.
+        """
+        asked, bare, _ = self._example({})
+        if not bare:
+            return ""
+        if EMPTY.search(asked + bare):
+            return bare
+        _, filled, reasoned = self._example(dict.fromkeys(REASONING, OTHER))
+        return bare if OTHER in filled and _bare(filled.replace(OTHER, "")) == _bare(bare) else ""
+
+    @cached_property
+    def _closing(self) -> str:
+        """What ends a thought that every prompt opens, by what the template shows of one; "" where none is opened."""
+        _, filled, _ = self._example(dict.fromkeys(REASONING, OTHER))
+        return filled.strip().removeprefix(OTHER).strip() if filled.strip().startswith(OTHER) else ""
+
+    def _thought(self, asked: str) -> str:
+        """What ends the thought that a prompt opens, or ""."""
+        found = THOUGHT.search(asked)
+        return f"</{found.group(1)}>" if found else self._closing
+
+    def _example(self, more: dict) -> tuple[str, str, str]:
+        """(prompt, what stands between it and the answer's own text, what stands behind) of a conversation of one turn;
+        ("", "", "") where they do not follow one another.
+        """
+        question, answer = (
+            {"role": role, "content": self._content(text)} for role, text in (("user", "a"), ("assistant", PLACE))
+        )
+        try:
+            asked = self._text([question], None, asked=True)[0]
+            said = self._text([question, answer | more], None)[0]
+        except UserError:
+            return "", "", ""
+        head, found, tail = said.partition(PLACE)
+        return (asked, head[len(asked) :], tail) if found and head.startswith(asked) else ("", "", "")
+
+    def _content(self, text: str):
+        return text if self.reader is self.tokenizer else [{"type": "text", "text": text}]
+
+    # ------------------------------------------------------------------------------------------ ids
+
+    def _ids(self, text: str) -> list[int]:
+        """Without special tokens beside those of the text; a processor adds the first one where the text has none."""
+        bos = self.tokenizer.bos_token
+        adds = self.reader is not self.tokenizer and not (bos and text.startswith(bos))
+        return list(self.tokenizer(text, add_special_tokens=adds)["input_ids"])
+
+    def _piece(self, text: str) -> list[int]:
+        """Of a text that stands behind another one."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _ends(self, stops: set[int]) -> list[str]:
+        """The texts of those stop ids that a text is split at, whatever stands around them."""
+        return [self._added[stop].content for stop in sorted(stops) if stop in self._added]
+
+    @cached_property
+    def _added(self) -> dict:
+        return self.tokenizer.added_tokens_decoder
+
+    @cached_property
+    def markers(self) -> frozenset[int]:
+        """The ids of special tokens: what templates are built of."""
+        return frozenset({*self.tokenizer.all_special_ids, *(i for i, token in self._added.items() if token.special)})
+
+    def _rows(self, pieces: list[tuple[str, str, str, bool]], stops: set[int], shared: bool) -> list[Row]:
+        """pieces: (prompt, given, answer, whether it ends with an end marker) of each answer in order.
+
+        shared: the ids of a prompt that goes on behind a row are those of the row and of the rest, since texts are
+        split at end markers. That is checked at the end, and where it does not hold each prompt is encoded by itself.
+        """
+        rows = []
+        for asked, given, answer, ended in pieces:
+            row = rows[-1] if rows else Row([], [])
+            if shared and row.told and row.told == len(row.ids) and asked.startswith(row.text):
+                prompt, written = self._continued(asked[len(row.text) :] + given, answer, self._piece)
+                row.joined = True
+            else:
+                prompt, written = self._continued(asked + given, answer, self._ids)
+                if not rows or prompt[: len(row.ids)] != row.ids:
+                    row = Row([], [])
+                    rows.append(row)
+                prompt = prompt[len(row.ids) :]
+            stop = next((at for at, token in enumerate(written, 1) if token in stops), len(written))
+            row.ids += prompt + written[:stop]
+            row.mask += [0] * len(prompt) + [1] * stop
+            if ended and stop == len(written):
+                row.text, row.told = asked + given + answer, len(row.ids)
+        if shared and any(self._ids(row.text) != row.ids[: row.told] for row in rows if row.joined):
+            return self._rows(pieces, stops, shared=False)
+        return rows
+
+    def _continued(self, prompt: str, answer: str, encode) -> tuple[list[int], list[int]]:
+        """The ids of a prompt, and those that stand behind it: cut there, even where encoding both together would merge
+        across.
+        """
+        ids, together = encode(prompt), encode(prompt + answer)
+        if together[: len(ids)] == ids:
+            return ids, together[len(ids) :]
+        alone = self._piece(answer)
+        if self.tokenizer.decode([*ids, *alone]) != self.tokenizer.decode(together):
+            raise UserError(f"tokenizer: gives no ids for {answer[:40]!r} behind a prompt, expected some that say it")
+        return ids, alone
+
+
+def check_ids(ids: list[int], tokenizer, vocab_size: int) -> None:
+    """Raises UserError for an id that a target's embedding does not have."""
+    if wrong := next((token for token in ids if not 0 <= token < vocab_size), None):
+        name = ascii(tokenizer.convert_ids_to_tokens(wrong)) if 0 < wrong < 2**31 else "of no token"
+        raise UserError(f"found token id {wrong} ({name}), expected 0..{vocab_size - 1}")
+
+
+def _until(answer: str, ends: list[str]) -> tuple[str, bool]:
+    """An answer up to its first end marker, and whether there is one."""
+    found = [at + len(end) for end in ends if (at := answer.find(end)) >= 0]
+    return (answer[: min(found)], True) if found else (answer, False)
+
+
+def _texts(message: dict) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
+
+
+def _with_written_arguments(message: dict) -> dict:
+    """Some templates want the arguments of a call as JSON text."""
+    calls = []
+    for call in message.get("tool_calls", []):
+        function = call.get("function", call)
+        if not isinstance(function.get("arguments", ""), str):
+            function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        calls.append(call | {"function": function} if "function" in call else function)
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _moment(value) -> datetime:
+    if isinstance(value, datetime):
+        return value
+    try:
+        return datetime.fromisoformat(value.isoformat() if isinstance(value, date) else value)
+    except (TypeError, ValueError):
+        raise UserError(f"{CLOCK}: found {value!r}, expected a date or a time as in 2026-01-31T09:30:00") from None
