@@ -21,10 +21,22 @@ from draftsmith.models.drafters.datastore import LONGEST, Datastore
 from draftsmith.models.drafters.suffix import NONE, SuffixIndex
 from draftsmith.models.tree import Kind
 
-SHORTEST = 2  # tokens that must agree
-LENGTHS = (2, 3, 4, 6, 9, 13)  # where classes of lengths begin
+SHORTEST = 1  # tokens that must agree
+LENGTHS = (1, 2, 3, 5, 9)  # where classes of lengths begin
 LEVELS, RANKS = 4, 4  # from which on levels and ranks are one class
-SOURCES = 2
+# How likely candidates are taken to be at first: retrieved ones by length and level, from the text (smollm2 on
+# Spec-Bench) and from a datastore; others by rank
+RETRIEVED = (
+    (
+        (0.5, 0.6, 0.72, 0.8),
+        (0.57, 0.7, 0.8, 0.82),
+        (0.62, 0.76, 0.83, 0.85),
+        (0.74, 0.78, 0.85, 0.9),
+        (0.9, 0.9, 0.92, 0.92),
+    ),
+    ((0.2, 0.4, 0.5, 0.6), (0.3, 0.5, 0.6, 0.7), (0.4, 0.6, 0.7, 0.8), (0.6, 0.7, 0.8, 0.85), (0.8, 0.85, 0.9, 0.9)),
+)
+DRAFTED = (0.6, 0.15, 0.08, 0.05)
 WEIGHT, SUREST = 4.0, 0.98
 CONTINUATIONS = 8  # of one string, the most frequent
 
@@ -35,12 +47,7 @@ class Estimates:
     level behind it; those of other nodes by level and rank.
     """
 
-    PRIOR = [
-        min(0.95, 1 - 0.5 * float(np.exp(-length / 4)))
-        for _ in range(SOURCES)
-        for length in LENGTHS
-        for _ in range(LEVELS)
-    ] + [share for _ in range(LEVELS) for share in (0.6, 0.15, 0.08, 0.05)]
+    PRIOR = [share for source in RETRIEVED for shares in source for share in shares] + list(DRAFTED) * LEVELS
 
     def __init__(self):
         self.hits, self.trials = [0.0] * len(self.PRIOR), [0.0] * len(self.PRIOR)
@@ -52,7 +59,7 @@ class Estimates:
 
     @staticmethod
     def drafted(level: int, rank: int) -> int:
-        return (SOURCES * len(LENGTHS) + min(level, LEVELS - 1)) * RANKS + min(rank, RANKS - 1)
+        return (len(RETRIEVED) * len(LENGTHS) + min(level, LEVELS - 1)) * RANKS + min(rank, RANKS - 1)
 
     def of(self, kind: int) -> float:
         found = (WEIGHT * self.PRIOR[kind] + self.hits[kind]) / (WEIGHT + self.trials[kind])
