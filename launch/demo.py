@@ -68,7 +68,7 @@ class TrainingRows:
 class Demo:
     """What a demo has of its own. answer_tokens: of an answer to learn from, at most; answer_batch: of `regenerate`;
     recipe: a file below `recipes/`; overrides: of the recipe; shipped: the reference drafter, measured beside the new
-    one (None: there is none); the rest as in `Request`.
+    one; the rest as in `Request`.
     """
 
     target: str
@@ -77,7 +77,7 @@ class Demo:
     answer_batch: int
     recipe: str
     overrides: tuple[str, ...]
-    shipped: str | None
+    shipped: str
     suite: str
     limit: int
     max_new_tokens: int
@@ -86,9 +86,9 @@ class Demo:
     output: str
 
     def request(self, output: Path) -> Request:
-        """The measurement of the drafter that was trained below `output`, beside the shipped one where there is one."""
+        """The measurement of the drafter that was trained below `output`, beside the shipped one."""
         return Request(
-            [f"demo={output}/drafter", *([f"shipped={self.shipped}"] if self.shipped else [])],
+            [f"demo={output}/drafter", f"shipped={self.shipped}"],
             output,
             suites=(self.suite,),
             tree=self.tree,
@@ -124,13 +124,12 @@ DEMOS = {
         recipe="eagle3-smollm2.yaml",
         overrides=(
             "head.draft_vocab_size=4096",
-            "objective.steps=4",
             "optimization.epochs=2.5",
             "evaluation.rows=8",
             "evaluation.times=2",
             "evaluation.tree=dynamic:6x4x16",
         ),
-        shipped=None,  # none is shipped yet
+        shipped="bundled:drafters/eagle3-smollm2",
         suite="bundled:prompts/chat.jsonl",
         limit=24,  # held-out ones: they stand first
         max_new_tokens=48,
@@ -163,8 +162,7 @@ def run(chosen: Demo, output: Path, report=print) -> None:
     # What is missing is missed before the work
     if lacking := [gap.said for gap in packages_of(read_recipe(recipe, DrafterRecipe, overrides))]:
         raise UserError(f"demo: found no {', no '.join(lacking)}")
-    if chosen.shipped:
-        fetch(chosen.shipped)
+    fetch(chosen.shipped)
     tokenizer = load_tokenizer(chosen.target)
     stage(1, chosen.prompts.command(prompts))
     chosen.prompts.write(prompts, tokenizer)
