@@ -346,8 +346,8 @@ class Renderer:
 def check_ids(ids: list[int], tokenizer, vocab_size: int) -> None:
     """Raises UserError for an id that a target's embedding does not have."""
     if wrong := next((token for token in ids if not 0 <= token < vocab_size), None):
-        name = ascii(tokenizer.convert_ids_to_tokens(wrong)) if 0 < wrong < 2**31 else "of no token"
-        raise UserError(f"found token id {wrong} ({name}), expected 0..{vocab_size - 1}")
+        name = tokenizer.convert_ids_to_tokens(wrong) if 0 < wrong < 2**31 else None
+        raise UserError(f"found token id {wrong}{f' ({name!a})' if name else ''}, expected 0..{vocab_size - 1}")
 
 
 def _until(answer: str, ends: list[str]) -> tuple[str, bool]:

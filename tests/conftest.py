@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from draftsmith.train import telemetry
 from draftsmith.train.reference.pretrain import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_target(layers: int = 7, vocab: int = 61, seed: int = 0, **changes) -> TextTarget:

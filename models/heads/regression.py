@@ -29,8 +29,10 @@ def principal(outputs: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def joined(parts: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-    """The rows of all parts, fp32, each kind behind one another."""
-    return [torch.cat([x.float() for x in kind]) for kind in zip(*parts)]
+    """The rows of all parts whose numbers are finite, fp32, each kind behind one another."""
+    kinds = [torch.cat([x.float() for x in kind]) for kind in zip(*parts)]
+    good = torch.stack([kind.reshape(len(kind), -1).isfinite().all(1) for kind in kinds]).all(0)
+    return [kind[good] for kind in kinds]
 
 
 def every_row(features: TrainingFeatures) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,6 +44,7 @@ def wildchat(number, *contents, **more):
 
 def build(tmp_path, tokenizer, rows, form="jsonl", sampler="natural", count=100, fill=False, edges=EDGES, seed=0):
     said, left_out, file = [], Counter(), str(write(tmp_path / f"log.{form}", rows))
+    (tmp_path / "suite.jsonl").unlink(missing_ok=True)  # another suite is never written over
     place = bench.longbench(
         [bench.conversations(file, left_out)],
         str(tmp_path / "suite.jsonl"),

@@ -132,13 +132,14 @@ def test_every_turn_is_answered_behind_the_targets_own_answers(folder, tmp_path)
         "assistant",
     ]
     lines = text.splitlines()
-    partial = tmp_path / "again.jsonl.partial"
     for kept in (3, 6):  # in the middle of a round, and of another
+        again = tmp_path / f"again-{kept}.jsonl"
+        partial = Path(f"{again}.partial")
         with pytest.raises(RuntimeError):
-            answers(folder, file, tmp_path / "again.jsonl", 2, report=stop_before_the_end)
+            answers(folder, file, again, 2, report=stop_before_the_end)
         assert partial.exists()
         partial.write_text("".join(line + "\n" for line in [partial.read_text().splitlines()[0], *lines[:kept]]))
-        assert answers(folder, file, tmp_path / "again.jsonl", 2) == text
+        assert answers(folder, file, again, 2) == text
     file.write_text(json.dumps({"messages": [{"role": "system", "content": "You are terse."}]}) + "\n")
     with pytest.raises(
         UserError, match="prompts.jsonl row 1: messages: found the last one of the system, expected one"

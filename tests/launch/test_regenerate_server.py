@@ -218,6 +218,7 @@ def test_a_server_that_goes_away_leaves_what_was_written_and_another_goes_on(com
         rows = answers(address, prompts, output)
     check_rows(rows, expected, prompts, completions)
     assert len(again.requests) == check_requests + 10 - len(kept)
+    output.unlink()
     with pytest.raises(UserError, match="found another run"):
         partial.write_text(partial_of(settings="fp32"))
         with serving(again) as address:

@@ -53,7 +53,7 @@ RECIPE = [
 
 DATA = [
     (None, "rows.jsonl", "rows.jsonl: no such file"),
-    ("x", "rows.txt", "found suffix '.txt', expected .jsonl, .json or .parquet"),
+    ("x", "rows.txt", "found suffix '.txt', expected .jsonl, .json (either with .gz) or .parquet"),
     ("", "rows.jsonl", "found no rows, expected at least one"),
     ("{", "rows.jsonl", "row 1: not valid JSON"),
     ("[1, 2", "rows.json", "rows.json: not valid JSON"),
@@ -63,11 +63,15 @@ DATA = [
     (
         '{"messages": [{"role": "user"}]}',
         "rows.jsonl",
-        "row 1: messages: expected a list of objects with role and content",
+        "row 1: messages[0].content: missing, expected text",
     ),
-    ('{"messages": []}', "rows.jsonl", "row 1: messages: expected a list"),
+    ('{"messages": []}', "rows.jsonl", "row 1: found keys ['messages'], expected tokens, messages"),
     ('{"conversations": [{"from": "robot", "value": "x"}]}', "rows.jsonl", "row 1: conversations: expected"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "rows.jsonl", "row 1: the token mask is all zero"),
+    (
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        "rows.jsonl",
+        "row 1: found no answer in it, expected a turn of the assistant",
+    ),
     ('{"tokens": [1, 900], "prompt_length": 1}', "rows.jsonl", "row 1: found token id 900, expected 0..299"),
     ('{"tokens": [1, 9], "prompt_length": 5}', "rows.jsonl", "row 1: prompt_length: found 5, expected 1..2"),
     ('{"tokens": "abc", "prompt_length": 5}', "rows.jsonl", "row 1: tokens: expected a list of integers"),

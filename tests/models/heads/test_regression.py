@@ -91,3 +91,10 @@ def test_an_eagle3_head_starts_as_the_fitted_maps_and_attends_to_its_own_row():
     assert explained(state, now) > explained(best, now) - 0.05
     assert explained(alone, following) > 0.4 > 0 > explained(state, following)
     assert explained(found, alone) > 0.7
+
+
+def test_rows_that_are_not_finite_are_left_out():
+    nan = torch.full((1, 2), float("nan"))
+    parts = [(torch.ones(3, 2), torch.arange(3)), (torch.cat([nan, torch.zeros(1, 2)]), torch.tensor([7, 8]))]
+    states, tokens = regression.joined(parts)
+    assert tokens.tolist() == [0, 1, 2, 8] and bool(states.isfinite().all())
