@@ -69,3 +69,11 @@ def test_command_line_errors_are_one_line_and_exit_code_2(arguments, message, tm
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.strip().splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "benchmarks").glob("*.py")), ids=lambda file: file.name)
+def test_a_benchmark_runs_as_its_first_lines_say(file):
+    """`python tests/benchmarks/NAME.py` finds the package `tests` only where the script says where it is."""
+    text = file.read_text()
+    if f"python tests/benchmarks/{file.name}" in text and "\nfrom tests" in text:
+        assert "sys.path.insert(0, " in text.split("\nfrom tests")[0]

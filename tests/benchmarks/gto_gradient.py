@@ -12,6 +12,7 @@ greedily accepted tokens a root, the drafter's own loss. Ends with one JSON line
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from draftsmith.models.chat import load_tokenizer, stop_ids
-from draftsmith.models.formats import load_drafter
-from draftsmith.models.targets import TextTarget
-from draftsmith.train import gto
-from draftsmith.train.data import prepare
-from draftsmith.train.features import Online
-from draftsmith.train.recipe import DrafterRecipe, read_recipe
-from draftsmith.train.schedule import Schedule
-from tests.benchmarks.gto import RECIPE
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from draftsmith.models.chat import load_tokenizer, stop_ids  # noqa: E402
+from draftsmith.models.formats import load_drafter  # noqa: E402
+from draftsmith.models.targets import TextTarget  # noqa: E402
+from draftsmith.train import gto  # noqa: E402
+from draftsmith.train.data import prepare  # noqa: E402
+from draftsmith.train.features import Online  # noqa: E402
+from draftsmith.train.recipe import DrafterRecipe, read_recipe  # noqa: E402
+from draftsmith.train.schedule import Schedule  # noqa: E402
+from tests.benchmarks.gto import RECIPE  # noqa: E402
 
 OTHERS, STEP = 16, 0.003
 

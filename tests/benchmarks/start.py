@@ -15,23 +15,26 @@ Prints a Markdown table and ends with one JSON line: {minutes: {start: {"tau", "
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 
-from draftsmith.eval.measurement.interval import quotient_interval, ratio_interval
-from draftsmith.eval.measurement.measure import decode_batches, tokens_and_passes
-from draftsmith.eval.measurement.prompts import read_prompts
-from draftsmith.eval.sampling import Sampling
-from draftsmith.models.chat import load_tokenizer, stop_ids
-from draftsmith.models.drafters import HeadDrafter
-from draftsmith.models.formats import load_drafter
-from draftsmith.models.grow import parse_tree
-from draftsmith.models.heads import Eagle3Head
-from draftsmith.models.heads.layer import copy_norm
-from draftsmith.models.targets import TextTarget
-from draftsmith.train.recipe import DrafterRecipe, read_recipe
-from tests.benchmarks.gto_training import RECIPES, trained
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from draftsmith.eval.measurement.interval import quotient_interval, ratio_interval  # noqa: E402
+from draftsmith.eval.measurement.measure import decode_batches, tokens_and_passes  # noqa: E402
+from draftsmith.eval.measurement.prompts import read_prompts  # noqa: E402
+from draftsmith.eval.sampling import Sampling  # noqa: E402
+from draftsmith.models.chat import load_tokenizer, stop_ids  # noqa: E402
+from draftsmith.models.drafters import HeadDrafter  # noqa: E402
+from draftsmith.models.formats import load_drafter  # noqa: E402
+from draftsmith.models.grow import parse_tree  # noqa: E402
+from draftsmith.models.heads import Eagle3Head  # noqa: E402
+from draftsmith.models.heads.layer import copy_norm  # noqa: E402
+from draftsmith.models.targets import TextTarget  # noqa: E402
+from draftsmith.train.recipe import DrafterRecipe, read_recipe  # noqa: E402
+from tests.benchmarks.gto_training import RECIPES, trained  # noqa: E402
 
 TREE, NEW_TOKENS, BATCH = "dynamic:10x7x60", 64, 13
 

@@ -14,16 +14,19 @@ they are made.
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from draftsmith.models import formats
-from draftsmith.models.formats import dream
-from draftsmith.models.heads import HEADS, DreamHead
-from draftsmith.train.recipe import DrafterRecipe, read_recipe
-from tests.benchmarks.gto_training import RECIPES, start, timed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from draftsmith.models import formats  # noqa: E402
+from draftsmith.models.formats import dream  # noqa: E402
+from draftsmith.models.heads import HEADS, DreamHead  # noqa: E402
+from draftsmith.train.recipe import DrafterRecipe, read_recipe  # noqa: E402
+from tests.benchmarks.gto_training import RECIPES, start, timed  # noqa: E402
 
 STAGE2 = [
     "head.residuals=3",
