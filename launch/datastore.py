@@ -9,7 +9,7 @@ import numpy as np
 
 from draftsmith.launch.export import new_place
 from draftsmith.launch.methods import check_writable
-from draftsmith.models.chat import stop_ids, vocabulary_digest
+from draftsmith.models.chat import stop_ids
 from draftsmith.models.drafters.datastore import check_library, write
 from draftsmith.models.errors import UserError
 from draftsmith.models.pictures import load_renderer
@@ -35,7 +35,7 @@ def build(files: list[str], target: str, output: Path, shard_tokens: int, report
     check_writable(output.parent)
     about = {
         "target": target,
-        "vocabulary": vocabulary_digest(renderer.tokenizer),
+        "vocabulary": renderer.fingerprint,
         "files": {file: digest(file) for file in files if not file.startswith("hub:")},
     }
     texts = (text for file in files for text in answers(file, renderer, stops, described.vocab_size, report))

@@ -13,7 +13,6 @@ from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH, Verifier
-from draftsmith.models.chat import vocabulary_digest
 from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
 from draftsmith.models.drafters.datastore import Datastore
 from draftsmith.models.drafters.howl import HowlDrafter
@@ -25,6 +24,7 @@ from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.grow import DynamicTree, StaticTree, TreePolicy
+from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import TextTarget
 
 HOWL_TREE, HOWL_ROWS = DynamicTree(10, 7, 60), 60
@@ -230,7 +230,7 @@ def retrieves(name: str) -> bool:
 
 def check_vocabulary(datastore: Datastore, target: str, tokenizer) -> None:
     """Raises UserError for a datastore of another tokenizer."""
-    own, theirs = vocabulary_digest(tokenizer), datastore.about.get("vocabulary")
+    own, theirs = Renderer.of(tokenizer).fingerprint, datastore.about.get("vocabulary")
     if own != theirs:
         raise UserError(
             f"datastore {datastore.folder}: found tokens of {datastore.about.get('target')} (vocabulary {theirs}), "

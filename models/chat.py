@@ -1,7 +1,5 @@
 """A target's tokenizer, and the ids that end its answers."""
 
-import hashlib
-import json
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -21,12 +19,6 @@ def load_tokenizer(name: str | Path):
         raise
     except Exception as error:  # damaged files raise whatever their readers come across
         raise UserError(f"tokenizer {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-
-
-def vocabulary_digest(tokenizer) -> str:
-    """16 hex digits over which string every id of a tokenizer stands for: token ids on disk are of no other one."""
-    listed = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def stop_ids(target, tokenizer) -> set[int]:

@@ -41,7 +41,7 @@ def is_conversation(record) -> bool:
     return (
         isinstance(record, dict)
         and record.get("tokens") is None
-        and (record.get("messages") or record.get("conversations")) is not None
+        and any(record.get(key) is not None for key in ("messages", "conversations"))
     )
 
 

@@ -40,18 +40,18 @@ def test_every_beam_goes_on_with_its_best_sample():
 
 def test_drafters_change_no_beam_and_one_memory_for_the_search_accepts_more():
     found = {False: [], True: [], "rejection": []}
-    for seed in range(7, 13):
+    for seed in range(7, 16):
         target = TableTarget(5, seed)
-        plain, _ = run(target, NoDrafter())
+        plain, _ = run(target, NoDrafter(), steps=8)
         for lasting in (False, True):
-            drafted, traces = run(target, StandDrafter(chain(3), lasting=lasting))
+            drafted, traces = run(target, StandDrafter(chain(3), lasting=lasting), steps=8)
             assert [beam.tokens for beam in drafted] == [beam.tokens for beam in plain]
             found[lasting] += traces
-        sampled, traces = run(target, StandDrafter(chain(3), lasting=True), rule=RULES["rejection"])
+        sampled, traces = run(target, StandDrafter(chain(3), lasting=True), rule=RULES["rejection"], steps=8)
         assert all(beam.tokens for beam in sampled)
         found["rejection"] += traces
     taus = {kind: tau(traces) for kind, traces in found.items()}
-    assert taus["rejection"] > taus[True] > taus[False] + 0.05, taus
+    assert taus["rejection"] > taus[True] > taus[False] + 0.1, taus
 
 
 def test_the_targets_own_score_is_its_mean_log_probability(target):

@@ -65,7 +65,7 @@ DATA = [
         "rows.jsonl",
         "row 1: messages[0].content: missing, expected text",
     ),
-    ('{"messages": []}', "rows.jsonl", "row 1: found keys ['messages'], expected tokens, messages"),
+    ('{"messages": []}', "rows.jsonl", "row 1: messages: found [], expected a list of objects"),
     ('{"conversations": [{"from": "robot", "value": "x"}]}', "rows.jsonl", "row 1: conversations: expected"),
     (
         '{"messages": [{"role": "user", "content": "a"}]}',
