@@ -13,7 +13,7 @@ from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH, Verifier
-from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
+from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter, drafting
 from draftsmith.models.drafters.datastore import Datastore
 from draftsmith.models.drafters.howl import HowlDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
@@ -80,7 +80,7 @@ class Drafters:
         """
         kind, argument = parse(name)
         if kind is None:
-            return HeadDrafter(self.head(argument), tree)
+            return drafting(self.head(argument), tree)
         return (lasting and kind.lasting or kind.make)(self, argument, tree)
 
     def decoder(self, name: str, tree: TreePolicy | None = None) -> Decoder:

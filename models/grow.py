@@ -122,7 +122,7 @@ class StaticTree:
 
     @property
     def depth(self) -> int:
-        return max(map(len, self.paths))
+        return max(map(len, self.paths), default=0)
 
     @cached_property
     def children(self) -> tuple[np.ndarray, np.ndarray]:
@@ -320,6 +320,9 @@ def without_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 TreePolicy = DynamicTree | StaticTree | SampledTree | AdaptiveTree
 
 
+NONE = StaticTree((), "none")  # no drafting: what is best where passes over more rows cost more than they emit
+
+
 def chain(depth: int) -> StaticTree:
     return StaticTree(tuple((0,) * d for d in range(1, depth + 1)), f"chain:{depth}")
 
@@ -331,8 +334,8 @@ def binary(depth: int) -> StaticTree:
 
 def parse_tree(text: str) -> TreePolicy:
     """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of
-    EAGLE-1), a static one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`, or
-    `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`. FILE.json is a static one that `tune-tree` wrote.
+    EAGLE-1), a static one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`,
+    `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`, or `none`: no drafting. FILE.json is a static one that `tune-tree` wrote.
     """
     if text.endswith(".json") and not text.startswith("sampled:"):
         return StaticTree(tuple(read_slots(text)), text)
@@ -351,6 +354,8 @@ def parse_tree(text: str) -> TreePolicy:
             if isinstance(tree, StaticTree):
                 return SampledTree(tree, Kind.IID if shape.endswith(":iid") else Kind.WITHOUT_REPLACEMENT, heat)
         numbers = [int(n) for n in rest.split("x")] if rest else []
+        if text == str(NONE):
+            return NONE
         if kind == "eagle" and not numbers:
             return StaticTree(tuple(EAGLE_PATHS), "eagle")
         if kind == "chain" and len(numbers) == 1 and numbers[0] > 0:
@@ -364,5 +369,5 @@ def parse_tree(text: str) -> TreePolicy:
     raise UserError(
         f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle, binary:DEPTH, "
         f"sampled:TREE[:iid][@TEMPERATURE], "
-        "sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE] or FILE.json"
+        "sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE], none or FILE.json"
     )

@@ -8,7 +8,7 @@ counts as not drafted.)
 
 Costs: a few trees are timed in the decode loop; lines are laid through the robust costs (`speed`) of verify and
 overhead over the tree's size and of drafting over its depth and width. Expected speedup = tau * plain / (draft + verify
-+ overhead).
++ overhead). No drafting is among the choices: its tau and its speedup are 1.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from draftsmith.eval.measurement.measure import Looped, Run, interleaved
 from draftsmith.eval.measurement.speed import robust_ms
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
-from draftsmith.models.grow import Candidates, DynamicTree, TreePolicy, chain
+from draftsmith.models.grow import NONE, Candidates, DynamicTree, TreePolicy, chain
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.tree import DraftTree
 
@@ -243,6 +243,6 @@ def measure_costs(
 
 
 def ranking(taus: dict[TreePolicy, float], costs: Costs) -> list[tuple[TreePolicy, float, float]]:
-    """(tree, tau, expected speedup) of every tree, the best first."""
-    table = [(tree, tau, tau * costs.plain / costs.of(tree)) for tree, tau in taus.items()]
+    """(tree, tau, expected speedup) of every tree and of no drafting, the best first."""
+    table = [(NONE, 1.0, 1.0)] + [(tree, tau, tau * costs.plain / costs.of(tree)) for tree, tau in taus.items()]
     return sorted(table, key=lambda entry: -entry[2])

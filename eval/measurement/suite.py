@@ -26,7 +26,7 @@ from draftsmith.eval.measurement.measure import (
 from draftsmith.eval.measurement.predict import predicted_chain_tau
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.sampling import Sampling
-from draftsmith.models.drafters import HeadDrafter, NoDrafter
+from draftsmith.models.drafters import NoDrafter, drafting
 from draftsmith.models.grow import TreePolicy, chain, parse_tree
 from draftsmith.models.targets import TextTarget
 
@@ -191,7 +191,7 @@ class Suite:
         method = f"{name} {policy}"
         run = self.runs(
             method,
-            {method: Looped(self.target, HeadDrafter(self.heads[name], policy))},
+            {method: Looped(self.target, drafting(self.heads[name], policy))},
             temperature,
             ACCEPTANCE_BATCH,
             False,
@@ -208,7 +208,7 @@ class Suite:
         methods = {"plain": (None, None)} | methods
         for name, (tree, _) in trees.items():
             methods[name] = (name, tree)
-            decoders[name] = Looped(self.target, HeadDrafter(self.heads[name], tree))
+            decoders[name] = Looped(self.target, drafting(self.heads[name], tree))
         runs = self.runs(f"timing {len(decoders)} methods, batch {batch}", decoders, temperature, batch, True)
         cells = [
             self.cell(method, runs[method], temperature, batch, drafter, tree, runs["plain"])

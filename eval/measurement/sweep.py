@@ -7,7 +7,7 @@ from draftsmith.eval.measurement.measure import Looped, Run, interleaved, summar
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.measurement.speed import robust_ms
 from draftsmith.eval.sampling import Sampling
-from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
+from draftsmith.models.drafters import Drafter, NoDrafter, drafting
 from draftsmith.models.grow import DynamicTree, TreePolicy, chain
 from draftsmith.models.targets import TextTarget
 
@@ -65,7 +65,7 @@ def sweep(
     auto, expected = order[0][0], {tree: (tau, speedup) for tree, tau, speedup in order}
     trees = list(dict.fromkeys([auto, *trees]))
     decoders = {"plain": Looped(target, NoDrafter())} | {
-        str(tree): Looped(target, make(tree) if make else HeadDrafter(head, tree)) for tree in trees
+        str(tree): Looped(target, make(tree) if make else drafting(head, tree)) for tree in trees
     }
     runs = interleaved(
         decoders, prompts, sampling, max_new_tokens, stops, batch, Progress(report, f"{len(trees)} trees", len(prompts))

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import torch
 
-from draftsmith.models.grow import AdaptiveTree, SampledTree, TreePolicy
+from draftsmith.models.drafters.drafter import Drafter
+from draftsmith.models.drafters.plain import NoDrafter
+from draftsmith.models.grow import NONE, AdaptiveTree, SampledTree, TreePolicy
+
+
+def drafting(head, policy: TreePolicy) -> Drafter:
+    """What drafts with a head by a policy. Where nothing is drafted, nothing is asked of the head either."""
+    return NoDrafter() if policy == NONE else HeadDrafter(head, policy)
 
 
 class HeadDrafter:

@@ -9,10 +9,11 @@ from draftsmith.eval.decode import Pass, Trace
 from draftsmith.eval.measurement.choose import Costs, expected_tau, fit, ranking, record, walk
 from draftsmith.eval.measurement.interval import difference_interval, quotient_interval, ratio_interval
 from draftsmith.eval.measurement.measure import Run, decode_batches, tau
+from draftsmith.eval.measurement.suite import Plan, Suite
 from draftsmith.eval.measurement.sweep import sweep
 from draftsmith.eval.sampling import Sampling
-from draftsmith.models.drafters import HeadDrafter
-from draftsmith.models.grow import DynamicTree, chain
+from draftsmith.models.drafters import HeadDrafter, NoDrafter, drafting
+from draftsmith.models.grow import NONE, DynamicTree, chain, parse_tree
 from tests.conftest import tiny_target, trained_head
 from tests.eval.measurement.test_measure import PROMPTS
 
@@ -69,7 +70,24 @@ def test_costs_are_read_off_timed_runs():
 def test_ranking_prefers_tokens_a_second_over_tokens_a_pass():
     costs = Costs(10.0, (9.0, 1.0), (1.0, 1.0), (1.0, 1.0, 0.0))
     best, *rest = ranking({chain(2): 2.0, DynamicTree(10, 7, 60): 4.0}, costs)
-    assert best == (chain(2), 2.0, pytest.approx(20 / 14)) and rest[0][2] == pytest.approx(40 / 76)
+    assert best == (chain(2), 2.0, pytest.approx(20 / 14))
+    assert [(tree, speedup) for tree, _, speedup in rest] == [
+        (NONE, 1.0),
+        (DynamicTree(10, 7, 60), pytest.approx(40 / 76)),
+    ]
+
+
+def test_where_no_tree_pays_nothing_is_drafted(target):
+    """As in batches on a processor whose passes cost what their rows do."""
+    head, dear = trained_head(target, 50), Costs(1.0, (0.0, 1.0), (1.0, 1.0), (1.0, 1.0, 0.0))
+    plan = Plan(DynamicTree(4, 3, 12), 3, None, 2, (0.0,), ((0.0, 2),), 12, 0)
+    suite = Suite("", target, {"head": head}, {}, PROMPTS[:3], {7}, plan, report=lambda line: None)
+    suite.costs["head", False, 2] = dear
+    results, cells, _ = suite.measure()
+    timed = next(cell for cell in cells if cell["method"] == "head")
+    assert results["head"]["tree"] == str(NONE) and next(iter(results["head"]["sweep"])) == str(NONE)
+    assert timed["tau"] == 1.0 and timed["lossless"] and timed["acceptance_by_depth"] == []
+    assert isinstance(drafting(head, parse_tree("none")), NoDrafter)  # the head is not even asked
 
 
 def test_sweep_times_the_chosen_tree_among_the_others(target):
