@@ -16,6 +16,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features
 from draftsmith.models.noise import Draw
 from draftsmith.models.targets import Prefill, TextSession, TextTarget
+from draftsmith.models.transfer import on_host
 from draftsmith.models.tree import DraftTree
 
 # Called with a request's id and what one pass emitted (cut as in `Trace`), the token from the prefill first.
@@ -280,7 +281,7 @@ def passes(
             continue
         if not active:
             return
-        roots = session.lengths.tolist()
+        roots = session.known_lengths
         with clock.phase("draft"):
             tree = drafter.propose(Draw(sampling.temperature, sampling.seed, active, roots))
         with clock.phase("verify"):
@@ -332,10 +333,10 @@ def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
     """Appends what was emitted in this pass to the traces, cut at EOS and at the limit -> what of `accepted` is left
     by these cuts.
     """
-    depth = tree.depths.amax(1).tolist()
-    rows = torch.arange(len(active), device=tree.tokens.device)[:, None]
-    path_tokens, counts, left = tree.tokens[rows, accepted.path].tolist(), accepted.counts.tolist(), []
-    for i, (request, count, token) in enumerate(zip(active, counts, accepted.next_token.tolist())):
+    path_tokens, left = tree.tokens.gather(1, accepted.path), []
+    found = on_host(path_tokens, accepted.counts, accepted.next_token, tree.depths.amax(1))
+    path_tokens, counts, following, depth = (part.tolist() for part in found)
+    for i, (request, count, token) in enumerate(zip(active, counts, following)):
         trace, emitted = traces[request], [*path_tokens[i][1:count], token]
         kept = cut(emitted, max_new_tokens - len(trace.tokens), eos)
         trace.tokens += kept

@@ -335,7 +335,8 @@ def binary(depth: int) -> StaticTree:
 def parse_tree(text: str) -> TreePolicy:
     """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of
     EAGLE-1), a static one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`,
-    `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`, or `none`: no drafting. FILE.json is a static one that `tune-tree` wrote.
+    `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`, or `none`: no drafting. FILE.json is a static one that `tune-tree`
+    wrote.
     """
     if text.endswith(".json") and not text.startswith("sampled:"):
         return StaticTree(tuple(read_slots(text)), text)

@@ -47,7 +47,8 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """lengths [B] int64 are the committed rows; `place(T)` chooses where the next forward writes.
+    """lengths [B] int64 are the committed rows, set anew and never changed in place; `place(T)` chooses where the next
+    forward writes.
 
     `store` is the part of the tensor that the B requests have. What `select` gives up stays allocated, for those that
     `join`.
@@ -58,6 +59,21 @@ class SlotCache(Cache):
         self.store = self.whole
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         super().__init__(layers=[SlotLayer(self, self.store[2 * i], self.store[2 * i + 1]) for i in range(layers)])
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: torch.Tensor) -> None:
+        self._lengths, self._known = lengths, None
+
+    @property
+    def known_lengths(self) -> list[int]:
+        """`lengths` on the host. The device is waited for once, however many forwards stand behind the same rows."""
+        if self._known is None:
+            self._known = self._lengths.tolist()
+        return self._known
 
     def _bind(self):
         """Points the store and the layers at the rows of the requests that there are now."""
@@ -90,7 +106,7 @@ class SlotCache(Cache):
 
         `start` is set when all rows agree (a plain slice). The store grows when it is too small.
         """
-        shortest, longest = int(self.lengths.min()) + offset, int(self.lengths.max()) + offset
+        shortest, longest = min(self.known_lengths) + offset, max(self.known_lengths) + offset
         self.visible = longest + new
         self._make_room(len(self.lengths), self.visible)
         self.start = shortest if shortest == longest else None
@@ -106,7 +122,7 @@ class SlotCache(Cache):
         steps = torch.arange(width, device=path.device)
         if not bool(((path == steps) | (steps >= counts[:, None])).all()):
             if len(self.lengths) == 1:
-                start = int(self.lengths[0])
+                start = self.known_lengths[0]
                 self.store[:, 0, :, start : start + width] = self.store[:, 0].index_select(2, start + path[0])
             else:
                 rows = torch.arange(len(self.lengths), device=path.device)[:, None]
@@ -116,7 +132,7 @@ class SlotCache(Cache):
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only the given batch rows, in this order; rows that stay in place are not copied."""
-        moved, used = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten(), int(self.lengths.max())
+        moved, used = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten(), max(self.known_lengths)
         if len(moved):
             self.store[:, moved, :, :used] = self.store[:, rows[moved], :, :used]
         self.lengths = self.lengths[rows]
@@ -124,7 +140,7 @@ class SlotCache(Cache):
 
     def join(self, other: "SlotCache") -> None:
         """Takes the requests of another cache of the same shape behind its own."""
-        before, used = len(self.lengths), int(other.lengths.max())
+        before, used = len(self.lengths), max(other.known_lengths)
         self._make_room(before + len(other.lengths), used)
         self.lengths = torch.cat([self.lengths, other.lengths])
         self._bind()

@@ -40,6 +40,16 @@ class Draft:
         """The number of drafted tokens expected to be accepted."""
         return sum(self.probs)
 
+    def levels(self, emitted: list[int]) -> int:
+        """How many of the tokens behind the root are drafted, one level after the other."""
+        children = {(parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens))}
+        node = NONE
+        for level, token in enumerate(emitted):
+            if (node, token) not in children:
+                return level
+            node = children[node, token]
+        return len(emitted)
+
 
 @dataclass(frozen=True)
 class SuffixRule:

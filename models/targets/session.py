@@ -66,6 +66,11 @@ class TextSession:
     def lengths(self) -> torch.Tensor:
         return self.cache.lengths
 
+    @property
+    def known_lengths(self) -> list[int]:
+        """`lengths` on the host."""
+        return self.cache.known_lengths
+
     @torch.no_grad()
     def prefill(self, prompts: list[list[int] | ImagePrompt]) -> Prefill:
         """Processes the prompts (ragged, none empty) in chunks, then, for a spec with a probe, one probe behind each.
@@ -172,7 +177,7 @@ class TextSession:
         -> (positions [B, T], seen [B, T, visible] without windows, places [B, visible]).
         """
         lengths, size = self.cache.lengths, depths.size(1)
-        places = torch.arange(int(lengths.max()) + size, device=lengths.device).expand(len(lengths), -1)
+        places = torch.arange(max(self.known_lengths) + size, device=lengths.device).expand(len(lengths), -1)
         seen = (places < lengths[:, None])[:, None].repeat(1, size, 1)
         slots = lengths[:, None] + torch.arange(size, device=lengths.device)
         seen.scatter_(2, slots[:, None].expand(-1, size, -1), own)

@@ -3,6 +3,7 @@
     python tests/benchmarks/training_free.py --quick [--output FILE]
     python tests/benchmarks/training_free.py --target TARGET --suite FILE [--drafter DIR] [--tree FILE.json]
         [--temperature T] [--trajectories N] [--prompts N] [--new-tokens N] [--texts 50000] [--output FILE]
+        [--reader DIR --reader-suite FILE [--datastore DIR] [--reader-tree TREE] [--reader-prompts N]]
 
 * law: whole steps of STAND and Token Recycling (memory, draw, verify, learn) enumerated exactly on small vocabularies:
   the largest total variation to the target's joint law. With --texts N also N sampled texts through the real loop: G
@@ -12,16 +13,20 @@
   the other trajectories in its index, prompt lookup, a trained drafter, plain decoding. Differences are paired by
   prompt.
 * memory: entries, bytes, lookups and updates a second after a million tokens.
+* reader: READER over the trained drafter DIR beside that drafter alone, greedy, one tree, one prompt at a time, on the
+  categories of Spec-Bench that copy from their prompts (`rag`, `summarization`), paired by prompt; with --datastore its
+  texts too. Left out where --reader is not given.
 
 --quick takes the bundled `code` target, 6 prompts of 16 trajectories (under ten minutes on a quiet machine). Ends with
 one JSON line: stand_tau by trajectory, best_other_tau_16 of the other training-free methods at the last one,
 gumbel_over_deterministic: quotient of accepted tokens over all trajectories, draft_share: seconds of drafting over
-those of verify passes. reader_over_head is filled by the READER section.
+those of verify passes; reader_over_head: quotient of tau by category (null where it was not measured).
 """
 
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +34,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from draftsmith.eval.measurement.interval import quotient_interval  # noqa: E402
+from draftsmith.eval.measurement.measure import decode_batches, tau, tokens_and_passes  # noqa: E402
 from draftsmith.eval.measurement.progress import Progress  # noqa: E402
 from draftsmith.eval.measurement.trajectories import Method, Scaled, ahead, figures, trajectories  # noqa: E402
 from draftsmith.eval.sampling import Sampling  # noqa: E402
@@ -43,6 +50,7 @@ from tests.steps import Enumerated, Table, law_of_steps, learning, recycled, sta
 from tests.table_target import TableTarget, g_over_bound  # noqa: E402
 
 OTHERS = ("recycling", "suffix", "lookup")
+COPYING = {"rag": "rag", "summarization": "summarisation"}  # categories of Spec-Bench, and their names in the last line
 SHAPES = (StaticTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)), ""), StaticTree(((0,), (1,), (2,), (0, 0)), ""))
 BEFORE = [(0, 1, 2, 0, 1, 1, 2, 0, 2, 1), (0, 1, 1, 2, 0, 1, 2)]
 
@@ -132,6 +140,43 @@ def scaled(arguments) -> tuple[dict[str, dict], dict[str, Scaled], int]:
     return table, runs, last
 
 
+def reader(arguments) -> dict[str, dict]:
+    """{category: {"prompts", tau of both, "quotient", "interval"}}."""
+    name, tree = arguments.reader, parse_tree(arguments.reader_tree)
+    methods = Methods.open([name, f"reader:{name}"], None, ASSISTANT, datastore=arguments.datastore)
+    rows = [line for line in arguments.reader_suite.read_text().splitlines() if line.strip()]
+    found = {}
+    for category, said in COPYING.items():
+        mine = [line for line in rows if json.loads(line).get("category") == category][: arguments.reader_prompts]
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / f"{category}.jsonl"
+            part.write_text("\n".join(mine))
+            prompts = methods.prompts(str(part), None, arguments.new_tokens, 128, True)
+        runs = {
+            method: decode_batches(
+                methods.target,
+                methods.drafters.drafter(method, tree),
+                [p.tokens for p in prompts],
+                Sampling(),
+                arguments.new_tokens,
+                methods.stops,
+                1,
+                Progress(print, f"{category}, {method}", len(prompts), every=0),
+            )
+            for method in (name, f"reader:{name}")
+        }
+        alone, widened = runs.values()
+        found[said] = {
+            "prompts": len(prompts),
+            "head": tau(alone),
+            "reader": tau(widened),
+            "quotient": tau(widened) / tau(alone),
+            "interval": quotient_interval(tokens_and_passes(widened), tokens_and_passes(alone)),
+        }
+        print(f"{said}: {found[said]}")
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
@@ -144,6 +189,11 @@ def main():
     parser.add_argument("--prompts", type=int)
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--texts", type=int, default=0)
+    parser.add_argument("--reader", help="a trained drafter that READER widens")
+    parser.add_argument("--reader-suite", type=Path, help="Spec-Bench's file")
+    parser.add_argument("--reader-tree", default="dynamic:3x4x10")
+    parser.add_argument("--reader-prompts", type=int, default=8, help="of each category")
+    parser.add_argument("--datastore", help="what READER retrieves from beside the prompt's own text")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.prompts = arguments.prompts or (6 if arguments.quick else 24)
@@ -157,15 +207,17 @@ def main():
     for name, cell in table.items():
         by = [round(part["tau"], 2) for part in cell["numbers"]]
         print(f"{name}: tau {cell['tau']:.3f}, by trajectory {by}, {cell['tokens_per_second']:.1f} tokens/s")
-    # The READER section puts its own figures here: READER over a trained drafter, by category.
-    reader = {"rag": None, "summarisation": None}
+    document["reader"] = reader(arguments) if arguments.reader else {}
     stand = table["stand"]["numbers"]
     accepted = {name: table[name]["tau"] - 1 for name in ("stand", "stand:deterministic")}
     document["line"] = {
         "stand_tau": {"1": round(stand[0]["tau"], 3), str(last + 1): round(stand[last]["tau"], 3)},
         f"best_other_tau_{last + 1}": round(max(table[name]["numbers"][last]["tau"] for name in OTHERS), 3),
         "gumbel_over_deterministic": round(accepted["stand"] / accepted["stand:deterministic"], 3),
-        "reader_over_head": reader,
+        "reader_over_head": {
+            said: round(document["reader"][said]["quotient"], 3) if said in document["reader"] else None
+            for said in COPYING.values()
+        },
         "draft_share": round(table["stand"]["draft_share"], 4),
         "law_error": document["law_error"],
     }

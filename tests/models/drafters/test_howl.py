@@ -12,8 +12,8 @@ from draftsmith.eval.decode import generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.proof import verify
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
-from draftsmith.models.drafters.howl import HowlDrafter, merge
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.howl import Calibration, HowlDrafter, merge
+from draftsmith.models.drafters.suffix import Draft, SuffixDrafter, SuffixRule
 from draftsmith.models.formats import save_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.targets import TextTarget
@@ -55,18 +55,58 @@ def test_sampled_head_trees_stay_lossless_beside_suffix_paths(pair):
     assert {step.source for step in drafter.steps} == {"suffix", "head"}
 
 
+class Logged(HowlDrafter):
+    """Keeps what the paths were worth when the source was chosen."""
+
+    def begin(self, features, root):
+        super().begin(features, root)
+        self.worth, self.paths = [], []
+
+    def propose(self, draw):
+        tree = super().propose(draw)
+        self.worth.append(self.calibrations[0].of(self.drafts[0].score))
+        self.paths.append(self.drafts[0])
+        return tree
+
+
 def test_the_rule_and_the_log(pair):
-    """Step by step: the source follows from score and threshold, the threshold from the head's accepted tokens."""
+    """Step by step: the source follows from the calibrated score and the head's accepted tokens, the calibration from
+    what paths of its class of scores achieved, verified or not.
+    """
     target, head = pair
-    drafter = howl(head)
+    drafter = Logged(HeadDrafter(head, parse_tree("dynamic:4x3x10")), SuffixDrafter(12, SuffixRule(factor=4)))
     trace = generate(target, drafter, [LOOPING[0]], Sampling(), 60)[0]
     assert [step.accepted for step in drafter.steps] == trace.accepted
-    mean = 3.0
-    for step in drafter.steps:
-        assert step.source == ("suffix" if step.score > mean else "head"), (step, mean)
+    mean, known, at = 3.0, Calibration(), 1
+    for step, worth, path in zip(drafter.steps, drafter.worth, drafter.paths):
+        assert worth == pytest.approx(known.of(step.score))
+        assert step.source == ("suffix" if worth > mean else "head"), (step, worth, mean)
         if step.source == "head":
             mean = 0.9 * mean + 0.1 * step.accepted
-    assert drafter.means == [pytest.approx(mean)]
+        emitted = trace.tokens[at : at + step.accepted + 1]
+        known.note(path, emitted)
+        at += len(emitted)
+    assert drafter.means == [pytest.approx(mean)] and {step.source for step in drafter.steps} == {"suffix", "head"}
+
+
+def test_scores_count_for_what_paths_of_their_class_achieved():
+    known = Calibration()
+    before = known.of(2.5)
+    assert before == pytest.approx(2.5 * 0.55)
+    path = Draft((1, 2, 3), (-1, 0, 1), (1.0, 1.0, 0.5))
+    known.note(path, [1, 9])  # one of three
+    assert known.of(2.5) == pytest.approx(2.5 * (6 * 0.55 + 1) / (6 + 2.5)) and known.of(7) == pytest.approx(5.95)
+    known.note(path, [1, 2])  # the text follows the path as far as it is known: how far it would have gone is not
+    assert known.of(2.5) == pytest.approx(2.5 * (6 * 0.55 + 1) / (6 + 2.5))
+    for _ in range(100):
+        known.note(path, [1, 2, 3, 4])
+    assert known.of(2.5) > 2.5
+
+
+def test_levels_of_a_path_and_a_tree():
+    tree = Draft((1, 2, 3, 2), (-1, -1, 0, 2), (0.9, 0.1, 0.5, 0.4))
+    assert [tree.levels(text) for text in ([1, 3, 2, 7], [2, 3], [1, 2], [4], [1, 3])] == [3, 1, 1, 0, 2]
+    assert Draft().levels([5]) == 0
 
 
 def test_thresholds_at_the_ends_are_the_single_methods(pair):
