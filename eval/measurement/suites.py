@@ -62,7 +62,7 @@ def turns_of(messages: list[dict]) -> Read:
 def _messages(row: dict, every: bool, key: str = "messages") -> Read:
     messages = messages_of(row, key)
     before, turns = turns_of(messages)
-    if every:
+    if every or type(row.get("turn")) is not int:
         return before, turns
     while messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -124,8 +124,9 @@ NAMES = ("name", "question_id", "task_id", "id")
 
 
 def read_suite(file: str | Path, limit: int | None = None, every: bool = False) -> list[Conversation]:
-    """The first `limit` conversations. every: all turns of `messages` are asked, else the last one behind what is
-    recorded (the other formats record no history: all their turns are asked). Raises UserError naming file and row.
+    """The first `limit` conversations, each with every turn that it has. Of `messages` with the number of a `turn`, as
+    `longbench` and `regenerate` write them, the last one alone is asked, behind what is recorded; every: all of them
+    are. Raises UserError naming file and row.
     """
     path, found = Path(file), []
     for number, row in read_rows(path):
