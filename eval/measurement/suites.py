@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.messages import check_text, messages_of, tools_of
+from draftsmith.models.messages import GIVEN, check_text, messages_of, system_of, tools_of
 from draftsmith.models.pictures import picture_sources
 
 Read = tuple[list[dict], list[list[dict]]]  # messages that are given, and turns
@@ -119,7 +119,6 @@ FORMATS = {
     "Chatbot Arena": ("conversation_a", _conversation("conversation_a")),  # both sides were asked the same first
     "preferences without a prompt": ("chosen", _conversation("chosen")),
 }
-GIVEN = ("system", "developer")  # roles that nobody answers
 NAMES = ("name", "question_id", "task_id", "id")
 
 
@@ -143,6 +142,8 @@ def read_suite(file: str | Path, limit: int | None = None, every: bool = False) 
             conversation = reader(row, every)
             if conversation is None:
                 raise UserError(f"{key}: found {ascii(row[key])[:60]}, expected text that is not empty")
+            if (system := system_of(row)) and not _has_system(conversation):
+                conversation = [system, *conversation[0]], conversation[1]
             tools, pictures = tools_of(row), tuple(picture_sources(row, path.parent))
         except (UserError, RecursionError) as error:
             raise UserError(f"{place}: {'nested too deeply' if isinstance(error, RecursionError) else error}") from None
@@ -151,6 +152,11 @@ def read_suite(file: str | Path, limit: int | None = None, every: bool = False) 
     if not found:
         raise UserError(f"{path}: found no prompts, expected at least one")
     return found
+
+
+def _has_system(conversation: Read) -> bool:
+    before, turns = conversation
+    return any(message["role"] in GIVEN for messages in (before, *turns) for message in messages)
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, object]]:

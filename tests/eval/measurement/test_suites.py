@@ -52,6 +52,16 @@ ROWS = {
     "GSM8K": ({"question": "how many?", "answer": "#### 4"}, [], ["how many?"]),
     "Alpaca": ({"instruction": "add", "input": "1 2", "output": "3"}, [], ["add\n\n1 2"]),
     "Alpaca without input": ({"instruction": "add", "input": "", "output": "3"}, [], ["add"]),
+    "a system's message beside": (
+        {"system_prompt": "be terse", "question": "how many?", "response": "4"},
+        [{"role": "system", "content": "be terse"}],
+        ["how many?"],
+    ),
+    "a system's message beside turns": (
+        {"system": "be terse", "turns": ["a", "b"]},
+        [{"role": "system", "content": "be terse"}],
+        ["a", "b"],
+    ),
     "CNN/DM": ({"article": "news", "highlights": "n", "id": "f0"}, [], ["Summarize: news"]),
     "Chatbot Arena": ({"question_id": "q", "conversation_a": SAID, "conversation_b": SAID}, [], ["a"]),
     "WildChat": ({"conversation": SAID, "language": "English"}, [], ["a"]),
