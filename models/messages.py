@@ -52,13 +52,12 @@ def messages_of(record: dict, key: str | None = None) -> list[dict]:
         name = f"{key}[{number}]"
         if not isinstance(turn.get("role"), str):
             raise UserError(f"{name}.role: found {_shown(turn.get('role'))}, expected text")
-        _check(turn, name)
         if turn["role"] == "function":
             turn["role"] = "tool"
-        if call := turn.pop("function_call", None):
-            turn.setdefault("tool_calls", [call])
-        if calls := turn.pop("tool_calls", None):  # an empty list is no call, and templates take it for one
+        call, calls = turn.pop("function_call", None), turn.pop("tool_calls", None)
+        if calls := calls or ([call] if call else None):  # an empty list is no call, and templates take it for one
             turn["tool_calls"] = _calls(_parsed(calls), f"{name}.tool_calls")
+        _check(turn, name)
         if turn.get("content") is None:
             if turn["role"] != "assistant":
                 raise UserError(f"{name}.content: missing, expected text")
@@ -151,7 +150,9 @@ def _shared(turn: dict) -> dict:
 
 
 def _calls(calls, name: str) -> list[dict]:
-    """With arguments that are JSON text as objects: so serving engines hand them to templates."""
+    """Each with its function under `function`, and with arguments that are JSON text as objects: so serving engines
+    hand them to templates.
+    """
     found = []
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -165,7 +166,7 @@ def _calls(calls, name: str) -> list[dict]:
                 function = function | {"arguments": json.loads(arguments) if arguments.strip() else {}}
             except ValueError:
                 pass  # no JSON: as it was written
-        found.append(call | {"function": function} if "function" in call else function)
+        found.append((call if "function" in call else {"type": "function"}) | {"function": function})
     return found
 
 

@@ -144,6 +144,9 @@ class Renderer:
         turns = [n for n, m in enumerate(messages) if m["role"] == "assistant" and begun is not None and n > begun]
         if not turns:
             raise UserError("found no answer in it, expected a turn of the assistant behind one that it answers")
+        for number, message in enumerate(messages[: turns[-1] + 1]):
+            if message["role"] == "assistant" and "tool_calls" in message:
+                self._check_calls(messages[: number + 1], tools)
         ends, pieces = self._ends(stops), []
         for turn in turns:
             if not says_something(messages[turn]):
@@ -194,7 +197,6 @@ class Renderer:
         """(the prompt, what the template itself puts behind it, the answer) of the last message."""
         *before, last = messages
         asked, (said, spans) = self._text(before, tools, asked=True)[0], self._text(messages, tools)
-        self._check_calls(messages, tools)
         if not said.startswith(asked):
             return asked, "", self._behind(asked, said, messages, tools)
         given, answer = "", said[len(asked) :]
@@ -240,10 +242,9 @@ class Renderer:
         """
         *before, last = messages
         for number, call in enumerate(last.get("tool_calls", [])):
-            function = call.get("function", call)
-            marked = function | {"name": PLACE}
+            function = call["function"]
             calls = list(last["tool_calls"])
-            calls[number] = call | {"function": marked} if "function" in call else marked
+            calls[number] = call | {"function": function | {"name": PLACE}}
             if PLACE not in self._text([*before, last | {"tool_calls": calls}], tools)[0]:
                 raise UserError(
                     f"chat template: does not show the call of {function['name']} in turn {len(before)}, expected it "
@@ -380,10 +381,10 @@ def _with_written_arguments(message: dict) -> dict:
     """Some templates want the arguments of a call as JSON text."""
     calls = []
     for call in message.get("tool_calls", []):
-        function = call.get("function", call)
+        function = call["function"]
         if not isinstance(function.get("arguments", ""), str):
             function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-        calls.append(call | {"function": function} if "function" in call else function)
+        calls.append(call | {"function": function})
     return message | {"tool_calls": calls} if calls else message
 
 
