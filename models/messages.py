@@ -129,7 +129,9 @@ def _joined(content, number: int) -> str:
         raise UserError(f"{name}: found {_shown(content)}, expected text or a list of parts")
     for part in content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"{name}: found a part of type {part.get('type')}, expected parts of text alone")
+            kind = part.get("type")
+            kind = kind if isinstance(kind, str) and kind.isidentifier() else _shown(kind)
+            raise UserError(f"{name}: found a part of type {kind}, expected parts of text alone")
     return "".join(part["text"] for part in content)
 
 

@@ -4,7 +4,7 @@ from draftsmith.models.messages import reasoning_of
 from draftsmith.models.templates import THOUGHT_TAG
 
 TOOLS = "rows have tools that the chat template does not show"
-GIVEN = "messages of the {} are not shown by the chat template"
+GIVEN = "messages of {} are not shown by the chat template"
 ANSWER = "answers have text that the chat template does not show: they are supervised without it"
 
 
@@ -41,4 +41,5 @@ def roles_missing(messages: list[dict], shown: str) -> set[str]:
     """
     asked = [m for m in messages if m["role"] not in ("assistant", "tool")]
     whole = bare(shown) if asked else ""
-    return {m["role"] for m in asked if bare(texts(m)) not in whole}
+    hidden = {m["role"] for m in asked if bare(texts(m)) not in whole}
+    return {role if role in ("user", "system", "developer") else "other roles" for role in hidden}

@@ -189,7 +189,7 @@ def rows(count: int, seed: int, report=print) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for start in range(0, count, BATCH):
             name = list(TEMPLATES)[start // BATCH % len(TEMPLATES)]
-            lines = [mutated(draw) for _ in range(min(BATCH, count - start))]
+            lines = [mutated(draw) or "{}" for _ in range(min(BATCH, count - start))]  # a blank line is no row
             verdicts = []
             for line in lines:
                 try:
