@@ -181,6 +181,7 @@ def longbench(
     fill: Annotated[bool, typer.Option(help="put unrelated prompts in front until a bin is reached")] = False,
     seed: Seed = 0,
     target: Target = "bundled:targets/code-long",
+    template_arg: TemplateArgs = [],
 ):
     """Build a suite of long prompts (LongSpecBench) with bins of lengths."""
     from collections import Counter
@@ -188,20 +189,21 @@ def longbench(
 
     from draftsmith.launch import longbench as bench
     from draftsmith.models.chat import load_tokenizer
+    from draftsmith.models.rendering import Renderer
 
-    tokenizer, left_out = load_tokenizer(target), Counter()
+    reader, left_out = Renderer(load_tokenizer(target), template_variables(template_arg)), Counter()
     sources = [bench.conversations(file, left_out) for file in conversations] + [
         bench.documents(file, left_out) for file in documents
     ]
     if package:
-        sources.append(bench.repositories(package, held_out, max(cut or edge), tokenizer, seed, questions))
+        sources.append(bench.repositories(package, held_out, max(cut or edge), reader, seed, questions))
     if not sources:
         raise UserError("longbench: found no source, expected --conversations, --documents or --package")
     if cut:
-        found = bench.rendered(chain(*sources), tokenizer, max(cut), left_out)
-        bench.write_suite(bench.cut(found, tuple(cut), count, tokenizer, left_out), output, left_out, say)
+        found = bench.rendered(chain(*sources), reader, max(cut), left_out)
+        bench.write_suite(bench.cut(found, tuple(cut), count, reader, left_out), output, left_out, say)
     else:
-        bench.longbench(sources, output, tokenizer, tuple(edge), count, sampler, fill, seed, left_out, say)
+        bench.longbench(sources, output, reader, tuple(edge), count, sampler, fill, seed, left_out, say)
 
 
 @app.command()
@@ -347,11 +349,15 @@ def build(
         int,
         typer.Option(min=1, help="tokens that are indexed together: building takes some 50 bytes of memory for each"),
     ] = 1 << 24,
+    max_bad_rows: Annotated[
+        float, typer.Option(min=0, max=1, help="share of a file's rows that may be unusable and are left out")
+    ] = 0.0,
+    template_arg: TemplateArgs = [],
 ):
     """Index what the target wrote in some files, for `--datastore OUTPUT` of methods that retrieve (reader)."""
     from draftsmith.launch.datastore import build
 
-    build(files, target, Path(output), shard_tokens, say)
+    build(files, target, Path(output), shard_tokens, say, template_variables(template_arg), max_bad_rows)
 
 
 @app.command()

@@ -27,7 +27,7 @@ def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
     """
     target = describe(recipe.target)
     with tempfile.TemporaryDirectory() as folder:
-        made = prepared(recipe, target, Path(folder), console.print)
+        made = prepared(recipe, target, Path(folder), lambda line: console.print(Text(line)))
         rows, tokenizer = made.rows, made.renderer.tokenizer
         console.print(
             f"{len(rows)} rows, {len(rows.tokens):,} tokens, {int(rows.mask.sum()):,} written by the target (green)"

@@ -19,12 +19,15 @@ from draftsmith.eval.measurement.suites import read_rows
 from draftsmith.launch.prompts import HELD_OUT
 from draftsmith.models.errors import UserError
 from draftsmith.models.files import write_new
+from draftsmith.models.messages import UNWRITTEN, messages_of
 from draftsmith.models.pictures import encode_prompt
+from draftsmith.models.rendering import Renderer
 from draftsmith.train.reference import corpus
 from draftsmith.train.reference.repository import open_file, question
 
 EDGES = (4096, 8192, 16384, 32768, 65536)
 QUESTION = "Summarize the text above."  # of documents that bring none of their own
+KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")  # of a message; logs have much beside
 HASHED = 1000  # tokens that tell whether two prompts are the same
 STRANGE = (
     0.05  # share of characters that no text has (unprintable, or a broken encoding's mark) from which on it is none
@@ -79,11 +82,13 @@ def conversations(file: str, left_out: Counter) -> Iterator[Candidate]:
         if any(item.get("toxic") or item.get("redacted") for item in (row, *turns)):
             left_out["flagged as toxic or redacted"] += 1
             continue
-        messages = [{"role": t["role"], "content": t["content"]} for t in turns]
+        try:
+            messages = messages_of({"messages": [{k: t[k] for k in KEPT if k in t} for t in turns]})
+        except (UserError, RecursionError):
+            left_out["of no text"] += 1
+            continue
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
-        if last is None or not all(
-            isinstance(m["content"], str) and m["content"].strip() for m in messages[: last + 1]
-        ):
+        if last is None or not all(_has_text(m) for m in messages[: last + 1]):
             left_out["without text"] += 1
             continue
         answer = messages[last + 1]["content"] if last + 1 < len(messages) else None
@@ -94,6 +99,11 @@ def conversations(file: str, left_out: Counter) -> Iterator[Candidate]:
         )
 
 
+def _has_text(message: dict) -> bool:
+    content = message["content"]
+    return isinstance(content, str) and bool(content.strip() or message.get("tool_calls"))
+
+
 def documents(file: str, left_out: Counter) -> Iterator[Candidate]:
     """Rows with `text` and, where the corpus has one, its `question`."""
     for number, row in read_rows(Path(file)):
@@ -102,6 +112,8 @@ def documents(file: str, left_out: Counter) -> Iterator[Candidate]:
                 f"{file} row {number}: found {sorted(row) if isinstance(row, dict) else type(row).__name__}, "
                 f"expected `text`"
             )
+        if not isinstance(row.get("question") or "", str):
+            raise UserError(f"{file} row {number}: question: found {row['question']!r}, expected text")
         if not row["text"].strip():
             left_out["without text"] += 1
             continue
@@ -117,7 +129,7 @@ def repositories(
     packages: list[str],
     held_out: bool,
     length: int,
-    tokenizer,
+    reader,
     seed: int,
     questions: int = 1,
     max_question: int = 128,
@@ -141,6 +153,7 @@ def repositories(
     ]
     rng = random.Random(seed)
     rng.shuffle(modules)
+    tokenizer = Renderer.of(reader).tokenizer
     size = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
     for home, at in modules:
         fitting = [f for f in corpus.cut_functions(home[at]) if f.documented]
@@ -161,20 +174,21 @@ def repositories(
                 yield Candidate(f"{function.module}:{function.name}", messages, function.answer, function.module)
 
 
-def rendered(candidates: Iterator[Candidate], tokenizer, least: int, left_out: Counter) -> list[Candidate]:
+def rendered(candidates: Iterator[Candidate], reader, least: int, left_out: Counter) -> list[Candidate]:
     """With their tokens; what cannot reach `least` tokens is not rendered, duplicates and what is no text are left
     out.
     """
     kept, seen = [], set()
     for candidate in candidates:
         text = "".join(m["content"] for m in candidate.messages)
-        if sum(not (c.isprintable() or c in "\n\r\t\f\v") or c == "\ufffd" for c in text) > STRANGE * len(text):
+        strange = sum(not (c.isprintable() or c in "\n\r\t\f\v") or c == "\ufffd" for c in text)
+        if UNWRITTEN.search(text) or strange > STRANGE * len(text):
             left_out["of no text"] += 1
             continue
         if len(text.encode("utf-8", "replace")) < least:  # no token is shorter than a byte
             left_out["too short"] += 1
             continue
-        candidate = replace(candidate, tokens=tuple(encode_prompt(tokenizer, candidate.messages)))
+        candidate = replace(candidate, tokens=tuple(encode_prompt(reader, candidate.messages)))
         start = (
             candidate.tokens[:HASHED]
             if candidate.document is None
@@ -188,7 +202,7 @@ def rendered(candidates: Iterator[Candidate], tokenizer, least: int, left_out: C
     return kept
 
 
-def filled(candidates: list[Candidate], edges: tuple[int, ...], tokenizer, seed: int) -> list[Candidate]:
+def filled(candidates: list[Candidate], edges: tuple[int, ...], reader, seed: int) -> list[Candidate]:
     """Each with other, unrelated candidates before it, until it reaches a length drawn evenly over the bins; marked
     synthetic where any were needed. An answered one goes before as turns of its own, one without an answer as text in
     front of the next user's turn.
@@ -224,7 +238,7 @@ def filled(candidates: list[Candidate], edges: tuple[int, ...], tokenizer, seed:
                 candidate,
                 messages=messages,
                 synthetic=len(messages) > len(candidate.messages) or bool(text),
-                tokens=tuple(encode_prompt(tokenizer, messages)),
+                tokens=tuple(encode_prompt(reader, messages)),
             )
         )
     return made
@@ -268,12 +282,13 @@ def in_bins(
     return [c.row(bin_of(len(c.tokens), edges)) for c in sorted(chosen, key=lambda c: (len(c.tokens), c.name))]
 
 
-def cut(candidates: list[Candidate], lengths: tuple[int, ...], count: int, tokenizer, left_out: Counter) -> list[dict]:
+def cut(candidates: list[Candidate], lengths: tuple[int, ...], count: int, reader, left_out: Counter) -> list[dict]:
     """The prompts of the first `count` documents that reach the greatest length, each cut from the left to every
     length: the same questions behind ever more context. The prompts of a document are cut at the same character, which
     is where the longest of them has the length.
     """
     documents: dict[str, list[Candidate]] = {}
+    tokenizer = Renderer.of(reader).tokenizer
     for candidate in candidates:
         if len(candidate.messages) > 1:
             left_out["of several turns"] += 1
@@ -288,7 +303,7 @@ def cut(candidates: list[Candidate], lengths: tuple[int, ...], count: int, token
         starts = [start for start, _ in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
         for length in lengths:
             place = len(longest.tokens) - length
-            while len(encode_prompt(tokenizer, [{"role": "user", "content": text[starts[max(0, place)] :]}])) > length:
+            while len(encode_prompt(reader, [{"role": "user", "content": text[starts[max(0, place)] :]}])) > length:
                 place += 1  # a text that is cut may need more tokens than it had as a part
             for candidate in found:
                 messages = [{"role": "user", "content": candidate.messages[0]["content"][starts[max(0, place)] :]}]
@@ -297,7 +312,7 @@ def cut(candidates: list[Candidate], lengths: tuple[int, ...], count: int, token
                     name=f"{candidate.name}@{label(length)}",
                     messages=messages,
                     document=name,
-                    tokens=tuple(encode_prompt(tokenizer, messages)),
+                    tokens=tuple(encode_prompt(reader, messages)),
                 )
                 rows.append(shorter.row(label(length)))
     return rows
@@ -320,7 +335,7 @@ def write_suite(rows: list[dict], output: str, left_out: Counter, report=print) 
 def longbench(
     sources: list[Iterator[Candidate]],
     output: str,
-    tokenizer,
+    reader,
     edges: tuple[int, ...],
     count: int,
     sampler: str,
@@ -334,7 +349,7 @@ def longbench(
         raise UserError(f"sampler: found {sampler}, expected {' or '.join(SAMPLERS)}")
     if len(edges) < 2 or list(edges) != sorted(set(edges)) or edges[0] < 1:
         raise UserError(f"edges: found {', '.join(map(str, edges))}, expected at least two ascending numbers of tokens")
-    found = rendered((c for source in sources for c in source), tokenizer, 0 if fill else edges[0], left_out)
+    found = rendered((c for source in sources for c in source), reader, 0 if fill else edges[0], left_out)
     if fill:
-        found = filled(found, edges, tokenizer, seed)
+        found = filled(found, edges, reader, seed)
     return write_suite(in_bins(found, edges, count, sampler, seed, left_out), output, left_out, report)

@@ -17,6 +17,7 @@ from draftsmith.eval.measurement.prompts import Prompt
 from draftsmith.eval.measurement.suite import ACCEPTANCE_BATCH, Plan, Suite
 from draftsmith.eval.measurement.threads import chosen_threads
 from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.finished import tree_names
 from draftsmith.launch.methods import ASSISTANT, Methods, bundled, check_writable, write_json
 from draftsmith.launch.report import report as write_report_of
 from draftsmith.launch.tables import show
@@ -129,7 +130,7 @@ def measure_suites(
         "suites": {name: digest(found) for name, found in prompts.items()},
         "temperatures": request.temperatures,
         "timed": plan.timed,
-        "tree": request.tree,
+        "tree": tree_names([request.tree])[0],
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
         "threads": torch.get_num_threads(),

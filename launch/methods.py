@@ -15,7 +15,7 @@ import torch
 
 from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped, decode_batches
-from draftsmith.eval.measurement.prompts import Prompt, all_turns, first_turn
+from draftsmith.eval.measurement.prompts import Prompt, all_turns
 from draftsmith.eval.measurement.suites import read_suite
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.drafters import KINDS, LIBRARY, Drafters, check_vocabulary, places, retrieves, takes, trained
@@ -186,8 +186,7 @@ class Methods:
             )
             return [self.tokenizer.decode([t for t in trace.tokens if t not in self.stops]) for trace in traces]
 
-        fitting = [c for c in conversations if fits(first_turn(c, self.renderer, place))]
-        found = [p for p in all_turns(fitting, self.renderer, place, answer) if fits(p)] if fitting else []
+        found = all_turns(conversations, self.renderer, place, answer, fits)
         if not found:
             raise UserError(f"{place}: found no prompt of at most {room} tokens, expected at least one")
         library = [name for name, decoder in self.baselines.items() if isinstance(decoder, Generate)]
@@ -200,12 +199,20 @@ class Methods:
 
     def identity(self) -> dict:
         """Names and hashes of what is measured."""
-        digest = lambda folder: hashlib.sha256((fetch(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]  # noqa: E731
+
+        def digest(place: str) -> str:
+            folder = fetch(place)
+            files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+            return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+        assisted = "hf-assisted" in self.named.values()
         return {
             **self.target.identity,
             "methods": ["plain", *self.baselines],
+            "renamed": {name: self.named[name] for name in self.baselines if self.named[name] != name},
             "drafters": {n: digest(f) for n, f in self.folders.items()}
             | {place: digest(place) for name in self.baselines for place in places(self.named[name])},
+            **({"assistant": self.drafters.assistant} if assisted else {}),
             **({} if self.drafters.datastore is None else {"datastore": self.drafters.datastore.about}),
         }
 

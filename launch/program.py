@@ -3,15 +3,20 @@ end when they are interrupted.
 """
 
 import json
+import os
+import re
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from draftsmith.models.errors import UserError
 
 INTERRUPTED = 130  # exit code
+TEXTS = {"prompt", "system", "template_arg", "overrides"}  # arguments that are no places
+AT_HOME = re.compile(r"((?:[\w.-]+=)?(?:[\w-]+:)*)(~[\w.-]*(?:/.*)?)", re.DOTALL)
 
 
 class Commands(TyperGroup):
@@ -24,14 +29,36 @@ class Commands(TyperGroup):
             raise SystemExit(INTERRUPTED) from None
 
 
-app = typer.Typer(
+class Command(TyperCommand):
+    def parse_args(self, context, arguments):
+        """`--output=~/x` and `NAME=~/x` mean what `--output ~/x` does, which the shell expands."""
+        rest = super().parse_args(context, arguments)
+        context.params = {name: value if name in TEXTS else expanded(value) for name, value in context.params.items()}
+        return rest
+
+
+class Program(typer.Typer):
+    def command(self, *arguments, **options):
+        return super().command(*arguments, **{"cls": Command, **options})
+
+
+def expanded(value):
+    """A place, or several, with the user's home in the place of `~`, also behind NAME= and METHOD:."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(expanded, value))
+    if not isinstance(value, (str, Path)) or not (found := AT_HOME.fullmatch(str(value))):
+        return value
+    return type(value)(found[1] + os.path.expanduser(found[2]))
+
+
+app = Program(
     cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train, prove, measure and publish drafters for speculative decoding.",
 )
-datastore = typer.Typer(no_args_is_help=True, help="Texts to retrieve drafts from.")
+datastore = Program(no_args_is_help=True, help="Texts to retrieve drafts from.")
 app.add_typer(datastore, name="datastore")
 Recipe = Annotated[str, typer.Argument(help="YAML file")]
 Drafter = Annotated[str, typer.Argument(help="directory, Hub id or bundled:NAME")]

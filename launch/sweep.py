@@ -8,7 +8,9 @@ from draftsmith.eval.measurement.sweep import sweep as time_trees
 from draftsmith.eval.measurement.threads import chosen_threads
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.drafters import inner, trained
-from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
+from draftsmith.launch.finished import clock_of, made_once, tree_names
+from draftsmith.launch.measurement import digest, timely
+from draftsmith.launch.methods import ASSISTANT, Methods, labels
 from draftsmith.launch.tables import show_sweep
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import parse_tree
@@ -30,7 +32,9 @@ def sweep(
     datastore: str | None = None,
     variables: Mapping = {},
 ) -> dict:
-    """Writes OUTPUT/sweep.json: the result of `eval.sweep` and its conditions. threads: as in `chosen_threads`."""
+    """Writes OUTPUT/sweep.json: the result of `eval.sweep`, its conditions and settings. threads: as in
+    `chosen_threads`. A finished one is shown. Raises UserError where one of other settings lies there.
+    """
     (method,) = labels([drafter]).values()
     if not trained(inner(method)):
         raise UserError(
@@ -39,38 +43,54 @@ def sweep(
         )
     policies, sampling = [parse_tree(tree) for tree in trees] if trees else list(GRID), Sampling(temperature, seed=seed)
     methods = Methods.open([drafter], target, ASSISTANT, None, report, datastore, variables)
+    place = output / "sweep.json"
+    methods.renderer = methods.renderer.at(clock_of(place))
     make = lambda tree: methods.drafters.drafter(method, tree)  # noqa: E731
     with chosen_threads(methods.target, threads, None, report) as tried:
         prompts = methods.prompts(
             suite, limit, max_new_tokens, max(60, *(make(policy).size for policy in policies)), False, report
         )
-        check_writable(output)
-        result = time_trees(
-            methods.target,
-            methods.drafters.head(inner(method)),
-            [p.tokens for p in prompts],
-            methods.stops,
-            policies,
-            sampling,
-            batch,
-            max_new_tokens,
-            report,
-            make,
-        )
-        result["conditions"] = {
-            "target": methods.target.name,
-            "drafter": drafter,
-            "prompts": suite,
-            "count": len(prompts),
+        settings = {
+            **methods.identity(),
+            "prompts": digest(prompts),
+            "trees": tree_names(trees) if trees else None,
             "temperature": temperature,
             "batch": batch,
-            "datastore": datastore,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
-            **methods.machine(),
-            "thread_trial_ms": tried,
+            "threads": threads,
+            **timely(methods),
         }
-    write_json(output / "sweep.json", result)
+
+        def timed() -> dict:
+            result = time_trees(
+                methods.target,
+                methods.drafters.head(inner(method)),
+                [p.tokens for p in prompts],
+                methods.stops,
+                policies,
+                sampling,
+                batch,
+                max_new_tokens,
+                report,
+                make,
+            )
+            conditions = {
+                "target": methods.target.name,
+                "drafter": drafter,
+                "prompts": suite,
+                "count": len(prompts),
+                "temperature": temperature,
+                "batch": batch,
+                "datastore": datastore,
+                "max_new_tokens": max_new_tokens,
+                "seed": seed,
+                **methods.machine(),
+                "thread_trial_ms": tried,
+            }
+            return result | {"conditions": conditions}
+
+        result = made_once(place, settings, timed, report)
     show_sweep(result)
-    report(f"result in {output / 'sweep.json'}")
+    report(f"result in {place}")
     return result

@@ -4,7 +4,6 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from draftsmith.eval.lossless import Comparison, describe
 from draftsmith.eval.measurement.speed import in_words
 
 WIDTH = 170
@@ -124,32 +123,32 @@ def cells_table(cells: list[dict]) -> Table:
     return table
 
 
-def show_proof(found: list[Comparison]) -> None:
-    """One row a comparison, then every divergence."""
+def show_proof(found: list[dict]) -> None:
+    """One row a comparison, as lossless.json holds them, then every divergence."""
     table = Table(box=SIMPLE, title="texts identical to plain decoding, one prompt at a time")
     for name in ("target", "dtype", "method", "sampling"):
         table.add_column(name, no_wrap=True)
     for name in ("batch", "identical", "tolerated near-ties", "lossless"):
         table.add_column(name, justify="right")
     for c in found:
-        tolerated = sum(d["tolerated"] for d in c.differences)
+        tolerated = sum(d["tolerated"] for d in c["differences"])
         table.add_row(
-            c.target,
-            c.dtype,
-            c.method,
-            describe(c.sampling),
-            str(c.batch),
-            f"{c.texts - len(c.differences)}/{c.texts}",
+            c["target"],
+            c["dtype"],
+            c["method"],
+            c["sampling"],
+            str(c["batch"]),
+            f"{c['texts'] - len(c['differences'])}/{c['texts']}",
             str(tolerated),
-            ("yes" if c.lossless else "NO") if c.claimed else "not claimed",
+            ("yes" if c["lossless"] else "NO") if c["claimed"] else "not claimed",
         )
     console = Console(width=WIDTH)
     console.print(table)
     for c in found:
-        for d in c.differences:
+        for d in c["differences"]:
             margin = "unknown" if d["margin"] is None else f"{d['margin']:.2e}"
             console.print(
-                f"{c.dtype} {c.method}, {describe(c.sampling)}, batch {c.batch}: prompt {d['prompt']} token "
+                f"{c['dtype']} {c['method']}, {c['sampling']}, batch {c['batch']}: prompt {d['prompt']} token "
                 f"{d['token']}: plain {d['plain']}, "
                 f"found {d['found']}, gap {margin}",
                 highlight=False,

@@ -13,6 +13,7 @@ from draftsmith.eval.measurement.prompts import Prompt
 from draftsmith.eval.measurement.trajectories import Method, ahead, figures, trajectories
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.drafters import LIBRARY, takes, trained
+from draftsmith.launch.finished import tree_names
 from draftsmith.launch.measurement import LARGE_TREE, Request, digest, finished, going_on, named_suites, timely
 from draftsmith.launch.methods import Methods, check_writable, write_json
 from draftsmith.launch.tables import WIDTH
@@ -61,7 +62,7 @@ def scale(request: Request, count: int, report=print) -> dict:
         "trajectories": count,
         "temperatures": temperatures,
         "batches": request.batches,
-        "tree": request.tree,
+        "tree": tree_names([request.tree])[0],
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
         **timely(methods),

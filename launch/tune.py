@@ -8,7 +8,9 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH
 from draftsmith.launch.drafters import inner, shaped, trained
-from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, labels, write_json
+from draftsmith.launch.finished import clock_of, made_once
+from draftsmith.launch.measurement import digest, timely
+from draftsmith.launch.methods import ASSISTANT, Methods, labels
 from draftsmith.models.errors import UserError
 from draftsmith.models.topology import candidates
 
@@ -30,7 +32,8 @@ def tune_tree(
     variables: Mapping = {},
 ) -> dict:
     """Writes OUTPUT: {"slots": [[0], [1], [0, 0], ...], "calibration": what they were chosen from and by, "accepted"
-    being the passes that accepted each slot}.
+    being the passes that accepted each slot, "settings"}. A finished one is kept. Raises UserError where one of other
+    settings lies there.
     """
     ((name, asked),) = labels([method]).items()
     if inner(asked) != asked or not trained(asked) and not shaped(asked):
@@ -41,29 +44,42 @@ def tune_tree(
         raise UserError(f"--candidates: found {large}, expected at least --size {size} and --depth {depth}")
     sampling = Sampling(temperature, seed=seed)
     methods = Methods.open([method], target, ASSISTANT, report=report, variables=variables)
+    methods.renderer = methods.renderer.at(clock_of(output))
     prompts = methods.prompts(suite, limit, max_new_tokens, 2 * (1 + large), False, report)
-    check_writable(output.parent)
     make = lambda tree: methods.drafters.drafter(asked, tree, lasting=True)  # noqa: E731
     own = methods.baselines[name].drafter.tree if shaped(asked) else None
     # A rule that judges from the root down: counts of slots do not depend on what stands below or beside them
     samples = shaped(asked) and not methods.baselines[name].keyed
-    found = tune(
-        methods.target,
-        make,
-        RULES["rejection"] if samples else MATCH,
-        [p.tokens for p in prompts],
-        methods.stops,
-        sampling,
-        trajectories,
-        max_new_tokens,
-        size,
-        candidates(large, depth),
-        own,
-        report,
-    )
-    document = {
-        "slots": [list(slot) for slot in found.slots],
-        "calibration": {
+    settings = {
+        **methods.identity(),
+        "method": method,
+        "prompts": digest(prompts),
+        "size": size,
+        "candidates": large,
+        "depth": depth,
+        "trajectories": trajectories,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        **timely(methods),
+    }
+
+    def tuned() -> dict:
+        found = tune(
+            methods.target,
+            make,
+            RULES["rejection"] if samples else MATCH,
+            [p.tokens for p in prompts],
+            methods.stops,
+            sampling,
+            trajectories,
+            max_new_tokens,
+            size,
+            candidates(large, depth),
+            own,
+            report,
+        )
+        calibration = {
             "method": method,
             "target": methods.target.name,
             "prompts": suite,
@@ -78,10 +94,16 @@ def tune_tree(
             "tau_expected": found.expected,
             "tau_measured": found.measured,
             "tau_of_own_tree": found.before,
-        },
-    }
-    write_json(output, document)
-    depths = f"{len(found.slots)} nodes, {max(map(len, found.slots), default=0)} levels"
-    own_tau = "" if found.before is None else f" (its own tree: {found.before:.2f})"
-    report(f"{depths}, tau {found.expected:.2f} expected, {found.measured:.2f} measured{own_tau}; tree in {output}")
+        }
+        return {"slots": [list(slot) for slot in found.slots], "calibration": calibration}
+
+    document = made_once(output, settings, tuned, report)
+    slots, found = document["slots"], document["calibration"]
+    depths = f"{len(slots)} nodes, {max(map(len, slots), default=0)} levels"
+    before = found["tau_of_own_tree"]
+    own_tau = "" if before is None else f" (its own tree: {before:.2f})"
+    report(
+        f"{depths}, tau {found['tau_expected']:.2f} expected, {found['tau_measured']:.2f} measured{own_tau}; "
+        f"tree in {output}"
+    )
     return document

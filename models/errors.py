@@ -6,8 +6,12 @@ from contextlib import contextmanager
 
 class UserError(Exception):
     """Bad input: one line naming the file, key or row, the value found and the value expected. Exit code 2, no
-    traceback.
+    traceback. Whatever the input holds, the line is one and can be printed.
     """
+
+    def __init__(self, message=""):
+        line = str(message).replace("\r", "\\r").replace("\n", "\\n")
+        super().__init__(line.encode("utf-8", "backslashreplace").decode())
 
 
 SHOWN = 6  # differences named in one message

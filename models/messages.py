@@ -17,6 +17,9 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }  # of ShareGPT's `from`
+GIVEN = ("system", "developer")  # roles that nobody answers
+WEIGHT = "weight"  # 0: an answer that is not to be learned
+SYSTEM = ("system", "system_prompt")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages bring their reasoning
 UNWRITTEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufdd0-\ufdef]")
 
@@ -34,32 +37,55 @@ def check_text(text: str, name: str) -> None:
 
 def messages_of(record: dict, key: str | None = None) -> list[dict]:
     """`messages` (or what stands under the key) with role and content, or `conversations` with from and value, or with
-    role and content. Raises UserError saying what was found and expected.
+    role and content; a list or its JSON. What the record says as the system goes first. Calls of the older form
+    (`function_call`, role `function`) become those of today. Raises UserError saying what was found and expected.
     """
     key = key or ("messages" if record.get("messages") is not None else "conversations")
-    turns = record[key]
+    turns = _parsed(record[key])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"{key}: found {_shown(turns)}, expected a list of objects with role and content")
     turns = [_without_nulls(turn) for turn in turns]
     if key == "conversations" and not all("role" in turn for turn in turns):
         turns = [_shared(turn) for turn in turns]
+    turns = [_without_what_json_has_not(turn) for turn in turns]
     for number, turn in enumerate(turns):
         name = f"{key}[{number}]"
         if not isinstance(turn.get("role"), str):
             raise UserError(f"{name}.role: found {_shown(turn.get('role'))}, expected text")
+        if turn["role"] == "function":
+            turn["role"] = "tool"
+        call, calls = turn.pop("function_call", None), turn.pop("tool_calls", None)
+        if calls := calls or ([call] if call else None):  # an empty list is no call, and templates take it for one
+            turn["tool_calls"] = _calls(_parsed(calls), f"{name}.tool_calls")
         _check(turn, name)
-        if "tool_calls" in turn:
-            turn["tool_calls"] = _calls(turn["tool_calls"], f"{name}.tool_calls")
         if turn.get("content") is None:
             if turn["role"] != "assistant":
                 raise UserError(f"{name}.content: missing, expected text")
             turn["content"] = ""
-    return turns
+    system = system_of(record)
+    return turns if system is None or turns[0]["role"] in GIVEN else [system, *turns]
+
+
+def system_of(record: dict) -> dict | None:
+    """The system's message that a record has beside its conversation: `system` or `system_prompt`, a text."""
+    for key in SYSTEM:
+        found = record.get(key)
+        if found is None or isinstance(found, str) and not found.strip():
+            continue
+        if not isinstance(found, str):
+            raise UserError(f"{key}: found {_shown(found)}, expected text")
+        check_text(found, key)
+        return {"role": "system", "content": found}
+    return None
 
 
 def tools_of(record: dict) -> list[dict] | None:
-    """The functions that the target may call: `tools`, a list or its JSON. None where there are none."""
+    """The functions that the target may call: `tools`, a list or its JSON, or `functions` of the older form. None where
+    there are none.
+    """
     tools = record.get("tools")
+    if tools in (None, "", []) and isinstance(functions := _parsed(record.get("functions")), list):
+        tools = [{"type": "function", "function": function} for function in functions]
     if isinstance(tools, str) and tools.strip():
         check_text(tools, "tools")
         try:
@@ -103,7 +129,9 @@ def _joined(content, number: int) -> str:
         raise UserError(f"{name}: found {_shown(content)}, expected text or a list of parts")
     for part in content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"{name}: found a part of type {part.get('type')}, expected parts of text alone")
+            kind = part.get("type")
+            kind = kind if isinstance(kind, str) and kind.isidentifier() else _shown(kind)
+            raise UserError(f"{name}: found a part of type {kind}, expected parts of text alone")
     return "".join(part["text"] for part in content)
 
 
@@ -114,7 +142,7 @@ def _shared(turn: dict) -> dict:
         raise UserError(f"conversations: expected a list of objects with value and from (one of {', '.join(ROLES)})")
     role, text = ROLES[who], turn["value"]
     if who != "function_call":
-        return {"role": role, "content": text}
+        return {"role": role, "content": text} | ({WEIGHT: turn[WEIGHT]} if WEIGHT in turn else {})
     try:
         calls = json.loads(text)
     except ValueError:
@@ -124,7 +152,9 @@ def _shared(turn: dict) -> dict:
 
 
 def _calls(calls, name: str) -> list[dict]:
-    """With arguments that are JSON text as objects: so serving engines hand them to templates."""
+    """Each with its function under `function`, and with arguments that are JSON text as objects: so serving engines
+    hand them to templates.
+    """
     found = []
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -138,8 +168,25 @@ def _calls(calls, name: str) -> list[dict]:
                 function = function | {"arguments": json.loads(arguments) if arguments.strip() else {}}
             except ValueError:
                 pass  # no JSON: as it was written
-        found.append(call | {"function": function} if "function" in call else function)
+        found.append((call if "function" in call else {"type": "function"}) | {"function": function})
     return found
+
+
+def _parsed(value):
+    """A list that is written as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _without_what_json_has_not(turn: dict) -> dict:
+    """Logs in Parquet have times and bytes beside the texts, which no template asks for."""
+    return {
+        key: value for key, value in turn.items() if value is None or isinstance(value, (str, int, float, list, dict))
+    }
 
 
 def _without_nulls(value):

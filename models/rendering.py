@@ -16,16 +16,19 @@ from datetime import date, datetime
 from functools import cached_property
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.messages import REASONING, as_text, reasoning_of, says_something
-from draftsmith.models.templates import CLOCK, rendered, source_of, tells_the_time, variables_of
+from draftsmith.models.messages import REASONING, WEIGHT, as_text, reasoning_of, says_something
+from draftsmith.models.shown import ANSWER, GIVEN, TOOLS, answer_missing, bare, roles_missing, texts, tools_missing
+from draftsmith.models.templates import CLOCK, THOUGHTS, rendered, source_of, tells_the_time, variables_of
 
 PLACE, OTHER = "\ufdd2", "\ufdd3"  # noncharacters in the place of a text: they show where a template puts it
 # Something that is opened and closed with nothing in it, and a thought that is opened, at the end of a text
 EMPTY = re.compile(r"(?:<\|?([\w]+)\|?>\s*<\|?/\1\|?>|\[(\w+)\]\s*\[/\2\])\s*$")
-THOUGHT = re.compile(r"<(think|thinking|thought|reason|reasoning|analysis|reflection|scratchpad)>\s*$")
+THOUGHT = re.compile(rf"<({THOUGHTS})>\s*$")
 
 
+SHOWN = 200  # characters of a prompt's end in which an answer may begin
 EMPTY_ANSWER = "answers say nothing: they are not supervised"
+WEIGHTLESS = "answers have the weight 0: they are context alone"
 END_INSIDE = "answers have an end marker inside: they are supervised up to it"
 
 
@@ -141,17 +144,31 @@ class Renderer:
         turns = [n for n, m in enumerate(messages) if m["role"] == "assistant" and begun is not None and n > begun]
         if not turns:
             raise UserError("found no answer in it, expected a turn of the assistant behind one that it answers")
+        for number, message in enumerate(messages[: turns[-1] + 1]):
+            if message["role"] == "assistant" and "tool_calls" in message:
+                self._check_calls(messages[: number + 1], tools)
         ends, pieces = self._ends(stops), []
         for turn in turns:
             if not says_something(messages[turn]):
                 notes[EMPTY_ANSWER] += 1
                 continue
+            if messages[turn].get(WEIGHT) == 0:
+                notes[WEIGHTLESS] += 1
+                continue
             asked, given, answer = self._answer(messages[: turn + 1], tools)
-            if any(end in _texts(messages[turn]) for end in ends):
+            written, ended = _until(answer, ends)
+            if not _without(written, ends).strip():  # the template shows nothing of what it says
+                notes[EMPTY_ANSWER] += 1
+                continue
+            if any(end in texts(messages[turn]) for end in ends):
                 notes[END_INSIDE] += 1
-            pieces.append((asked, given, *_until(answer, ends)))
+            notes[ANSWER] += answer_missing(messages[turn], asked[-SHOWN:] + given + answer)
+            pieces.append((asked, given, written, ended))
+        if pieces:
+            notes[TOOLS] += tools_missing(tools, pieces[-1][0])
+            notes.update(GIVEN.format(role) for role in roles_missing(messages[: turns[-1]], "".join(pieces[-1][:2])))
         rows = self._rows(pieces, stops, shared=True)
-        return Encoded([(row.ids, row.mask) for row in rows], notes)
+        return Encoded([(row.ids, row.mask) for row in rows], +notes)
 
     # ---------------------------------------------------------------------------------------- texts
 
@@ -180,7 +197,6 @@ class Renderer:
         """(the prompt, what the template itself puts behind it, the answer) of the last message."""
         *before, last = messages
         asked, (said, spans) = self._text(before, tools, asked=True)[0], self._text(messages, tools)
-        self._check_calls(messages, tools)
         if not said.startswith(asked):
             return asked, "", self._behind(asked, said, messages, tools)
         given, answer = "", said[len(asked) :]
@@ -188,7 +204,7 @@ class Renderer:
             given = said[len(asked) : max(len(asked), spans[-1][0])]
             answer = answer[len(given) :]
         block = self._empty_block
-        if block and answer.startswith(block) and not _texts(last).lstrip().startswith(block.strip()):
+        if block and answer.startswith(block) and not texts(last).lstrip().startswith(block.strip()):
             given, answer = given + block, answer[len(block) :]
         elif (thought := self._thought(asked)) and thought not in answer:
             raise UserError(self._without_reasoning(len(before), thought))
@@ -201,7 +217,7 @@ class Renderer:
         *before, last = messages
         head, found, tail = self._text([*before, last | {"content": self._content(PLACE)}], tools)[0].partition(PLACE)
         if thought := self._thought(asked):
-            content, opening = _texts(last), "<" + thought.removeprefix("</")
+            content, opening = texts(last), "<" + thought.removeprefix("</")
             if thought not in content or not found:
                 raise UserError(self._without_reasoning(len(before), thought))
             if content.lstrip().startswith(opening):
@@ -226,10 +242,9 @@ class Renderer:
         """
         *before, last = messages
         for number, call in enumerate(last.get("tool_calls", [])):
-            function = call.get("function", call)
-            marked = function | {"name": PLACE}
+            function = call["function"]
             calls = list(last["tool_calls"])
-            calls[number] = call | {"function": marked} if "function" in call else marked
+            calls[number] = call | {"function": function | {"name": PLACE}}
             if PLACE not in self._text([*before, last | {"tool_calls": calls}], tools)[0]:
                 raise UserError(
                     f"chat template: does not show the call of {function['name']} in turn {len(before)}, expected it "
@@ -241,13 +256,13 @@ class Renderer:
         """What the template puts between the prompt and an answer that has no reasoning, where that is an empty place
         for it; "" where it puts nothing, or what every answer has.
         """
-        asked, bare, _ = self._example({})
-        if not bare:
+        asked, put, _ = self._example({})
+        if not put:
             return ""
-        if EMPTY.search(asked + bare):
-            return bare
+        if EMPTY.search(asked + put):
+            return put
         _, filled, reasoned = self._example(dict.fromkeys(REASONING, OTHER))
-        return bare if OTHER in filled and _bare(filled.replace(OTHER, "")) == _bare(bare) else ""
+        return put if OTHER in filled and bare(filled.replace(OTHER, "")) == bare(put) else ""
 
     @cached_property
     def _closing(self) -> str:
@@ -350,29 +365,26 @@ def check_ids(ids: list[int], tokenizer, vocab_size: int) -> None:
         raise UserError(f"found token id {wrong}{f' ({name!a})' if name else ''}, expected 0..{vocab_size - 1}")
 
 
+def _without(text: str, ends: list[str]) -> str:
+    for end in ends:
+        text = text.replace(end, "")
+    return text
+
+
 def _until(answer: str, ends: list[str]) -> tuple[str, bool]:
     """An answer up to its first end marker, and whether there is one."""
     found = [at + len(end) for end in ends if (at := answer.find(end)) >= 0]
     return (answer[: min(found)], True) if found else (answer, False)
 
 
-def _texts(message: dict) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-
-
-def _bare(text: str) -> str:
-    return "".join(text.split())
-
-
 def _with_written_arguments(message: dict) -> dict:
     """Some templates want the arguments of a call as JSON text."""
     calls = []
     for call in message.get("tool_calls", []):
-        function = call.get("function", call)
+        function = call["function"]
         if not isinstance(function.get("arguments", ""), str):
             function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-        calls.append(call | {"function": function} if "function" in call else function)
+        calls.append(call | {"function": function})
     return message | {"tool_calls": calls} if calls else message
 
 

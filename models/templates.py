@@ -3,6 +3,7 @@ blocks mark.
 """
 
 import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -13,6 +14,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from draftsmith.models.errors import UserError
 
+THOUGHTS = "think|thinking|thought|reason|reasoning|analysis|reflection|scratchpad"
+THOUGHT_TAG = re.compile(rf"</?(?:{THOUGHTS})>")
 OPENED, CLOSED = "\ufdd0", "\ufdd1"  # around a generation block: noncharacters, which no message may have
 CLOCK = "strftime_now"
 # What rendering gives every template, besides special tokens

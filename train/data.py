@@ -22,11 +22,9 @@ import torch
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Packing
 from draftsmith.models.rendering import Renderer
-from draftsmith.train.files import HUB, identity, pinned, read_records
-from draftsmith.train.records import encode_record
+from draftsmith.train.encoding import Encoder, encoded, usual_processes
+from draftsmith.train.files import identity, pinned, read_records
 
-BEHIND = "rows are left out: their answers begin behind data.max_length {}"
-TOO_SHORT = "rows are left out: the target wrote a single token of them"
 EARLY = 1000  # records after which a file that is mostly unusable is refused without reading on
 
 
@@ -162,13 +160,15 @@ def prepare(
     folder: Path,
     report=print,
     pictures=None,
+    processes: int | None = None,
 ) -> Rows:
     """Encodes the files below `folder` unless that was done before with equal content, tokenizer and template (the
     folder's name is a hash of all).
 
-    reader: as `Renderer.of` takes it; pictures: a `train.pictures.Pictures` for a target that sees. Picture files are
-    not part of the hash, only their names are. Raises UserError naming file and row when a share of more than
-    `max_bad_rows` of a file's records cannot be used, and when nothing can be learned from any.
+    reader: as `Renderer.of` takes it; pictures: a `train.pictures.Pictures` for a target that sees; processes: that
+    encode long files (None: one a core). Picture files are not part of the hash, only their names are. Raises UserError
+    naming file and row when a share of more than `max_bad_rows` of a file's records cannot be used, and when nothing
+    can be learned from any.
     """
     files, renderer = pinned(files), Renderer.of(reader)
     place = folder / key_of(files, max_length, renderer, stops, vocab_size, pictures)
@@ -177,7 +177,8 @@ def prepare(
         partial = folder / f".{place.name}-{socket.gethostname()}-{os.getpid()}"  # machines may share the folder
         try:
             partial.mkdir()
-            _write(files, max_length, max_bad_rows, renderer, stops, vocab_size, partial, report, pictures)
+            encoder = Encoder(renderer, stops, vocab_size, max_length, pictures)
+            _write(files, max_bad_rows, encoder, partial, report, processes or usual_processes())
             try:
                 partial.rename(place)
             except OSError:
@@ -212,48 +213,34 @@ def key_of(files: list[str], max_length: int, renderer, stops: set[int], vocab_s
     return digest.hexdigest()[:16]
 
 
-def _write(files, max_length, max_bad_rows, renderer, stops, vocab_size, folder: Path, report, pictures) -> None:
+def _write(files, max_bad_rows, encoder: Encoder, folder: Path, report, processes: int) -> None:
     names, of_row, conversations, temperatures, laws = [], [0], [], set(), set()
-    borders, counts, notes, shown = [0], np.zeros(vocab_size, dtype=np.int64), Counter(), time.time()
-    before, conversation, goes_on = None, -1, False
+    borders, counts, notes, shown = [0], np.zeros(encoder.vocab_size, dtype=np.int64), Counter(), time.time()
+    before, conversation, goes_on, pictures = None, -1, False, encoder.pictures
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "mask.bin").open("wb") as mask_file:
         for file in files:
             bad = seen = 0
             first = ""
-            for number, record in read_records(file):
+            for number, found in encoded(read_records(file), file, encoder, processes):
                 seen += 1
-                try:
-                    rows, said = _encode(record, file, renderer, stops, vocab_size, max_length, pictures)
-                    notes.update(said)
-                except (UserError, RecursionError) as error:
-                    reason = "nested too deeply" if isinstance(error, RecursionError) else error
-                    bad, first = bad + 1, first or f"{file} row {number}: {reason}"
-                    rows = []
-                supervised = [row for row in rows if sum(row[1][:max_length]) >= 2]
-                notes.update(
-                    BEHIND.format(max_length) if sum(mask) >= 2 else TOO_SHORT
-                    for _, mask, _ in rows
-                    if sum(mask[:max_length]) < 2
-                )
-                origin = (file, record.get("row")) if isinstance(record, dict) and "turn" in record else None
+                notes.update(found.notes)
+                if found.reason is not None:
+                    bad, first = bad + 1, first or f"{file} row {number}: {found.reason}"
+                origin = found.origin
                 goes_on = goes_on and origin is not None and origin == before  # its turns, as regenerate writes them
                 before = origin
-                if supervised:
+                if found.rows:
                     conversation, goes_on = conversation + (not goes_on), True
-                    conversations += [conversation] * len(supervised)
-                    temperatures.add(temperature_of(record))
-                    laws.add(json.dumps(law_of(record), sort_keys=True))
-                for tokens, mask, found in supervised:
-                    ids, written = (
-                        np.array(tokens[:max_length], dtype=np.uint32),
-                        np.array(mask[:max_length], dtype=bool),
-                    )
+                    conversations += [conversation] * len(found.rows)
+                    temperatures.add(found.temperature)
+                    laws.add(json.dumps(found.law, sort_keys=True))
+                for ids, written, sources in found.rows:
                     tokens_file.write(ids.tobytes())
                     mask_file.write(written.tobytes())
-                    counts += np.bincount(ids[written], minlength=vocab_size)
+                    counts += np.bincount(ids[written], minlength=encoder.vocab_size)
                     borders.append(borders[-1] + len(ids))
                     if pictures is not None:
-                        names += pictures.store(found, folder)
+                        names += pictures.store(sources, folder)
                         of_row.append(len(names))
                 if seen == EARLY and bad > seen * max(max_bad_rows, 0.5):
                     break
@@ -273,7 +260,8 @@ def _write(files, max_length, max_bad_rows, renderer, stops, vocab_size, folder:
     lines = [f"{count:,} {note}" for note, count in notes.items()]
     if len(borders) == 1:
         raise UserError(
-            f"{', '.join(files)}: found no row with two or more tokens written by the target within {max_length} "
+            f"{', '.join(files)}: found no row with two or more tokens written by the target within "
+            f"{encoder.max_length} "
             f"tokens (data.max_length){''.join(f'; {line}' for line in lines)}"
         )
     for line in lines:
@@ -287,31 +275,7 @@ def _write(files, max_length, max_bad_rows, renderer, stops, vocab_size, folder:
     )
     (folder / "laws.json").write_text(f"[{', '.join(sorted(laws))}]", "utf-8")
     if pictures is not None:
-        encoded = [name.encode() for name in names]
-        np.save(folder / "names.npy", np.frombuffer(b"".join(encoded), dtype=np.uint8))
-        np.save(folder / "name_borders.npy", np.cumsum([0, *map(len, encoded)]))
+        as_bytes = [name.encode() for name in names]
+        np.save(folder / "names.npy", np.frombuffer(b"".join(as_bytes), dtype=np.uint8))
+        np.save(folder / "name_borders.npy", np.cumsum([0, *map(len, as_bytes)]))
         np.save(folder / "picture_borders.npy", np.array(of_row, dtype=np.int64))
-
-
-def temperature_of(record: dict) -> float | None:
-    """At which temperature the target gave this answer, where the record says so (`draftsmith regenerate` does)."""
-    found = record.get("temperature")
-    return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
-
-
-def law_of(record: dict) -> dict | None:
-    """By which law beside the temperature the target gave this answer, where the record says so."""
-    found = record.get("sampling")
-    return found if isinstance(found, dict) and all(isinstance(v, (int, float)) for v in found.values()) else None
-
-
-def _encode(record, file: str, renderer, stops, vocab_size, max_length, pictures) -> tuple[list, Counter]:
-    """(the rows of a record: (token ids, token mask, pictures) of each; what is to be told of it)."""
-    if pictures is not None:
-        return pictures.encode(
-            record, Path("." if file.startswith(HUB) else file).parent, renderer, stops, vocab_size, max_length
-        )
-    if isinstance(record, dict) and (record.get("image") or record.get("images")):
-        raise UserError("found a picture, expected text alone: this target does not see")
-    found = encode_record(record, renderer, stops, vocab_size)
-    return [(*row, []) for row in found.rows], found.notes

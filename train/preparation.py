@@ -40,5 +40,5 @@ def prepared(
     if waits:
         rows = await_rows(spec.files, spec.max_length, *arguments, pictures)
     else:
-        rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, report, pictures)
+        rows = prepare(spec.files, spec.max_length, spec.max_bad_rows, *arguments, report, pictures, spec.processes)
     return Prepared(rows, renderer, pictures, stops)

@@ -120,7 +120,8 @@ class Data(Strict):
     """files: JSONL, JSON (either gzipped) or Parquet files, or `hub:NAME[@REVISION][:[CONFIG:]SPLIT]`, with `messages`,
     `conversations`, `text`, or `tokens` + `prompt_length` (as `draftsmith regenerate` writes). max_image_pixels: of a
     picture, for targets that see; larger ones are bad rows. chat_template_kwargs: variables of the target's chat
-    template, such as {enable_thinking: false}; strftime_now: the date that templates are told.
+    template, such as {enable_thinking: false}; strftime_now: the date that templates are told. processes: that encode
+    long files, by default one a core, up to 8.
     """
 
     files: list[Place] = Field(min_length=1)
@@ -129,6 +130,7 @@ class Data(Strict):
     features: Literal["online", "cached"]
     max_image_pixels: int = Field(MAX_PIXELS, gt=0)
     chat_template_kwargs: dict[str, JsonValue] = {}
+    processes: int | None = Field(None, gt=0)
 
 
 def known(name: str) -> str:

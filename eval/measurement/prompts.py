@@ -76,13 +76,18 @@ def rendered(conversation: Conversation, messages: list[dict], reader, file: str
 
 
 def all_turns(
-    conversations: list[Conversation], reader, file: str | Path, answer: Callable[[list[Prompt]], list[str]]
+    conversations: list[Conversation],
+    reader,
+    file: str | Path,
+    answer: Callable[[list[Prompt]], list[str]],
+    fits: Callable[[Prompt], bool] = lambda prompt: True,
 ) -> list[Prompt]:
     """Every turn as a prompt of its own. Behind a turn stands the target's own answer to it: `answer(prompts) -> texts`
-    is called once a round (greedy and plain, so that all methods and temperatures get the same prompts).
+    is called once a round (greedy and plain, so that all methods and temperatures get the same prompts). A conversation
+    ends before the first prompt that does not fit.
     """
     going, prompts = [(c, first_turn(c, reader, file)) for c in conversations], []
-    while going:
+    while going := [(c, prompt) for c, prompt in going if fits(prompt)]:
         prompts += [prompt for _, prompt in going]
         asked = [(c, prompt) for c, prompt in going if len(c.turns) > prompt.turn + 1]
         texts = answer([prompt for _, prompt in asked]) if asked else []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.messages import check_text, messages_of, tools_of
+from draftsmith.models.messages import GIVEN, check_text, messages_of, system_of, tools_of
 from draftsmith.models.pictures import picture_sources
 
 Read = tuple[list[dict], list[list[dict]]]  # messages that are given, and turns
@@ -62,7 +62,7 @@ def turns_of(messages: list[dict]) -> Read:
 def _messages(row: dict, every: bool, key: str = "messages") -> Read:
     messages = messages_of(row, key)
     before, turns = turns_of(messages)
-    if every:
+    if every or type(row.get("turn")) is not int:
         return before, turns
     while messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -119,13 +119,13 @@ FORMATS = {
     "Chatbot Arena": ("conversation_a", _conversation("conversation_a")),  # both sides were asked the same first
     "preferences without a prompt": ("chosen", _conversation("chosen")),
 }
-GIVEN = ("system", "developer")  # roles that nobody answers
 NAMES = ("name", "question_id", "task_id", "id")
 
 
 def read_suite(file: str | Path, limit: int | None = None, every: bool = False) -> list[Conversation]:
-    """The first `limit` conversations. every: all turns of `messages` are asked, else the last one behind what is
-    recorded (the other formats record no history: all their turns are asked). Raises UserError naming file and row.
+    """The first `limit` conversations, each with every turn that it has. Of `messages` with the number of a `turn`, as
+    `longbench` and `regenerate` write them, the last one alone is asked, behind what is recorded; every: all of them
+    are. Raises UserError naming file and row.
     """
     path, found = Path(file), []
     for number, row in read_rows(path):
@@ -142,6 +142,8 @@ def read_suite(file: str | Path, limit: int | None = None, every: bool = False) 
             conversation = reader(row, every)
             if conversation is None:
                 raise UserError(f"{key}: found {ascii(row[key])[:60]}, expected text that is not empty")
+            if (system := system_of(row)) and not _has_system(conversation):
+                conversation = [system, *conversation[0]], conversation[1]
             tools, pictures = tools_of(row), tuple(picture_sources(row, path.parent))
         except (UserError, RecursionError) as error:
             raise UserError(f"{place}: {'nested too deeply' if isinstance(error, RecursionError) else error}") from None
@@ -150,6 +152,11 @@ def read_suite(file: str | Path, limit: int | None = None, every: bool = False) 
     if not found:
         raise UserError(f"{path}: found no prompts, expected at least one")
     return found
+
+
+def _has_system(conversation: Read) -> bool:
+    before, turns = conversation
+    return any(message["role"] in GIVEN for messages in (before, *turns) for message in messages)
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, object]]:

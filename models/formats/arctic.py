@@ -8,13 +8,15 @@ names its target in draftsmith.json. What only draftsmith decodes with, `[SPEC]`
 in config.json: the engine passes over both and drafts chains from the target's own states.
 """
 
+import re
 from pathlib import Path
 
 import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats.layout import Layout, Serving, Tensors, check_tensors
+from draftsmith.models.formats.layout import Layout, Serving, Stored, Tensors, check_tensors, figures
+from draftsmith.models.formats.mended import check_spelling
 from draftsmith.models.heads import OwlConfig, OwlHead
 from draftsmith.models.heads.owl import SPEC_UNIT
 
@@ -28,6 +30,7 @@ NAMES = {
     "output_head.weight": "head.0.weight",
 }
 SPEC = "spec_embedding"  # [d0], as the target takes it among its embeddings
+HEAD = re.compile(r"head\.\d+\.weight")
 EXPECTED = {"scale_input": True, "tie_weights": True, "tie_lstm_embs": True}
 
 
@@ -60,10 +63,12 @@ def from_config(stored: dict, place: str) -> OwlConfig:
             raise UserError(
                 f"{place}: inner_dim, proj_dim, emb_dim: found {', '.join(map(str, widths))}, expected one width"
             )
-        mode = stored.get("owl", {"spec_mode": "off"})["spec_mode"]
+        own = stored.get("owl", {"spec_mode": "off"})
+        mode = own["spec_mode"] if isinstance(own, dict) else own
         if mode not in ("off", "replace"):
             raise UserError(f"{place}: owl.spec_mode: found {mode!r}, expected off or replace")
-        return OwlConfig(stored["input_hidden_dim"], widths[0], stored["vocab_size"], stored["n_predict"], mode)
+        shape = figures(stored, ("input_hidden_dim", "vocab_size", "n_predict"), place)
+        return OwlConfig(shape["input_hidden_dim"], widths[0], shape["vocab_size"], shape["n_predict"], mode)
     except KeyError as error:
         raise UserError(f"{place}: {error.args[0]}: missing") from None
 
@@ -72,10 +77,9 @@ def one_width(value, name: str, place: str) -> int:
     """ArcticTraining writes widths as text, with dots between those of several layers; other writers use numbers or
     lists of one.
     """
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if not str(value).isdigit():
+    if not width_of(value).isdecimal():
         raise UserError(f"{place}: {name}: found {value!r}, expected one width")
-    return int(value)
+    return int(width_of(value))
 
 
 def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> OwlHead:
@@ -89,9 +93,7 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
         if found != wanted:
             raise UserError(f"{place}: {name}: found {found}, expected the target's {wanted}")
     place = f"{folder}/model.safetensors"
-    tensors = untied(
-        {name.removeprefix("speculator."): value for name, value in tensors.items()}, config.n_predict, place
-    )
+    tensors = untied(tensors, config.n_predict, place)
     check_tensors(tensors, expected_shapes(config), place)
     weights = {own: tensors[name] for own, name in NAMES.items()}
     weights |= {
@@ -107,8 +109,9 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
 
 def untied(tensors: Tensors, steps: int, place: str) -> Tensors:
     """Without the copies of tied tensors. Raises UserError for one that is no copy."""
-    copies = {f"{gate}_emb.0.weight": "forget_emb.0.weight" for gate in GATES[1:]} | {
-        f"head.{i}.weight": "head.0.weight" for i in range(1, steps)
+    copies = {f"{gate}_emb.0.weight": "forget_emb.0.weight" for gate in GATES[1:]}
+    copies |= {
+        name: "head.0.weight" for name in tensors if HEAD.fullmatch(name) and 0 < int(name.split(".")[1]) < steps
     }
     for name in copies.keys() & tensors.keys():
         if copies[name] in tensors and not torch.equal(tensors[name], tensors[copies[name]]):
@@ -152,6 +155,44 @@ def write(head: OwlHead, dtype: torch.dtype, serving: Serving | None = None) -> 
     }, tensors
 
 
+def holds(tensors: Tensors) -> bool:
+    return {f"{gate}_proj.0.weight" for gate in GATES} <= own_names(tensors).keys()
+
+
+def own_names(tensors: Tensors) -> Tensors:
+    return {name.removeprefix("model.").removeprefix("speculator."): value for name, value in tensors.items()}
+
+
+def mend(stored: Stored, layers: int | None, taps: str | None) -> tuple[dict, Tensors, list[str]]:
+    """`Layout.mend`: kind, width and ties from the tensors, and the steps from the number of output heads."""
+    config, tensors, place = dict(stored.config), own_names(stored.tensors), f"{stored.folder}/model.safetensors"
+    check_spelling(stored.tensors, place, lambda name: name.removeprefix("model.").removeprefix("speculator."))
+    lines = []
+
+    def mend_key(name: str, value, says: str, same=lambda found, value: found == value):
+        if not same(config.get(name), value):
+            lines.append(f"{name}: found {config.get(name)!r}, but the tensors are those of {says}")
+            config[name] = value
+
+    mend_key("model_type", "mlp_speculator", "a speculator")
+    mend_key("method", "sum_lstm", "an LSTM")
+    inner = tensors.get("cell_proj.1.weight")
+    if inner is not None and inner.ndim == 2 and inner.size(0) == inner.size(1):
+        for name in ("inner_dim", "proj_dim", "emb_dim"):
+            mend_key(name, str(len(inner)), f"width {len(inner)}", lambda found, value: width_of(found) == value)
+    for name, copies in (("tie_weights", "output heads that are tied"), ("tie_lstm_embs", "embeddings that are tied")):
+        mend_key(name, True, copies)  # copies that differ are refused
+    heads = {int(name.split(".")[1]) for name in tensors if HEAD.fullmatch(name)}
+    if len(heads) > 1 and heads == set(range(len(heads))):
+        mend_key("n_predict", len(heads), f"{len(heads)} steps")
+    return config, tensors, lines
+
+
+def width_of(value) -> str:
+    """As text, of a number, a text or a list of one."""
+    return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
+
+
 LAYOUT = Layout(
     OwlHead,
     {
@@ -163,4 +204,6 @@ LAYOUT = Layout(
     read,
     write,
     described=True,
+    holds=holds,
+    mend=mend,
 )

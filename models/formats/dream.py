@@ -11,7 +11,17 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats.layout import Layout, Serving, Tensors, architecture, check_tensors
+from draftsmith.models.formats.eagle3 import rope
+from draftsmith.models.formats.layout import (
+    Layout,
+    Serving,
+    Stored,
+    Tensors,
+    architecture,
+    check_tensors,
+    layer_figures,
+)
+from draftsmith.models.formats.mended import check_spelling, mend_architecture, plain_names
 from draftsmith.models.heads import DreamConfig, DreamHead
 
 ARCHITECTURE = "DreamDrafter"
@@ -36,13 +46,29 @@ def expected_shapes(config: DreamConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"layers.1.attn_gate": (1,), "layers.1.mlp_gate": (1,), "norm.weight": (h,)}
 
 
+def from_config(stored: dict, place: str) -> DreamConfig:
+    """config.json -> config. Raises UserError for what is missing or of another kind."""
+    if missing := next((name for name in DreamConfig.__dataclass_fields__ if name not in stored), None):
+        raise UserError(f"{place}: {missing}: missing")
+    found = layer_figures(stored, place) | {"rope_parameters": rope(stored, place)}
+    for name, right, expected in (
+        ("keep_ratio", lambda v: type(v) in (int, float) and 0 < v <= 1, "a share above 0, at most 1"),
+        ("positions", lambda v: v in ("original", "compact"), "original or compact"),
+        ("middle_granularity", lambda v: v in ("token", "sample"), "token or sample"),
+        ("middle_feature", lambda v: v in ("output", "input"), "output or input"),
+        ("middle_first", lambda v: type(v) is int and v >= 0, "the number of a layer"),
+        ("middle_last", lambda v: type(v) is int and v > stored["middle_first"], "a number above middle_first"),
+    ):
+        if not right(stored[name]):
+            raise UserError(f"{place}: {name}: found {stored[name]!r}, expected {expected}")
+        found[name] = stored[name]
+    return DreamConfig(**found)
+
+
 def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> DreamHead:
     """`Layout.read`: checked against the target before anything is built."""
     place, (vocab, hidden) = f"{folder}/config.json", shared.embedding.shape
-    try:
-        config = DreamConfig(**{name: stored[name] for name in DreamConfig.__dataclass_fields__})
-    except KeyError as error:
-        raise UserError(f"{place}: {error.args[0]}: missing") from None
+    config = from_config(stored, place)
     for name, found, expected in (
         ("vocab_size", config.vocab_size, vocab),
         ("hidden_size", config.hidden_size, hidden),
@@ -71,6 +97,19 @@ def write(head: DreamHead, dtype: torch.dtype, serving: Serving | None = None) -
     return about | asdict(head.config), tensors
 
 
+def mend(stored: Stored, layers: int | None, taps: str | None) -> tuple[dict, Tensors, list[str]]:
+    """`Layout.mend`: names with a prefix, and the target's architecture."""
+    config = dict(stored.config)
+    check_spelling(stored.tensors, f"{stored.folder}/model.safetensors", lambda name: name.removeprefix("model."))
+    return config, plain_names(stored.tensors), mend_architecture(config, (ARCHITECTURE,), "a DREAM head")
+
+
 LAYOUT = Layout(
-    DreamHead, {}, recognises, read, write, holds=lambda tensors: any(".cross_attn." in name for name in tensors)
+    DreamHead,
+    {},
+    recognises,
+    read,
+    write,
+    holds=lambda tensors: any(".cross_attn." in name for name in tensors),
+    mend=mend,
 )

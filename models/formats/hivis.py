@@ -15,7 +15,8 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
 from draftsmith.models.formats import eagle
 from draftsmith.models.formats.eagle3 import LEFT_OUT, check_embedding
-from draftsmith.models.formats.layout import Layout, Serving, Tensors, architecture, check_tensors
+from draftsmith.models.formats.layout import Layout, Serving, Stored, Tensors, architecture, check_tensors
+from draftsmith.models.formats.mended import check_spelling, mend_eagle, plain_names
 from draftsmith.models.heads import HivisConfig, HivisHead
 
 ARCHITECTURE, MARKS = "HivisLlama", ("residual", "adaptive_embedding")
@@ -40,19 +41,22 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
         if found != expected:
             raise UserError(f"{place}: {name}: found {found}, expected {expected}")
     place = f"{folder}/model.safetensors"
-    tensors = {
-        ("residual" if name in MARKS else name): value for name, value in tensors.items() if not name.endswith(LEFT_OUT)
-    }
+    tensors = {name: value for name, value in tensors.items() if not name.endswith(LEFT_OUT)}
     if "embed_tokens.weight" in tensors:
         check_embedding(tensors.pop("embed_tokens.weight"), shared.embedding, place)
-    rows = len(tensors["residual"]) if "residual" in tensors else 1
+    rows = len(tensors["residual"]) if "residual" in tensors and tensors["residual"].ndim else 1
     bias = stored.get("qkv_bias", "layers.0.self_attn.q_proj.bias" in tensors)
+    drop_ids = stored.get("drop_token_ids") or []
+    if not isinstance(drop_ids, list) or not all(type(i) is int and 0 <= i < vocab for i in drop_ids):
+        raise UserError(f"{folder}/config.json: drop_token_ids: found {drop_ids!r}, expected ids below {vocab}")
+    if type(bias) is not bool:
+        raise UserError(f"{folder}/config.json: qkv_bias: found {bias!r}, expected true or false")
     config = HivisConfig(
         **vars(base),
         qkv_bias=bias,
         residuals=rows,
         positions=positions,
-        drop_ids=tuple(stored.get("drop_token_ids", ())),
+        drop_ids=tuple(drop_ids),
     )
     check_tensors(tensors, expected_shapes(config), place)
     head = HivisHead(config, shared)
@@ -87,4 +91,17 @@ def write(head: HivisHead, dtype: torch.dtype, serving: Serving | None = None) -
     return eagle.to_config(head.config, dtype, ARCHITECTURE) | own, tensors
 
 
-LAYOUT = Layout(HivisHead, {}, recognises, read, write, holds=lambda tensors: any(name in tensors for name in MARKS))
+def holds(tensors: Tensors) -> bool:
+    return any(name in MARKS for name in plain_names(tensors))
+
+
+def mend(stored: Stored, layers: int | None, taps: str | None) -> tuple[dict, Tensors, list[str]]:
+    """`Layout.mend`: as of EAGLE-1 heads, with one name for the vectors of the steps."""
+    renamed = lambda name: "residual" if name in MARKS else name  # noqa: E731
+    place = f"{stored.folder}/model.safetensors"
+    check_spelling(stored.tensors, place, lambda name: renamed(name.removeprefix("model.")))
+    config, tensors, lines = mend_eagle((ARCHITECTURE,), "a HiViS head")(stored, layers, taps)
+    return config, {renamed(name): value for name, value in tensors.items()}, lines
+
+
+LAYOUT = Layout(HivisHead, {}, recognises, read, write, holds=holds, mend=mend)

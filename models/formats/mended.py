@@ -6,7 +6,7 @@ embeddings), and converters change the types of the draft vocabulary's maps.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -39,9 +39,13 @@ def holds_eagle(tensors: Tensors) -> bool:
     return one and fc is not None and fc.ndim == 2 and fc.size(1) == 2 * fc.size(0) and not holds_eagle3(tensors)
 
 
-def check_spelling(tensors: Tensors, place: str) -> None:
+def check_spelling(
+    tensors: Tensors,
+    place: str,
+    spell: Callable[[str], str] = lambda name: name.removeprefix("model.").replace("layers.0.", "midlayer.", 1),
+) -> None:
     """Raises UserError for a tensor that stands there under two spellings of its name."""
-    spelt = [name.removeprefix("model.").replace("layers.0.", "midlayer.", 1) for name in tensors]
+    spelt = list(map(spell, tensors))
     twice = sorted({name for name in spelt if spelt.count(name) > 1})
     if twice:
         raise UserError(f"{place}: {twice[0]}: found under two spellings, expected one")
@@ -62,13 +66,15 @@ def mend_layers(config: dict, said, tensors: Tensors) -> list[str]:
     return [f"num_hidden_layers: found {said}, but the tensors are those of one layer"]
 
 
-def mend_eagle(names: Sequence[str]):
-    """`Layout.mend` of EAGLE-1 directories whose architecture may be any of `names`."""
+def mend_eagle(names: Sequence[str], kind: str = "an EAGLE-1 or EAGLE-2 head"):
+    """`Layout.mend` of directories of EAGLE-1 heads, and of what is built like them, whose architecture may be any of
+    `names`.
+    """
 
     def mend(stored: Stored, layers: int | None, taps: str | None) -> tuple[dict, Tensors, list[str]]:
         config, tensors = dict(stored.config), plain_names(stored.tensors)
         check_spelling(stored.tensors, f"{stored.folder}/model.safetensors")
-        lines = mend_architecture(config, names, "an EAGLE-1 or EAGLE-2 head")
+        lines = mend_architecture(config, names, kind)
         return config, tensors, lines + mend_layers(config, config.get("num_hidden_layers"), tensors)
 
     return mend

@@ -83,3 +83,9 @@ def test_arguments_of_templates_are_read_as_json_or_text():
             template_variables([wrong])
     with pytest.raises(UserError, match="--template-arg: found a twice, expected each once"):
         template_variables(["a=1", "a=2"])
+
+
+def test_brackets_in_what_is_told_are_no_markup(folder, tmp_path):
+    """Keys and templates of Mistral's kind hold `[/INST]`, which rich would take for the end of a style."""
+    rows = [{"[/x]": 1}] + [{"messages": TALK}] * 9
+    assert "row 1: found keys ['[/x]']" in inspected(folder, tmp_path, rows, "data.max_bad_rows=0.5")

@@ -6,54 +6,20 @@ import json
 import os
 import signal
 import stat
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from draftsmith.eval.measurement import measure
-from draftsmith.launch import cli
 from draftsmith.launch import regenerate as regeneration
 from draftsmith.models import targets
 from draftsmith.models.errors import UserError
 from draftsmith.models.files import alone, write_new, write_whole
-from draftsmith.models.formats import layout, save_drafter
+from draftsmith.models.formats import layout
 from draftsmith.models.targets import TextTarget
 from draftsmith.train.reference import pretrain, pretrain_vision
-from draftsmith.train.reference.pretrain import train_tokenizer
-from tests.conftest import ROOT, tiny_head, tiny_target
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a target, a drafter for it and prompts."""
-    root, target = tmp_path_factory.mktemp("place"), tiny_target(vocab=300)
-    target.model.generation_config.eos_token_id = 2
-    target.model.save_pretrained(root / "target")
-    train_tokenizer(["def add(a, b): return a + b"], 300).save_pretrained(root / "target")
-    save_drafter(tiny_head(target, 40), root / "drafter", {"target": str(root / "target")})
-    for name, count in (("prompts", 6), ("others", 5)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"add {i}"}) + "\n" for i in range(count)))
-    return root
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, output, last line of the errors) of the command line in this process."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["draftsmith", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        found = capsys.readouterr()
-        return code, found.out, (found.err.splitlines() or [""])[-1]
-
-    return run
+from tests.conftest import ROOT
 
 
 def press(*arguments, **options):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -14,10 +15,9 @@ import yaml
 
 import draftsmith
 from draftsmith.launch import cli, demo
-from draftsmith.models.formats import save_drafter
+from draftsmith.launch.program import expanded
 from draftsmith.models.targets.fetched import FetchedTarget
-from draftsmith.train.reference.pretrain import train_tokenizer
-from tests.conftest import ROOT, tiny_head, tiny_target
+from tests.conftest import ROOT
 
 OPTIONAL = re.findall(
     r"[\w-]+(?=[>\"])",
@@ -74,22 +74,16 @@ def test_the_version(monkeypatch, capsys, before):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    root, target = tmp_path_factory.mktemp("place"), tiny_target(vocab=300)
-    target.model.generation_config.eos_token_id = 2
-    target.model.save_pretrained(root / "target")
-    train_tokenizer(["def add(a, b): return a + b"], 300).save_pretrained(root / "target")
-    save_drafter(tiny_head(target, 40), root / "drafter", {"target": str(root / "target")})
-    (root / "prompts.jsonl").write_text('{"prompt": "add 1"}\n{"prompt": "add 2"}\n')
-    recipe = yaml.safe_load((ROOT / "recipes" / "eagle3-code.yaml").read_text())
-    recipe |= {"target": str(root / "target"), "output": str(root / "out")}
-    recipe["data"] |= {"files": [str(root / "answers.jsonl")], "max_length": 64, "max_bad_rows": 0.9}
-    recipe["head"] |= {"intermediate_size": None, "draft_vocab_size": 200}
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return root
+def recipe(place):
+    found = yaml.safe_load((ROOT / "recipes" / "eagle3-code.yaml").read_text())
+    found |= {"target": str(place / "target"), "output": str(place / "out")}
+    found["data"] |= {"files": [str(place / "answers.jsonl")], "max_length": 64, "max_bad_rows": 0.9}
+    found["head"] |= {"intermediate_size": None, "draft_vocab_size": 200}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(found))
+    return place / "recipe.yaml"
 
 
-def test_what_needs_no_optional_package_runs_without_and_the_rest_says_which(place):
+def test_what_needs_no_optional_package_runs_without_and_the_rest_says_which(place, recipe):
     assert {"deepspeed", "pillow", "datasets", "peft", "gguf", "wandb", "matplotlib"} <= set(OPTIONAL)
     drafter, suite = str(place / "drafter"), ["--suite", f"{place}/prompts.jsonl"]
     short = ["--max-new-tokens", "4", "--temperature", "0"]
@@ -100,10 +94,10 @@ def test_what_needs_no_optional_package_runs_without_and_the_rest_says_which(pla
         ["eval", drafter, "lookup", *suite, *short, "--tree", "chain:2", "--threads", "1", "--output", f"{place}/eval"],
         ["verify", drafter, *suite, *short, "--tree", "chain:2", "--batch", "1", "--output", f"{place}/verify"],
         ["export", drafter, f"{place}/exported", "--to", "vllm"],
-        ["inspect", f"{place}/recipe.yaml"],
+        ["inspect", str(recipe)],
         ["generate", drafter, "add 1", "--image", f"{place}/prompts.jsonl"],
-        ["train", f"{place}/recipe.yaml"],
-        ["launch", f"{place}/recipe.yaml", "--gpus", "1"],
+        ["train", str(recipe)],
+        ["launch", str(recipe), "--gpus", "1"],
         ["report", f"{place}/eval"],
         ["demo", "--output", f"{place}/demo"],
     ]
@@ -130,6 +124,49 @@ def test_what_needs_no_optional_package_runs_without_and_the_rest_says_which(pla
     )
     assert len(errors) == len(wanted) and all(said in line for said, line in zip(wanted, errors)), errors
     assert "Traceback" not in found.stderr and not (place / "demo").exists() and not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("~", "{home}"),
+        ("~/x", "{home}/x"),
+        ("mine=~/d", "mine={home}/d"),
+        ("howl:~/d", "howl:{home}/d"),
+        ("mine=reader:~/d", "mine=reader:{home}/d"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name/x"),
+        ("a/~/x", "a/~/x"),
+        ("x~", "x~"),
+        ("USER/NAME", "USER/NAME"),
+        ("bundled:~", "bundled:{home}"),
+    ],
+)
+def test_a_home_is_expanded_wherever_a_place_stands(monkeypatch, given, expected):
+    monkeypatch.setenv("HOME", "/somewhere")
+    expected = expected.format(home="/somewhere")
+    assert expanded(given) == expected and expanded([given, 3]) == [expected, 3]
+    assert expanded(Path(given)) == Path(expected) and expanded(None) is None and expanded(0.5) == 0.5
+
+
+def test_every_place_of_a_command_may_be_at_home(place, tmp_path, monkeypatch, run):
+    """`--output=~/x`, which no shell expands; what is no place stays as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "place").symlink_to(place)
+    short = "--temperature=0", "--max-new-tokens=4", "--tree=chain:2", "--limit=1"
+    suite = "--suite=mine=~/place/prompts.jsonl"
+    assert run("eval", "d=~/place/drafter", suite, *short, "--threads=1", "--output=~/eval")[0] == 0
+    assert run("verify", "~/place/drafter", "--suite=~/place/prompts.jsonl", *short, "--output=~/proof")[0] == 0
+    options = "--temperature=0", "--max-new-tokens=4"
+    assert run("regenerate", "~/place/target", "~/place/prompts.jsonl", "~/answers.jsonl", *options)[0] == 0
+    assert run("export", "~/place/drafter", "~/exported", "--to=vllm")[0] == 0
+    wanted = {"eval/result.json", "proof/lossless.json", "answers.jsonl", "exported/config.json"}
+    assert all((tmp_path / name).is_file() for name in wanted)
+    assert json.loads((tmp_path / "eval/result.json").read_text())["conditions"]["count"] == {"mine": 1}
+    seen = []
+    monkeypatch.setattr("draftsmith.launch.generate.generate", seen.append)
+    assert run("generate", "~/place/drafter", "~/x", "--system=~", "--template-arg=a=~/y")[0] == 0
+    (request,) = seen
+    assert (request.prompt, request.system, request.variables) == ("~/x", "~", {"a": "~/y"})
 
 
 def test_a_target_that_is_fetched_needs_its_packages_before_it_is(monkeypatch, tmp_path):

@@ -2,12 +2,13 @@
 
 import json
 import random
+from datetime import datetime
 
 import pytest
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.messages import messages_of, tools_of
-from draftsmith.models.rendering import EMPTY_ANSWER, Renderer
+from draftsmith.models.rendering import EMPTY_ANSWER, END_INSIDE, Renderer
 from draftsmith.train import data
 from draftsmith.train.records import READY_MADE, encode_record
 
@@ -133,6 +134,53 @@ def test_every_form_of_a_conversation_is_the_same_rows(tokenizer):
     assert messages_of({"conversations": shared})[1]["tool_calls"][0]["function"]["name"] == "calc"
 
 
+def test_the_older_form_of_calls_and_lists_written_as_json_are_the_same(tokenizer):
+    call = {"name": "calc", "arguments": '{"e": "6*7"}'}
+    modern = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}]
+    want = messages_of({"messages": [*modern, {"role": "tool", "content": "42"}]})
+    assert want[1]["tool_calls"][0]["function"]["arguments"] == {"e": "6*7"}
+    older = [TALK[0], {"role": "assistant", "content": None, "function_call": call}]
+    found = messages_of({"messages": [*older, {"role": "function", "name": "calc", "content": "42"}]})
+    assert [m["role"] for m in found] == [m["role"] for m in want]
+    assert found[1]["tool_calls"] == want[1]["tool_calls"] and "function_call" not in found[1]
+    written = [TALK[0], modern[1] | {"tool_calls": json.dumps(modern[1]["tool_calls"])}]
+    assert messages_of({"messages": json.dumps(written)}) == want[:2]
+    for none in ([], "", None):
+        assert messages_of({"messages": [TALK[0], TALK[1] | {"tool_calls": none, "function_call": none}]}) == TALK
+    function = {"name": "calc", "parameters": {}}
+    for functions in ([function], json.dumps([function])):
+        assert tools_of({"functions": functions}) == [{"type": "function", "function": function}]
+    assert tools_of({"functions": [], "tools": [{"name": "x"}]}) == [{"name": "x"}]
+
+
+def test_what_stands_beside_a_conversation(tokenizer):
+    """The system's message in a column of its own; times and bytes of logs."""
+    system = {"role": "system", "content": "be terse"}
+    shared = [{"from": "human", "value": "add"}, {"from": "gpt", "value": "return"}]
+    for key in ("system", "system_prompt"):
+        for record in ({"messages": TALK}, {"conversations": shared}):
+            assert messages_of(record | {key: "be terse"}) == [system, *TALK]
+            assert messages_of(record | {key: " "}) == messages_of(record | {key: None}) == TALK
+        assert messages_of({"messages": [{"role": "developer", "content": "x"}, *TALK], key: "be terse"})[1:] == TALK
+        with pytest.raises(UserError, match=f"{key}: found 3, expected text"):
+            messages_of({"messages": TALK, key: 3})
+    logged = [m | {"timestamp": datetime(2026, 1, 1), "digest": b"x", "turn": 3, "score": 0.5} for m in TALK]
+    assert messages_of({"messages": logged}) == [m | {"turn": 3, "score": 0.5} for m in TALK]
+
+
+def test_ids_behind_the_end_of_an_answer_are_left_out(tmp_path, tokenizer):
+    """Padding with the end's id, and what runs past it."""
+    want = encode_record({"tokens": [1, 3, 9, 8, 2], "prompt_length": 2}, tokenizer, {2}, 300)
+    assert want.rows == [([1, 3, 9, 8, 2], [0, 0, 1, 1, 1])] and not want.notes
+    for more in ([2, 2, 2], [0, 0], [3, 9, 4]):
+        found = encode_record({"tokens": [1, 3, 9, 8, 2, *more], "prompt_length": 2}, tokenizer, {2}, 300)
+        assert found.rows == want.rows and found.notes == {END_INSIDE: 1}
+    found = encode_record({"tokens": [1, 3, 2, 9, 8], "prompt_length": 2}, tokenizer, {2}, 300)
+    assert found.rows == [] and found.notes == {EMPTY_ANSWER: 1}
+    prompt = encode_record({"tokens": [1, 2, 2, 9, 8], "prompt_length": 3}, tokenizer, {2}, 300)
+    assert prompt.rows == [([1, 2, 2, 9, 8], [0, 0, 0, 1, 1])]  # ends of turns before it are no ends of the answer
+
+
 def test_answers_that_say_nothing_are_counted_by_their_name(tmp_path, tokenizer):
     said = []
     empty = [TALK[0], {"role": "assistant", "content": " "}]
@@ -163,6 +211,17 @@ def test_ready_made_text_has_one_first_token_and_is_told_of(tmp_path, tokenizer)
     for text, first in ((made, [1, 3]), (made.removeprefix("<|bos|>"), [1, 3]), ("os", [1])):
         ((ids, mask),) = encode_record({"text": text}, Adding(), {2}, 300).rows
         assert ids[: len(first)] == first and ids.count(1) == 1 and all(mask)
+
+    class Closing(Adding):
+        """And its last one behind."""
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = super().__call__(text, add_special_tokens)["input_ids"]
+            return {"input_ids": [*ids, tokenizer.eos_token_id] if add_special_tokens else ids}
+
+    for text in ("os<|end|>", "os", "os<|end|>\n", made.removeprefix("<|bos|>")):
+        ((ids, _),) = encode_record({"text": text}, Closing(), {2}, 300).rows
+        assert ids[-2:] != [2, 2] and ids[-1] == 2 and ids[0] == 1
     read([{"text": made}, {"text": "import os"}], tokenizer, tmp_path, report=said.append)
     assert said == [f"1 {READY_MADE}"]
 

@@ -27,6 +27,18 @@ ROWS = {
                 {"role": "user", "content": "c"},
             ]
         },
+        [],
+        ["a", "c"],
+    ),
+    "one turn of messages": (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+            ],
+            "turn": 2,
+        },
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         ["c"],
     ),
@@ -40,6 +52,16 @@ ROWS = {
     "GSM8K": ({"question": "how many?", "answer": "#### 4"}, [], ["how many?"]),
     "Alpaca": ({"instruction": "add", "input": "1 2", "output": "3"}, [], ["add\n\n1 2"]),
     "Alpaca without input": ({"instruction": "add", "input": "", "output": "3"}, [], ["add"]),
+    "a system's message beside": (
+        {"system_prompt": "be terse", "question": "how many?", "response": "4"},
+        [{"role": "system", "content": "be terse"}],
+        ["how many?"],
+    ),
+    "a system's message beside turns": (
+        {"system": "be terse", "turns": ["a", "b"]},
+        [{"role": "system", "content": "be terse"}],
+        ["a", "b"],
+    ),
     "CNN/DM": ({"article": "news", "highlights": "n", "id": "f0"}, [], ["Summarize: news"]),
     "Chatbot Arena": ({"question_id": "q", "conversation_a": SAID, "conversation_b": SAID}, [], ["a"]),
     "WildChat": ({"conversation": SAID, "language": "English"}, [], ["a"]),
@@ -209,11 +231,29 @@ def test_every_turn_of_a_conversation_whatever_its_keys(tmp_path, messages, befo
         assert [[m["content"] for m in turn] for turn in found.turns] == turns, key
         roles = [m["role"] for m in messages if m["role"] == "tool"]
         assert [m["role"] for turn in found.turns for m in turn if m["role"] == "tool"] == roles
-        if key == "messages":  # a suite asks the last turn, behind what is recorded
+        assert read_suite(tmp_path / "s.jsonl") == [found]
+        if key == "messages":  # a row that is one turn of a conversation is asked behind what is recorded
+            write(tmp_path / "s.jsonl", [row | {"turn": 1} for row in rows])
             (last,) = read_suite(tmp_path / "s.jsonl")
             assert [[m["content"] for m in turn] for turn in last.turns] == turns[-1:]
             count = len(last.before) + len(last.turns[0])
             assert all(m["role"] == "assistant" for m in messages[count:])
+            assert read_suite(tmp_path / "s.jsonl", every=True) == [found]
+
+
+def test_a_conversation_ends_before_the_first_prompt_that_does_not_fit(tmp_path):
+    tokenizer, asked = train_tokenizer(["a b c"], 280), []
+    file = write(tmp_path / "s.jsonl", [{"messages": [user("a"), said("x"), user("b"), said("y"), user("c")]}])
+
+    def answer(prompts):
+        asked.append([p.name for p in prompts])
+        return ["answer" for _ in prompts]
+
+    found = all_turns(read_suite(file), tokenizer, file, answer, lambda p: len(p.messages) < 3)
+    assert [p.name for p in found] == ["1"] and asked == [["1"]]
+    found = all_turns(read_suite(file), tokenizer, file, answer, lambda p: len(p.messages) < 5)
+    assert [[m["content"] for m in p.messages] for p in found] == [["a"], ["a", "answer", "b"]]
+    assert all_turns(read_suite(file), tokenizer, file, answer, lambda p: False) == []
 
 
 @pytest.mark.parametrize(

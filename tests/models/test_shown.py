@@ -1,0 +1,62 @@
+"""What a chat template leaves out of a conversation is told, and nothing is supervised that nobody wrote."""
+
+import pytest
+
+from draftsmith.models.messages import WEIGHT
+from draftsmith.models.rendering import EMPTY_ANSWER, WEIGHTLESS
+from draftsmith.models.shown import ANSWER, GIVEN, TOOLS
+from tests import templates
+from tests.models.test_rendering import END, PLAIN, of, said, shown, user
+from tests.models.test_rendering import TOOLS as CALC
+
+SILENT = PLAIN.replace("for m in messages", "for m in messages if m.role != 'system'")
+STRIPS = PLAIN.replace("m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
+TALK = [user("add"), said("os")]
+
+
+def notes(tokenizer, template, messages, tools=None):
+    return dict(of(tokenizer, template).encode(messages, tools, {END}).notes)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "expected"),
+    [
+        (PLAIN, TALK, CALC, {TOOLS: 1}),
+        (templates.LLAMA3, TALK, CALC, {}),
+        (PLAIN, TALK, [{"name": "calc"}], {TOOLS: 1}),
+        (PLAIN, TALK, [{"type": "code_interpreter"}], {}),  # nothing to look for
+        (SILENT, [{"role": "system", "content": "sys"}, *TALK], None, {GIVEN.format("system"): 1}),
+        (PLAIN, [{"role": "system", "content": "sys"}, *TALK], None, {}),
+        (PLAIN.replace("m.content", "m.content | trim"), [user(" add\n\n one "), said("  os ")], None, {}),
+        (PLAIN, [user("add"), said("os", reasoning_content="sys")], None, {ANSWER: 1}),
+        (STRIPS, [user("add"), said("<think>sys</think>os")], None, {ANSWER: 1}),
+        (PLAIN, [user("add"), said("<think>sys</think>os")], None, {}),
+        (templates.QWEN3 + templates.QWEN3_ASKED, [user("a"), said("os", thinking="sys")], None, {}),
+        (templates.DEEPSEEK_R1, [user("a"), said("<think>\nsys</think>os")], None, {}),
+        (PLAIN.replace("m.content", "m.content[:5]"), [user("add"), said("os")], None, {}),
+        (PLAIN.replace("m.content", "m.content[:5]"), [user("import sys"), said("import os")], None, "both"),
+    ],
+)
+def test_what_is_not_shown_is_told(tokenizer, template, messages, tools, expected):
+    expected = {ANSWER: 1, GIVEN.format("user"): 1} if expected == "both" else expected
+    assert notes(tokenizer, template, messages, tools) == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [said("", reasoning_content="sys"), said("<think>sys</think>"), said("<think>sys</think> \n")],
+)
+def test_an_answer_of_which_nothing_is_shown_is_not_supervised(tokenizer, answer):
+    """Not even its end: the target would not have ended there."""
+    talk = [user("a"), answer, user("b"), said("os")]
+    assert notes(tokenizer, STRIPS, talk)[EMPTY_ANSWER] == 1
+    (row,) = shown(of(tokenizer, STRIPS), talk)
+    assert row.count("[[") == 1 and row.endswith("[[os<|end|>]]")
+    assert of(tokenizer, STRIPS).encode(talk[:2], None, {END}).rows == []
+
+
+def test_answers_of_weight_0_are_context(tokenizer):
+    talk = [user("a"), said("fox", **{WEIGHT: 0}), user("b"), said("os", **{WEIGHT: 1})]
+    assert notes(tokenizer, PLAIN, talk) == {WEIGHTLESS: 1}
+    (row,) = shown(of(tokenizer, PLAIN), talk)
+    assert row.endswith("<|assistant|>fox<|end|><|user|>b<|end|><|assistant|>[[os<|end|>]]") and row.count("[[") == 1
