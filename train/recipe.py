@@ -5,6 +5,7 @@ A recipe knows nothing about tensors. Every default that a person would want to 
 
 import os
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
@@ -180,12 +181,10 @@ class Objective(Strict):
 
 
 def section(base: type[R], kind: type) -> type[R]:
-    """A section that also has the fields of a head's dataclass, all of them to be given."""
-    return create_model(
-        base.__name__,
-        __base__=base,
-        **{name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()},
-    )
+    """A section that also has the fields of a head's dataclass; those without a default are to be given."""
+    given = {field.name: ... if field.default is MISSING else field.default for field in fields(kind)}
+    hints = get_type_hints(kind, include_extras=True)
+    return create_model(base.__name__, __base__=base, **{name: (hints[name], value) for name, value in given.items()})
 
 
 class Optimization(Strict):
