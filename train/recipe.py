@@ -174,6 +174,18 @@ class Gto(Strict):
     delta: float = Field(ge=0)
     min_spread: float = Field(gt=0)
     omega: float = Field(gt=0)
+    baseline: Literal["group", "position"] = "group"
+
+
+class SoftBudget(Strict):
+    """The soft-budget tree loss beside the head's own objective; see train/soft_budget.py for what the values mean.
+    roots: of each packed row; theta: width of the border of the tree, in nats; omega: its weight.
+    """
+
+    roots: int = Field(gt=0)
+    tree: str
+    theta: float = Field(gt=0)
+    omega: float = Field(gt=0)
 
 
 class Objective(Strict):
@@ -228,6 +240,7 @@ class DrafterRecipe(Strict):
     lora: Lora | None
     objective: Objective
     gto: Gto | None
+    soft_budget: SoftBudget | None = None
     optimization: Optimization
     engine: Engine
     evaluation: Evaluation
@@ -251,6 +264,11 @@ class DrafterRecipe(Strict):
     def kind(self) -> type:
         """The head's class."""
         return HEADS[self.head.name]
+
+    @property
+    def on_trees(self) -> bool:
+        """Whether the target scores trees in training."""
+        return self.gto is not None or self.soft_budget is not None
 
     @property
     def goal(self):
@@ -280,10 +298,10 @@ class DrafterRecipe(Strict):
             )
         if self.gto is not None and self.head.start_from is None:
             raise ValueError("head.start_from: found null, expected a trained drafter with gto")
-        if self.gto is not None and (self.data.features, self.engine.target) != ("online", "replicated"):
+        if self.on_trees and (self.data.features, self.engine.target) != ("online", "replicated"):
             raise ValueError(
                 f"data.features, engine.target: found {self.data.features}, {self.engine.target}, expected online, "
-                f"replicated with gto "
+                f"replicated with {'gto' if self.gto else 'soft_budget'} "
                 "(every process has its own trees scored)"
             )
         return self

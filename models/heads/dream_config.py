@@ -30,9 +30,10 @@ class DreamShape:
 
 @dataclass(frozen=True)
 class DreamObjective(Distillation):
-    """Beside what `Distillation` has: steps: drafted steps that are trained, each of weight 1 (paper: 1; deeper levels of a tree then use the head's
+    """steps: drafted steps that are trained, each of weight 1 (paper: 1; deeper levels of a tree then use the head's
     own states, which it never saw in training); the weights of the three losses (paper: 0.2, 0.2, 1.0), the first two
-    at step 0 alone; noise: width of the uniform noise on the target's states in a document of 512 tokens (0.2).
+    at step 0 alone; noise: width of the uniform noise on the target's states in a document of 512 tokens (0.2). What
+    `Distillation` has is of the third.
     """
 
     steps: Annotated[int, Gt(0)]

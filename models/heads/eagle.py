@@ -46,10 +46,11 @@ class EagleShape:
 
 @dataclass(frozen=True)
 class EagleObjective(Distillation):
-    """Beside what `Distillation` has: steps: forwards (EAGLE-1: 1, HASS: 3), each of weight 1; ce_weight: of the cross-entropy beside the regression
+    """steps: forwards (EAGLE-1: 1, HASS: 3), each of weight 1; ce_weight: of the cross-entropy beside the regression
     (0.1 in both); topk_weight: of the part of it over the target's `topk` most probable tokens (EAGLE-1: 0; HASS: 1 and
     10); noise: width of the uniform noise on the target's features in a document of 512 tokens (0.2 in both), wider in
-    shorter ones.
+    shorter ones. What `Distillation` has is of the cross-entropies (total variation: of the first), but for `reach`,
+    which weighs all of a step.
     """
 
     steps: Annotated[int, Gt(0)]

@@ -32,6 +32,7 @@ SPEC = SimpleNamespace(
     delta=1e-4,
     min_spread=1e-6,
     omega=0.5,
+    baseline="group",
 )
 
 
