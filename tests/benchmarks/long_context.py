@@ -26,7 +26,7 @@ from draftsmith.eval.measurement.prompts import read_prompts
 from draftsmith.eval.measurement.shared_prefill import SharedSession, Tapped, shared_spec
 from draftsmith.eval.measurement.suite import LOOPS
 from draftsmith.eval.measurement.suites import read_rows
-from draftsmith.eval.report.report.plots import calibration, colours, points_by_place
+from draftsmith.eval.report.plots import calibration, colours, points_by_place
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch import longbench
 from draftsmith.launch.methods import fetch

@@ -111,6 +111,13 @@ class Arena:
         self.development = read(arguments.development) if arguments.development else None
         self.folder = arguments.folder / folder_of(arguments.target, arguments.head, arguments.start)
         self.found: dict[str, tuple] = {}
+        with open(arguments.answers) as file:
+            tokens = sum(len(json.loads(line)["tokens"]) for line in file)
+        self.epoch = tokens / self.spec.optimization.batch_tokens  # steps, at most
+
+    def trained(self, changes: list[str], place: Path, seconds: float) -> dict:
+        """By processor time; a step is timed over nine of them."""
+        return trained(self.recipe, changes, self.a.answers, place, seconds, (3 / self.epoch, 12 / self.epoch))
 
     def usual(self, rate: float, seed: int) -> list[str]:
         muon, adam = (rate * x for x in RATES[self.a.start])
@@ -132,7 +139,7 @@ class Arena:
             return [f"head.start_from=bundled:drafters/{self.recipe}"]
         place = self.folder / "start"
         usual = ["data.features=online", "evaluation.rows=0", "engine.checkpoint_minutes=600"]
-        print(f"start: {trained(self.recipe, usual, self.a.answers, place, TENTH[self.a.target])}", flush=True)
+        print(f"start: {self.trained(usual, place, TENTH[self.a.target])}", flush=True)
         return [f"head.start_from={place / 'drafter'}"]
 
     def train(self, arm: str, rate: float, seed: int, equal: str, start: list[str]) -> tuple[Path, dict]:
@@ -140,7 +147,7 @@ class Arena:
         changes = [*start, *self.usual(rate, seed), *self.arms[arm]]
         place = self.folder / folder_of(arm, rate, seed, equal)
         if equal == "time" or arm == "base":
-            took = trained(self.recipe, changes, self.a.answers, place, self.a.seconds)
+            took = self.trained(changes, place, self.a.seconds)
         else:
             wanted = self.train("base", rate, seed, "time", start)[1]["steps"]
             took = self.steps(changes, place, wanted)

@@ -241,6 +241,18 @@ def test_advantages_are_standardised_and_flat_groups_left_out():
     assert advantage[1:].abs().max() == 0
 
 
+def test_a_baseline_by_position_compares_a_root_with_its_own_start_alone():
+    """Where the gains of a group add up to nothing both baselines are one; else every root of a group that gained
+    everywhere is pushed up, which the group's mean forbids.
+    """
+    gains = torch.tensor([[1.0, -2.0, 3.0, -2.0], [1.0, 2.0, 3.0, 6.0], [0.001, 0.0, 0.001, 0.0]])
+    (group, _), (position, spread) = (gto.advantages(gains, 0.0, 0.01, kind) for kind in ("group", "position"))
+    torch.testing.assert_close(group[0], position[0])
+    assert spread[1].item() == pytest.approx(12.5**0.5) and (group[1] < 0).any() and (position[1] > 0).all()
+    torch.testing.assert_close(position[1], gains[1] / 12.5**0.5)
+    assert position[2].abs().max() == 0
+
+
 @pytest.mark.parametrize(
     ("advantage", "ratio", "slope"),
     [

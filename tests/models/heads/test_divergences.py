@@ -49,7 +49,7 @@ def plain_losses(logits, teacher, goal, covered=None, mass=None):
             reach[k, i] = chance
             common = torch.minimum(p * (1.0 if mass is None else mass[i + k]), q).sum()
             right = float(q.argmax() == teacher[i + k].argmax()) * ok
-            chance = chance * {"none": 1.0, "greedy": right, "overlap": float(common)}[goal.reach]
+            chance = chance * {"none": 1.0, "greedy": right, "overlap": float(common.detach())}[goal.reach]
     return losses, reach
 
 

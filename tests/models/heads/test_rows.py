@@ -10,7 +10,7 @@ import torch
 
 from draftsmith.models.heads import Eagle3Objective
 from draftsmith.models.heads import rows as rows_that_matter
-from tests.conftest import pack, tiny_target, trained_head
+from tests.conftest import pack, tiny_head, tiny_target, trained_head
 from tests.models.heads.test_eagle3 import documents, packed
 
 
@@ -37,8 +37,9 @@ def test_reached_rows_give_the_loss_of_all_rows_with_the_others_weighed_0(known,
     if best == 1:
         other, whole = head.loss(features, Eagle3Objective(4, 0.8, reach="greedy"))
         torch.testing.assert_close(loss, other)
+        got = gradients(head, loss)
         for name, value in gradients(head, other).items():
-            torch.testing.assert_close(gradients(head, loss)[name], value, atol=1e-10, rtol=1e-8)
+            torch.testing.assert_close(got[name], value, atol=1e-10, rtol=1e-8)
         for name in ("tried", "kept", "walk"):  # what happens behind a miss is not part of them
             assert torch.equal(sums[name], whole[name]), name
         assert sums["rows"].tolist() == whole["tried"].tolist() and 0 < sums["rows"][3] < whole["rows"][3]
@@ -114,8 +115,6 @@ def test_the_share_that_is_drawn_is_uniform_and_seeded(known):
 @pytest.mark.parametrize("shape", [{}, {"norm_output": True, "fc_norm": True, "sliding_window": 4}], ids=str)
 def test_rows_that_are_left_behind_change_nothing_for_the_others(shape, known):
     """Outputs and gradients of kept rows are those of an unroll of all rows (fp64), windows and norms included."""
-    from tests.conftest import tiny_head
-
     target, _, _ = known
     head = tiny_head(target, **shape).double()
     features = packed(target, head, first=1)
