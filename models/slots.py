@@ -130,6 +130,15 @@ class SlotCache(Cache):
                 self.store[:, rows, :, self.lengths[:, None] + steps] = kept
         self.lengths = self.lengths + counts
 
+    def forget(self, counts: torch.Tensor) -> None:
+        """Gives up the first counts [B] committed rows of each request; the others move to the front."""
+        left = self.lengths - counts
+        rows = torch.arange(len(left), device=left.device)[:, None]
+        slots = torch.arange(int(left.max()), device=left.device)
+        kept = self.store[:, rows, :, (counts[:, None] + slots).clamp(max=self.capacity - 1)]
+        self.store[:, rows, :, slots.expand(len(left), -1)] = kept
+        self.lengths = left
+
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only the given batch rows, in this order; rows that stay in place are not copied."""
         moved, used = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten(), max(self.known_lengths)

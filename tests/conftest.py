@@ -56,9 +56,11 @@ def tiny_target(layers: int = 7, vocab: int = 61, seed: int = 0, **changes) -> T
     return TextTarget(LlamaForCausalLM(config).float(), "tiny")
 
 
-def tiny_head(target: TextTarget, draft_vocab: int | None = None, seed: int = 1, sharpness: float = 0.3) -> Eagle3Head:
+def tiny_head(
+    target: TextTarget, draft_vocab: int | None = None, seed: int = 1, sharpness: float = 0.3, **shape
+) -> Eagle3Head:
     torch.manual_seed(seed)
-    config = Eagle3Config.for_target(target.config, draft_vocab_size=draft_vocab)
+    config = Eagle3Config.for_target(target.config, draft_vocab_size=draft_vocab, **shape)
     ids = None if draft_vocab is None else torch.randperm(target.vocab_size)[:draft_vocab].sort().values
     head = Eagle3Head(config, target.shared, ids)
     for parameter in head.parameters():

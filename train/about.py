@@ -13,9 +13,9 @@ def trained(recipe: DrafterRecipe, rows: Rows, renderer: Renderer) -> dict:
     (`Rows.temperatures`); laws: theirs beside the temperatures (`Rows.laws`); template_variables: those of the chat
     template (`Renderer.told`).
     """
-    steps, gto = recipe.objective.steps, recipe.gto
+    trees = [spec.tree for spec in (recipe.gto, recipe.soft_budget) if spec]
     return {
-        "steps": max(steps, parse_tree(gto.tree).depth) if gto else steps,
+        "steps": max([recipe.objective.steps, *(parse_tree(tree).depth for tree in trees)]),
         "context": int(rows.lengths.max()),
         "temperatures": rows.temperatures,
         "laws": rows.laws,

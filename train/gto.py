@@ -123,12 +123,16 @@ def chain_log_prob(
     return total
 
 
-def advantages(gains: torch.Tensor, delta: float, min_spread: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """gains [G, m] -> (advantages [G, m], 0 where a group is left out; spread [G], the population's standard
-    deviation).
+def advantages(
+    gains: torch.Tensor, delta: float, min_spread: float, baseline: str = "group"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """gains [G, m] -> (advantages [G, m], 0 where a group is left out; spread [G]). baseline: group, what a gain is
+    compared with is the mean of its group (equation 10), the spread is the population's standard deviation; position:
+    each position's own start alone, which a debiased gain already has taken off, the spread is the root mean square.
     """
-    spread = gains.std(1, correction=0)
-    standard = (gains - gains.mean(1, keepdim=True)) / (spread[:, None] + delta)
+    standard = gains - gains.mean(1, keepdim=True) if baseline == "group" else gains
+    spread = standard.square().mean(1).sqrt()
+    standard = standard / (spread[:, None] + delta)
     return standard.masked_fill((spread < min_spread)[:, None], 0.0), spread
 
 
@@ -161,7 +165,7 @@ class Gto:
         at = groups.flatten()
         now, before, path, lengths = self._trees(head, features, at)
         gains = (now - before if spec.debias else now).unflatten(0, groups.shape)
-        advantage, spread = advantages(gains, spec.delta, spec.min_spread)
+        advantage, spread = advantages(gains, spec.delta, spec.min_spread, spec.baseline)
         kept = spread >= spec.min_spread
         drawn = kept.repeat_interleave(spec.group_size) & (lengths > 0)  # an empty path has ratio 1 and no gradient
         ratio, total = torch.ones(len(at), device=device), torch.zeros((), device=device)

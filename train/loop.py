@@ -34,7 +34,7 @@ from draftsmith.train.optimizers import AdamW, MuonAdamW
 from draftsmith.train.preparation import Prepared, prepared
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
-from draftsmith.train.start import build_gto, build_head, regress
+from draftsmith.train.start import build_head, regress, tree_objectives
 from draftsmith.train.step import TrainingStep
 from draftsmith.train.telemetry import Log, Progress, Stopwatch, Wandb, figures
 
@@ -215,10 +215,10 @@ class Run:
         self.features = self._features()
         if found is None and recipe.head.start_from is None:
             regress(self.head, self.schedule, self.features, say)
-        gto = build_gto(recipe, self.target, stops) if recipe.gto else None
+        beside = tree_objectives(recipe, self.target, stops)
         self.optimizer = build_optimizer(recipe, self.head)
         self.engine = distributed.engine(
-            TrainingStep(self.head, self.objective, gto),
+            TrainingStep(self.head, self.objective, beside),
             self.optimizer,
             distributed.engine_config(
                 recipe.engine.zero_stage, recipe.engine.dtype, spec.accumulation, spec.clip, engine_extra
@@ -239,7 +239,7 @@ class Run:
 
     def _features(self):
         """Where a step's features come from."""
-        spec = replace(self.head.feature_spec, trees=self.recipe.gto is not None)
+        spec = replace(self.head.feature_spec, trees=self.recipe.on_trees)
         if self.recipe.data.features == "online":
             return Online(self.target, self.rows, spec, self.pictures)
         return Cached(self.target, self.rows, spec, self.output / "features", self.rank, self.say)

@@ -5,6 +5,7 @@ A recipe knows nothing about tensors. Every default that a person would want to 
 
 import os
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
@@ -175,6 +176,18 @@ class Gto(Strict):
     delta: float = Field(ge=0)
     min_spread: float = Field(gt=0)
     omega: float = Field(gt=0)
+    baseline: Literal["group", "position"] = "group"
+
+
+class SoftBudget(Strict):
+    """The soft-budget tree loss beside the head's own objective; see train/soft_budget.py for what the values mean.
+    roots: of each packed row; theta: width of the border of the tree, in nats; omega: its weight.
+    """
+
+    roots: int = Field(gt=0)
+    tree: str
+    theta: float = Field(gt=0)
+    omega: float = Field(gt=0)
 
 
 class Objective(Strict):
@@ -182,12 +195,10 @@ class Objective(Strict):
 
 
 def section(base: type[R], kind: type) -> type[R]:
-    """A section that also has the fields of a head's dataclass, all of them to be given."""
-    return create_model(
-        base.__name__,
-        __base__=base,
-        **{name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()},
-    )
+    """A section that also has the fields of a head's dataclass; those without a default are to be given."""
+    given = {field.name: ... if field.default is MISSING else field.default for field in fields(kind)}
+    hints = get_type_hints(kind, include_extras=True)
+    return create_model(base.__name__, __base__=base, **{name: (hints[name], value) for name, value in given.items()})
 
 
 class Optimization(Strict):
@@ -231,6 +242,7 @@ class DrafterRecipe(Strict):
     lora: Lora | None
     objective: Objective
     gto: Gto | None
+    soft_budget: SoftBudget | None = None
     optimization: Optimization
     engine: Engine
     evaluation: Evaluation
@@ -254,6 +266,11 @@ class DrafterRecipe(Strict):
     def kind(self) -> type:
         """The head's class."""
         return HEADS[self.head.name]
+
+    @property
+    def on_trees(self) -> bool:
+        """Whether the target scores trees in training."""
+        return self.gto is not None or self.soft_budget is not None
 
     @property
     def goal(self):
@@ -283,10 +300,10 @@ class DrafterRecipe(Strict):
             )
         if self.gto is not None and self.head.start_from is None:
             raise ValueError("head.start_from: found null, expected a trained drafter with gto")
-        if self.gto is not None and (self.data.features, self.engine.target) != ("online", "replicated"):
+        if self.on_trees and (self.data.features, self.engine.target) != ("online", "replicated"):
             raise ValueError(
                 f"data.features, engine.target: found {self.data.features}, {self.engine.target}, expected online, "
-                f"replicated with gto "
+                f"replicated with {'gto' if self.gto else 'soft_budget'} "
                 "(every process has its own trees scored)"
             )
         return self

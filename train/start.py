@@ -14,6 +14,7 @@ from draftsmith.models.targets import TextTarget
 from draftsmith.train.gto import Gto
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule
+from draftsmith.train.soft_budget import SoftBudget
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,6 +41,12 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
     head = kind(config, target.shared, ids)
     head.start_from(target)
     return head
+
+
+def tree_objectives(recipe: DrafterRecipe, target: TextTarget, stops: set[int]) -> list[Callable]:
+    """What the recipe optimises on trees, beside the head's own objective."""
+    found = [build_gto(recipe, target, stops)] if recipe.gto else []
+    return found + ([SoftBudget(recipe.soft_budget, stops)] if recipe.soft_budget else [])
 
 
 def build_gto(recipe: DrafterRecipe, target: TextTarget, stops: set[int]) -> Gto:

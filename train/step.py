@@ -2,7 +2,7 @@
 `forward`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,23 +12,23 @@ from draftsmith.models.features import TrainingFeatures
 
 
 class TrainingStep(nn.Module):
-    """A head, its objective, and what is optimised beside it: gto(head, features) -> (loss, sums), no module of the
-    engine's.
+    """A head, its objective, and what is optimised beside it: each of `beside` is called (head, features) -> (loss,
+    sums), and is no module of the engine's.
     """
 
-    def __init__(self, head: nn.Module, objective, gto: Callable | None = None):
+    def __init__(self, head: nn.Module, objective, beside: Sequence[Callable] = ()):
         super().__init__()
-        self.head, self.objective, self.gto = head, objective, gto
+        self.head, self.objective, self.beside = head, objective, tuple(beside)
 
     def forward(self, features: TrainingFeatures, counts: list[float]):
         """counts [objective.steps]: what each step's sum is divided by. -> (loss, sums that add up over micro-batches
         and processes).
         """
         loss, sums = self.head.loss(features, self.objective, counts)
-        if self.gto is None:
-            return loss, sums
-        more, own = self.gto(self.head, features)
-        return loss + more, sums | own
+        for objective in self.beside:
+            more, own = objective(self.head, features)
+            loss, sums = loss + more, sums | own
+        return loss, sums
 
 
 class PartitionedStep(nn.Module):

@@ -13,8 +13,9 @@ from urllib.parse import urlparse
 import torch
 
 from draftsmith.models.errors import UserError
-from draftsmith.train import gto
+from draftsmith.train import gto, soft_budget
 
+ON_TREES = {"gto": gto, "soft_budget": soft_budget}
 PHASES = ("data", "target", "drafter", "optimizer")
 
 
@@ -54,7 +55,7 @@ def figures(sums: dict[str, torch.Tensor], weights: list[float]) -> dict:
         "conditional": (sums["kept"] / tried).tolist(),
         "accuracy": (sums["right"] / rows).tolist(),
         "chain_tau": tokens / max(rounds, 1),
-    } | ({"gto": gto.figures(sums["gto"])} if "gto" in sums else {})
+    } | {name: kind.figures(sums[name]) for name, kind in ON_TREES.items() if name in sums}
 
 
 class Log:
@@ -99,7 +100,7 @@ class Progress:
             f"right before "
             f"{numbers(mean['conditional'])} | chain tau {mean['chain_tau']:.2f} | {line['tokens_per_second']:.0f} "
             f"tok/s ({shares}) | "
-            + tree_figures(mean.get("gto"))
+            + tree_figures(mean.get("gto"), mean.get("soft_budget"))
             + f"vocabulary {self.coverage:.1%}"
             + (f" | {line['skipped']} steps skipped" * bool(line["skipped"]))
             + f" | left {minutes}:{rest:02d}"
@@ -107,15 +108,15 @@ class Progress:
         self.sums, self.seconds, self.shown = {}, dict.fromkeys(PHASES, 0.0), time.time()
 
 
-def tree_figures(g: dict | None) -> str:
-    """What a person reads of GTO's figures; nothing without them."""
-    if g is None:
-        return ""
-    return (
-        f"reward {g['reward']:.3f} (start {g['frozen_reward']:.3f}) ratio {g['ratio']:.3f} clipped "
-        f"{g['clipped']:.0%} spread {g['spread']:.3f} "
-        f"skipped {g['skipped']:.0f} of {g['groups']:.0f} groups | "
-    )
+def tree_figures(g: dict | None, soft: dict | None) -> str:
+    """What a person reads of the figures of GTO and of the soft-budget loss; nothing of what is not there."""
+    told = [] if soft is None else [f"accepted {soft['accepted']:.3f} soft budget {soft['loss']:.4f}"]
+    if g is not None:
+        told.append(
+            f"reward {g['reward']:.3f} (start {g['frozen_reward']:.3f}) ratio {g['ratio']:.3f} clipped "
+            f"{g['clipped']:.0%} spread {g['spread']:.3f} skipped {g['skipped']:.0f} of {g['groups']:.0f} groups"
+        )
+    return "".join(f"{line} | " for line in told)
 
 
 def logged_in() -> bool:

@@ -118,10 +118,12 @@ def layout_of(stored: Stored) -> Layout:
 
 
 def layout_for(head, engine: str) -> Layout:
-    """The layout in which an engine (`export --to`) loads this head."""
+    """The layout in which an engine (`export --to`) loads this head. Raises UserError where none does."""
     mine = [layout for layout in LAYOUTS if layout.head is type(head)]
     for layout in mine:
         if engine in layout.engines:
+            if difference := layout.unable(head, engine):
+                raise UserError(f"--to {engine}: {difference} ({engine} would compute something else)")
             return layout
     engines = ", ".join(name for layout in mine for name in layout.engines) or "none: no engine does"
     raise UserError(f"--to {engine}: {engine} does not load heads of kind {head.name}; expected one of {engines}")

@@ -2,7 +2,9 @@
 
 Written in one form (`midlayer.*` keys, which both engines read; SGLang skips `layers.0.*` without a word). Read in
 every form that says the same: other spellings of keys, legacy rope fields, defaults that the engines fill in, an
-embedding that is the target's own.
+embedding that is the target's own. EAGLE-3.1's norms are flags of vLLM's (`fc_norm`, `norm_output`); a sliding window
+is that of the layer's type (`layer_types`, `sliding_window`). A low-rank output head has the keys of EAGLE-4's public
+configurations, which no engine loads without a plugin.
 """
 
 from pathlib import Path
@@ -25,7 +27,8 @@ from draftsmith.models.formats.taps import NAME, possible
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
 from draftsmith.models.heads.vocabulary import from_offsets, to_offsets
 
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+LOW_RANK = "LlamaForCausalLMEagle4"
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", LOW_RANK)
 KINDS = {"d2t": torch.int64, "t2d": torch.bool}
 LEFT_OUT = (
     "rotary_emb.inv_freq",
@@ -35,14 +38,18 @@ LEFT_OUT = (
 EXPECTED = {
     "norm_before_residual": False,
     "norm_before_fc": False,
-    "fc_norm": False,
-    "norm_output": False,
     "attention_bias": False,
     "mlp_bias": False,
     "logit_scale": None,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
     "num_hidden_layers": 1,
+}
+FLAGS = ("fc_norm", "norm_output")  # EAGLE-3.1
+STORED = {  # parts of a low-rank output head, as they are stored
+    "lm_head.exact.weight": "lm_head.weight",
+    "lm_head.up.weight": "efficient_lm_head.weight",
+    "lm_head.down.weight": "efficient_lm_head_down_proj.weight",
 }
 
 
@@ -73,6 +80,11 @@ def expected_shapes(config: Eagle3Config, target_hidden: int) -> dict[str, tuple
         "norm.weight": (h,),
         "lm_head.weight": (config.draft_vocab_size, h),
     }
+    if config.fc_norm:
+        shapes |= {f"fc_norm.{i}.weight": (target_hidden,) for i in range(len(config.taps))}
+    if config.candidate_rank is not None:
+        shapes["efficient_lm_head.weight"] = (config.vocab_size, config.candidate_rank)
+        shapes["efficient_lm_head_down_proj.weight"] = (config.candidate_rank, h)
     if config.draft_vocab_size != config.vocab_size:
         shapes |= {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
     return shapes
@@ -84,8 +96,17 @@ def to_config(config: Eagle3Config, dtype: torch.dtype) -> dict:
     """
     rope = dict(config.rope_parameters)
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    more = {}
+    if config.sliding_window is not None:
+        more |= {"sliding_window": config.sliding_window, "layer_types": ["sliding_attention"]}
+    if config.candidate_rank is not None:
+        more["efficient_lm_head_config"] = {
+            "type": "low_rank",
+            "rank": config.candidate_rank,
+            "num_candidates": config.num_candidates,
+        }
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": [ARCHITECTURES[0] if config.candidate_rank is None else LOW_RANK],
         "model_type": "llama",
         "num_hidden_layers": 1,
         "hidden_size": config.hidden_size,
@@ -106,6 +127,8 @@ def to_config(config: Eagle3Config, dtype: torch.dtype) -> dict:
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "norm_before_residual": False,
+        **{name: getattr(config, name) for name in FLAGS},
+        **more,
         "eagle_aux_hidden_state_layer_ids": list(config.taps),
         "eagle_config": {
             "use_aux_hidden_state": True,
@@ -136,7 +159,26 @@ def from_config(stored: dict, place: str) -> Eagle3Config:
         )
     shape = layer_figures(stored, place)
     given = {"draft_vocab_size": stored.get("draft_vocab_size") or shape["vocab_size"]}
-    return Eagle3Config(**shape, **figures(given, tuple(given), place), rope_parameters=rope(stored, place), taps=taps)
+    for name in FLAGS:
+        if not isinstance(stored.get(name), bool | None):
+            raise UserError(f"{place}: {name}: found {stored[name]!r}, expected true or false")
+    more = {name: bool(stored.get(name)) for name in FLAGS}
+    if "sliding_attention" in (stored.get("layer_types") or ()):
+        more |= figures(stored, ("sliding_window",), place)
+    if stored.get("efficient_lm_head_config") is not None:
+        more |= low_rank(stored["efficient_lm_head_config"], f"{place}: efficient_lm_head_config")
+    given = figures(given, tuple(given), place)
+    try:
+        return Eagle3Config(**shape, **given, **more, rope_parameters=rope(stored, place), taps=taps).checked()
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(place) else f"{place}: {error}") from None
+
+
+def low_rank(stored, place: str) -> dict:
+    if not isinstance(stored, dict) or stored.get("type") != "low_rank":
+        raise UserError(f"{place}: found {stored!r}, expected an object of type 'low_rank'")
+    found = figures(stored, ("rank", "num_candidates"), place)
+    return {"candidate_rank": found["rank"], "num_candidates": found["num_candidates"]}
 
 
 def rope(stored: dict, place: str) -> dict:
@@ -183,6 +225,8 @@ def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None,
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     head = Eagle3Head(config, shared, ids)
+    if config.candidate_rank is not None:
+        tensors |= {name: tensors.pop(key) for name, key in STORED.items()}
     head.load_state_dict({name: value.to(embedding) for name, value in tensors.items()}, assign=True)
     return head.eval()
 
@@ -220,9 +264,20 @@ def check_embedding(stored: torch.Tensor, embedding: torch.Tensor, place: str) -
 def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None = None) -> tuple[dict, Tensors]:
     """`Layout.write`: no embedding (both engines take the target's), no mapping between equal vocabularies."""
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in head.state_dict().items()}
+    if head.config.candidate_rank is not None:
+        tensors |= {key: tensors.pop(name) for name, key in STORED.items()}
     if head.config.draft_vocab_size != head.config.vocab_size:
         tensors |= to_offsets(head.ids, head.config.vocab_size)
     return to_config(head.config, dtype), tensors
+
+
+def unable(head: Eagle3Head, engine: str) -> str | None:
+    """`Layout.unable`: SGLang skips keys that it does not know without a word, and takes no window from a drafter."""
+    if head.config.candidate_rank is not None:
+        return f"candidate_rank: found {head.config.candidate_rank}, expected none"
+    found = {name: getattr(head.config, name) for name in (*FLAGS, "sliding_window")}
+    wrong = next((name for name, value in found.items() if value), None) if engine == "sglang" else None
+    return wrong and f"{wrong}: found {str(found[wrong]).lower()}, expected none"
 
 
 LAYOUT = Layout(
@@ -239,4 +294,5 @@ LAYOUT = Layout(
     write,
     holds=holds_eagle3,
     mend=mend_eagle3((*ARCHITECTURES, "LlamaForCausalLM")),
+    unable=unable,
 )

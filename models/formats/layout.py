@@ -61,8 +61,8 @@ class Layout:
     holds(tensors) -> whether they are those of its head, whatever the configuration says; of several layouts of one
     head the configuration decides. mend(stored, layers of the target or None, convention of `taps` or None) -> (config,
     tensors, lines): what `read` is given, with a line for each contradiction that was mended; raises UserError for what
-    cannot be decided. described: whether the engines want the verifier named in config.json, so that an export is given
-    `Serving`.
+    cannot be decided. unable(head, engine): what of this head an engine would not compute, None where it does.
+    described: whether the engines want the verifier named in config.json, so that an export is given `Serving`.
     """
 
     head: type
@@ -73,6 +73,7 @@ class Layout:
     described: bool = False
     holds: Callable[[Tensors], bool] = lambda tensors: False
     mend: Callable[["Stored", int | None, str | None], tuple[dict, Tensors, list[str]]] = as_stored
+    unable: Callable[[torch.nn.Module, str], str | None] = lambda head, engine: None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ LAYER_KEYS = (
     "vocab_size",
     "attention_bias",
     "mlp_bias",
+    "sliding_window",
+    "layer_types",
 )
 
 
@@ -70,12 +72,11 @@ def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None) -> tupl
         "target_hidden_size": None,
         "norm_before_residual": False,
         "norm_before_fc": False,
-        "fc_norm": False,
-        "norm_output": False,
+        **{name: config[name] for name in eagle3.FLAGS},
         "embed_requires_grad": False,
         "eagle_aux_hidden_state_layer_ids": list(head.config.taps),
         "torch_dtype": config["torch_dtype"],
-        "transformer_layer_config": {key: config[key] for key in LAYER_KEYS},
+        "transformer_layer_config": {key: config[key] for key in LAYER_KEYS if key in config},
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
@@ -101,4 +102,5 @@ LAYOUT = Layout(
     described=True,
     holds=holds_eagle3,
     mend=mend_eagle3(None, taps_are="entering"),
+    unable=eagle3.unable,
 )

@@ -21,7 +21,8 @@ A head's class has
 
 from draftsmith.models.heads.dream import DreamConfig, DreamHead, DreamObjective
 from draftsmith.models.heads.eagle import EagleConfig, EagleHead, EagleObjective
-from draftsmith.models.heads.eagle3 import Eagle3Config, Eagle3Head, Eagle3Objective
+from draftsmith.models.heads.eagle3 import Eagle3Head
+from draftsmith.models.heads.eagle3_config import Eagle3Config, Eagle3Objective
 from draftsmith.models.heads.hivis import HivisConfig, HivisHead, HivisObjective
 from draftsmith.models.heads.owl import OwlConfig, OwlHead, OwlObjective
 

@@ -22,30 +22,57 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 class QueryBlock(NamedTuple):
     """Queries first .. last - 1 of P, which stand at rows at .. at + last - first - 1 of T; they see their document's
-    rows from `start` up to their own.
+    rows from `start` up to their own. seen [last - first, keys] bool: which of the rows from `start` on each of them
+    sees, where that is something else (a sliding window, or rows that are no unbroken run).
     """
 
     first: int
     last: int
     start: int
     at: int
+    seen: torch.Tensor | None = None
 
     @property
     def stop(self) -> int:
         """Behind the last key."""
-        return self.at + self.last - self.first
+        return self.at + self.last - self.first if self.seen is None else self.start + self.seen.size(1)
+
+    def visible(self, device: torch.device) -> torch.Tensor:
+        """[last - first, keys] bool: which keys each query sees."""
+        if self.seen is not None:
+            return self.seen.to(device)
+        keys = torch.arange(self.start, self.stop, device=device)
+        return keys <= torch.arange(self.at, self.stop, device=device)[:, None]
 
 
-def query_blocks(packing: Packing, rows: torch.Tensor, block: int) -> list[QueryBlock]:
-    """Unbroken runs of the rows that are trained on (`rows` [P] of the packed row, ascending, on the CPU), cut into
-    blocks of at most `block`.
+MASKED = 256  # rows of a block whose keys are chosen by a mask, at most: it has a number for each pair
+SHORT = 16  # rows of an unbroken run, on average, below which runs share a block
+
+
+def query_blocks(packing: Packing, rows: torch.Tensor, block: int, window: int | None = None) -> list[QueryBlock]:
+    """The rows that are trained on (`rows` [P] of the packed row, ascending, on the CPU) in blocks of at most `block`:
+    unbroken runs, and where these are short (rows that were picked out) all rows of a document behind one another.
+    window: how many rows up to its own a query sees; 0 = none, and no blocks.
     """
+    if window == 0 or len(rows) == 0:
+        return []
     starts = rows - packing.positions[rows]
-    breaks = ((rows.diff() != 1) | (starts.diff() != 0)).nonzero().flatten() + 1
-    borders, blocks = sorted({0, *breaks.tolist(), len(rows)}), []  # one border where there are no rows
+    other, broken = starts.diff() != 0, rows.diff() != 1
+    scattered = len(rows) < SHORT * int((other | broken).sum())
+    breaks = (other if scattered else other | broken).nonzero().flatten() + 1
+    borders, blocks = sorted({0, *breaks.tolist(), len(rows)}), []
+    block = min(block, MASKED) if scattered or window is not None else block
     for first, last in zip(borders, borders[1:]):
-        start, at = int(starts[first]), int(rows[first])
-        blocks += [QueryBlock(i, min(i + block, last), start, at + i - first) for i in range(first, last, block)]
+        for i in range(first, last, block):
+            own, start = rows[i : min(i + block, last)], int(starts[first])
+            low, stop = (start, own + 1) if window is None else (max(start, int(own[0]) - window + 1), own + 1)
+            cut = window is not None and int(own[-1]) - window + 1 > low
+            seen = None
+            if cut or int(own[-1]) - int(own[0]) + 1 != len(own):
+                keys = torch.arange(low, int(own[-1]) + 1)
+                seen = keys < stop[:, None]
+                seen &= keys >= (stop - window)[:, None] if cut else True
+            blocks.append(QueryBlock(i, i + len(own), low, int(own[0]), seen))
     return blocks
 
 
@@ -66,6 +93,11 @@ class FlashOnCPU:
         """(first key, last key, causal)."""
         return [(block.at, block.stop, True)] + [(block.start, block.at, False)] * (block.at > block.start)
 
+    @staticmethod
+    def _mask(block: QueryBlock, like: torch.Tensor) -> torch.Tensor:
+        """[queries, keys]: what is added to the scores of a block that is not plainly causal."""
+        return torch.zeros_like(block.seen, dtype=like.dtype).masked_fill_(~block.seen, float("-inf"))
+
     @classmethod
     def forward(cls, query, key, value, blocks, scale):
         out, lse = (
@@ -75,6 +107,18 @@ class FlashOnCPU:
         query, key, value, whole, total = (_heads_first(x) for x in (query, key, value, out, lse))
         for block in blocks:
             mine = slice(block.first, block.last)
+            if block.seen is not None:
+                keys = slice(block.start, block.stop)
+                whole[:, :, mine], total[:, :, mine] = _flash(
+                    query[:, :, mine],
+                    key[:, :, keys],
+                    value[:, :, keys],
+                    0.0,
+                    False,
+                    attn_mask=cls._mask(block, query),
+                    scale=scale,
+                )
+                continue
             found = [
                 _flash(query[:, :, mine], key[:, :, a:b], value[:, :, a:b], 0.0, causal, scale=scale)
                 for a, b, causal in cls._pieces(block)
@@ -97,8 +141,12 @@ class FlashOnCPU:
         for block in blocks:
             mine = slice(block.first, block.last)
             d, q, o, s = grad[:, :, mine], query[:, :, mine], out[:, :, mine], lse[:, :, mine].contiguous()
-            for a, b, causal in cls._pieces(block):
-                parts = _flash_backward(d, q, key[:, :, a:b], value[:, :, a:b], o, s, 0.0, causal, scale=scale)
+            plain = block.seen is None
+            mask = None if plain else cls._mask(block, query)
+            for a, b, causal in cls._pieces(block) if plain else [(block.start, block.stop, False)]:
+                parts = _flash_backward(
+                    d, q, key[:, :, a:b], value[:, :, a:b], o, s, 0.0, causal, attn_mask=mask, scale=scale
+                )
                 for total, part, place in zip(sums, parts, (mine, slice(a, b), slice(a, b))):
                     total[:, :, place].add_(part)
         return d_query
@@ -114,10 +162,7 @@ class BlockwiseAttention:
         """[H, rows, keys] fp32 or better, -inf where a row must not see a key."""
         scores = torch.einsum("qhd,khd->hqk", query[block.first : block.last], key[block.start : block.stop])
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-        keys = torch.arange(block.start, block.stop, device=query.device)
-        return scores.masked_fill_(
-            keys > torch.arange(block.at, block.stop, device=query.device)[:, None], float("-inf")
-        )
+        return scores.masked_fill_(~block.visible(query.device), float("-inf"))
 
     @classmethod
     def forward(cls, query, key, value, blocks, scale):
@@ -176,7 +221,8 @@ class Ragged(NamedTuple):
 
 class RaggedOnCUDA:
     """torch's memory-efficient kernel for ragged batches: all documents in one call, in fp32, bf16 or fp16. Queries
-    stand at the end of their keys, which is what its causal mask from the bottom right means.
+    stand at the end of their keys, which is what its causal mask from the bottom right means; blocks that are not
+    plainly causal are left to plain operations.
     """
 
     block = 2**31  # one block for each run
@@ -190,6 +236,8 @@ class RaggedOnCUDA:
     def forward(cls, query, key, value, blocks, scale):
         if not blocks:
             return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+        if any(block.seen is not None for block in blocks):
+            return BlockwiseAttention.forward(query, key, value, blocks, scale)
         batch = cls.ragged(tuple(blocks), query.device)
         inputs = (query[None], key[batch.sources][None], value[batch.sources][None], None, batch.queries, batch.keys)
         out, lse, *_ = cls.run(*inputs, *batch.longest, 0.0, cls.bottom_right, True, scale=scale)
@@ -199,6 +247,8 @@ class RaggedOnCUDA:
     def backward(cls, grad, query, key, value, out, lse, blocks, scale, d_key, d_value):
         if not blocks:
             return torch.zeros_like(query)
+        if any(block.seen is not None for block in blocks):
+            return BlockwiseAttention.backward(grad, query, key, value, out, lse, blocks, scale, d_key, d_value)
         batch, none = cls.ragged(tuple(blocks), query.device), torch.zeros((), dtype=torch.int64, device=query.device)
         padded = -(-batch.longest[0] // cls.aligned) * cls.aligned
         sums = lse.new_full((len(blocks), lse.size(1), padded), float("inf"))  # nothing is seen from a padded row

@@ -3,7 +3,9 @@ behind them, or trees rooted at inner positions of one packed row.
 
 Such a head has `layer` (heads/layer.py), `first(hidden) -> H` for the target's states, `enter(tokens, H, step) ->
 (residual base, attention input)`, step being 0 for rows of the target's own states and k for nodes k levels below the
-root, and `angles(positions)`; a row's output is the H of its children.
+root, `angles(positions)`, and `window`: how many rows a row attends to, its own included (None: all before it); a row's
+output is the H of its children. With a window of W rows no prompt is computed farther back than decoding can see, and a
+request's cache never holds more than 2 W complete rows before a round.
 """
 
 from dataclasses import dataclass, replace
@@ -41,6 +43,8 @@ def prefill(head, features: Features, places: torch.Tensor | None = None) -> Con
     """Keys and values of all rows whose next token is known; the last row of each request stays pending. places [B, S]:
     positions of the rows where they are not 0, 1, ...; rows behind the last go on from it.
     """
+    if head.window is not None and features.tokens.size(1) > head.window:
+        features, places = latest(features, places, head.window)
     attention, batch, width = head.layer.self_attn, *features.tokens.shape
     dtype, device = attention.o_proj.weight.dtype, features.hidden.device
     cache = SlotCache(1, batch, attention.kv_heads, width + 64, attention.head_dim, dtype, device)
@@ -57,16 +61,27 @@ def prefill(head, features: Features, places: torch.Tensor | None = None) -> Con
     return Context(cache, pending, (places.gather(1, last) - last)[:, 0])
 
 
+def latest(features: Features, places: torch.Tensor | None, window: int) -> tuple[Features, torch.Tensor]:
+    """The last `window` rows of each request (all of a shorter one) and their positions."""
+    tokens, hidden, lengths = features.tokens, features.hidden, features.lengths
+    rows = (lengths - window).clamp(min=0)[:, None] + torch.arange(window, device=tokens.device)
+    rows = rows.clamp(max=tokens.size(1) - 1)
+    found = tokens.gather(1, rows), hidden.gather(1, rows[..., None].expand(-1, -1, hidden.size(-1)))
+    return Features(*found, lengths.clamp(max=window)), rows if places is None else places.gather(1, rows)
+
+
 @dataclass(frozen=True)
 class Beam:
     """Expanded nodes of B trees. hidden [B, k, h]: layer outputs of the last level; seen [B, k, nodes]: which expanded
-    nodes each of them sees (itself included); depth: levels drafted so far.
+    nodes each of them has among its ancestors (itself included); depth: levels drafted so far; levels: of each
+    expanded node.
     """
 
     context: Context
     hidden: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     depth: int = 0
+    levels: tuple[int, ...] = ()
 
 
 def expand(
@@ -90,18 +105,19 @@ def root_at(head, features: TrainingFeatures, at: torch.Tensor, places: torch.Te
         features.tokens.roll(-1), hidden, 0
     )  # a document's last row meets the next one's first token; no root sees it
     row = head.layer.self_attn.key_value(u, *head.angles(places))
-    return replace(RootedTrees.at(features.packing, at, row, hidden), positions=places[at.to(hidden.device) - 1])
+    trees = RootedTrees.at(features.packing, at, row, hidden, head.window)
+    return replace(trees, positions=places[at.to(hidden.device) - 1])
 
 
 def _grow_rooted(head, beam: RootedTrees, tokens, parents):
     attention, rows = head.layer.self_attn, torch.arange(len(tokens), device=tokens.device)[:, None]
     base, u = head.enter(tokens, beam.hidden[rows, parents], beam.depth)
     cos, sin = head.angles(beam.positions[:, None])
-    attended, own, seen = beam.attend(
+    attended, new = beam.attend(
         attention.query(u, cos, sin), *attention.key_value(u, cos, sin), parents, attention.scale
     )
     output = head.layer.finish(base, attended)
-    return output, replace(beam, hidden=output, own=own, seen=seen, positions=beam.positions + 1, depth=beam.depth + 1)
+    return output, replace(beam, **new, hidden=output, positions=beam.positions + 1, depth=beam.depth + 1)
 
 
 def _commit_root(head, context: Context, root):
@@ -110,12 +126,19 @@ def _commit_root(head, context: Context, root):
         raise RuntimeError(
             "this context has no pending row: a root was already expanded and nothing was observed since"
         )
+    if head.window is not None and int(cache.lengths.max()) > 2 * head.window:
+        forgotten = (cache.lengths - head.window).clamp(min=0)
+        cache.forget(forgotten)
+        context.shift = context.shift + forgotten
     batch, width = pending.tokens.shape
     last = (pending.lengths - 1)[:, None]
     following = torch.cat([pending.tokens[:, 1:], root], 1).scatter(1, last, root)
     positions = cache.lengths[:, None] + torch.arange(width, device=root.device)
     cache.place(width)
-    seen = torch.arange(cache.visible, device=root.device) <= positions[..., None]
+    slots = torch.arange(cache.visible, device=root.device)
+    seen = slots <= positions[..., None]
+    if head.window is not None:
+        seen &= slots > positions[..., None] - head.window
     output = _attend(head, head.first(pending.hidden), following, positions + context.shift[:, None], 0, cache, seen)
     cache.lengths, context.pending = cache.lengths + pending.lengths, None
     output = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
@@ -129,11 +152,16 @@ def _grow(head, beam: Beam, tokens, parents):
     seen = torch.cat([beam.seen[rows, parents], own], -1)
     positions = (cache.lengths + beam.context.shift + beam.depth - 1)[:, None].expand(-1, new)
     cache.place(new, offset=before)
-    visible = (torch.arange(cache.visible, device=tokens.device) < cache.lengths[:, None])[:, None].repeat(1, new, 1)
+    levels, slots = (*beam.levels, *(beam.depth,) * new), torch.arange(cache.visible, device=tokens.device)
+    committed, nodes = slots < cache.lengths[:, None], seen
+    if head.window is not None:
+        committed = committed & (slots >= cache.lengths[:, None] + beam.depth - head.window)
+        nodes = seen & (torch.tensor(levels, device=tokens.device) > beam.depth - head.window)
+    visible = committed[:, None].repeat(1, new, 1)
     slots = cache.lengths[:, None] + torch.arange(before + new, device=tokens.device)
-    visible.scatter_(2, slots[:, None].expand(-1, new, -1), seen)
+    visible.scatter_(2, slots[:, None].expand(-1, new, -1), nodes)
     output = _attend(head, beam.hidden[rows, parents], tokens, positions, beam.depth, cache, visible)
-    return output, replace(beam, hidden=output, seen=seen, depth=beam.depth + 1)
+    return output, replace(beam, hidden=output, seen=seen, depth=beam.depth + 1, levels=levels)
 
 
 def _attend(head, hidden, tokens, positions, step: int, cache: SlotCache, seen):

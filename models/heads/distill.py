@@ -1,5 +1,5 @@
-"""What a head learns from the target: soft cross-entropy over the draft vocabulary, fused with the head's output
-matrix.
+"""What a head learns from the target: soft cross-entropy over the draft vocabulary, or another divergence, fused with
+the head's output matrix.
 
 For output states x (after the head's last norm), output matrix W, teacher probabilities p over the draft vocabulary and
 row weights w:
@@ -11,10 +11,19 @@ tensor is kept.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from draftsmith.models.features import Packing, Teacher
+from draftsmith.models.heads.divergences import (
+    PLAIN,
+    Distillation,
+    accepted,
+    overlap,
+    soften,
+    variation_slope,
+)
 
 CHUNK = 2**20  # elements of one [rows, Vd] chunk: it stays in a processor's cache
 CHUNK_OF_ACCELERATOR = 2**26  # there few large products are what counts: 256 MB in fp32
@@ -28,70 +37,94 @@ def chunk_rows(width: int, device: torch.device) -> int:
 @dataclass(frozen=True)
 class TeacherDistribution:
     """The teacher at P tokens: probs [P, Vd] over the draft vocabulary (renormalised), choice [P] its most probable
-    draft index, covered [P] bool: the target's own argmax over V can be drafted.
+    draft index, covered [P] bool: the target's own argmax over V can be drafted, mass [P]: of the draft vocabulary.
     """
 
     probs: torch.Tensor
     choice: torch.Tensor
     covered: torch.Tensor
+    mass: torch.Tensor
 
 
 @torch.no_grad()
-def teacher_distribution(teacher: Teacher, ids: torch.Tensor) -> TeacherDistribution:
-    """ids [Vd]: the draft vocabulary. fp32; the [P, V] logits are never held whole."""
-    probs, choice, covered = [], [], []
+def teacher_distribution(teacher: Teacher, ids: torch.Tensor, temperature: float = 1.0) -> TeacherDistribution:
+    """ids [Vd]: the draft vocabulary; temperature: as in `divergences.soften`. fp32 or better; the [P, V] logits are
+    never held whole.
+    """
+    parts = []
     for part in teacher.final.split(512):
-        logits = teacher.project(part, None).float()
+        logits = teacher.project(part, None)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         drafted = logits if len(ids) == logits.size(-1) else logits.index_select(-1, ids)
         best = drafted.argmax(-1)
-        covered.append(drafted.gather(-1, best[:, None])[:, 0] >= logits.amax(-1))
-        choice.append(best)
-        probs.append(drafted.softmax(-1))
-    return TeacherDistribution(torch.cat(probs), torch.cat(choice), torch.cat(covered))
+        covered = drafted.gather(-1, best[:, None])[:, 0] >= logits.amax(-1)
+        mass = covered.to(logits.dtype)
+        if temperature > 0:
+            mass = ((drafted / temperature).logsumexp(-1) - (logits / temperature).logsumexp(-1)).exp()
+        parts.append((soften(drafted, temperature), best, covered, mass))
+    return TeacherDistribution(*map(torch.cat, zip(*parts)))
+
+
+class Dense:
+    """An output head that is one matrix [Vd, h]."""
+
+    @staticmethod
+    def logits(x: torch.Tensor, weights: tuple[torch.Tensor, ...]):
+        """x [N, h] -> (logits [N, Vd], what `pull` needs of it)."""
+        return x @ weights[0].T, None
+
+    @staticmethod
+    def pull(x, slope, share, probs, kept, weights, grads) -> torch.Tensor:
+        """Gradient of the states [N, h] for slope [N, Vd], rows weighed by share [N, 1]; that of the weights is added
+        to grads (None: a weight that is not trained)."""
+        if grads[0] is not None:
+            add_product(grads[0], slope.T, x * share)
+        return (slope @ weights[0]).mul_(share)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, distribution: TeacherDistribution, scale):
-        (steps, count, _), size = states.shape, chunk_rows(weight.size(0), states.device)
-        losses, right = scale.new_zeros(steps, count), torch.zeros(steps, count, dtype=torch.bool, device=states.device)
+    def forward(ctx, states, distribution: TeacherDistribution, here, scale, goal: Distillation, output, *weights):
+        size = chunk_rows(len(weights[0]), states.device)
+        losses, right = torch.zeros_like(scale), torch.zeros_like(scale, dtype=torch.bool)
         grad_states = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
-        grad_weight = (
-            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        scale = scale[..., None].to(states.dtype)
-        for k in range(steps):
-            for start in range(0, count - k, size):
-                cut, supervised = (
-                    slice(start, min(start + size, count - k)),
-                    slice(start + k, min(start + size + k, count)),
-                )
-                x, probs = states[k, cut], distribution.probs[supervised]
-                logits = (x @ weight.T).to(losses.dtype)
-                top = logits.amax(-1)
-                right[k, cut] = (
-                    logits.gather(-1, distribution.choice[supervised, None])[:, 0] >= top
-                ) & distribution.covered[supervised]
-                expected = torch.linalg.vecdot(probs, logits)
-                student = logits.softmax(-1)
-                losses[k, cut] = (top - student.amax(-1).log() - expected) * distribution.covered[supervised]
+        grads = [
+            torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) if needed else None
+            for w, needed in zip(weights, ctx.needs_input_grad[6:])
+        ]
+        weighed, reach = torch.zeros_like(scale), scale.new_ones(len(distribution.choice))
+        borders = [0, *accumulate(map(len, here))]
+        for k, rows in enumerate(here):
+            for first in range(0, len(rows), size):
+                mine = rows[first : first + size]
+                cut = slice(borders[k] + first, borders[k] + first + len(mine))
+                x, at = states[cut], mine + k
+                probs, covered = distribution.probs[at], distribution.covered[at]
+                logits, kept = output.logits(x, weights)
+                logits = logits.to(losses.dtype)
+                top, student = logits.amax(-1), logits.softmax(-1)
+                right[cut] = (logits.gather(-1, distribution.choice[at, None])[:, 0] >= top) & covered
+                losses[cut] = top - student.amax(-1).log() - torch.linalg.vecdot(probs, logits)
+                weighed[cut] = scale[cut] * reach[mine] * covered
+                reach[mine] *= accepted(goal.reach, right[cut], probs * distribution.mass[at, None], student)
+                slope = None
+                if goal.total_variation > 0:
+                    losses[cut] = torch.lerp(losses[cut], 1 - overlap(probs, student), goal.total_variation)
+                    slope = variation_slope(probs, student).mul_(goal.total_variation)
+                losses[cut] *= covered
                 if grad_states is not None:
-                    slope, part = (
-                        student.sub_(probs).to(states.dtype),
-                        scale[k, cut] * distribution.covered[supervised, None],
-                    )
-                    torch.mm(slope, weight, out=grad_states[k, cut]).mul_(part)
-                    if grad_weight is not None:
-                        add_product(grad_weight, slope.T, x * part)
-        ctx.save_for_backward(grad_states, None if grad_weight is None else grad_weight.to(weight.dtype))
+                    plain = student.sub_(probs)
+                    slope = plain if slope is None else slope.add_(plain, alpha=1 - goal.total_variation)
+                    share = weighed[cut, None].to(states.dtype)
+                    grad_states[cut] = output.pull(x, slope.to(states.dtype), share, probs, kept, weights, grads)
+        ctx.save_for_backward(grad_states, *(g if g is None else g.to(w.dtype) for g, w in zip(grads, weights)))
         ctx.mark_non_differentiable(losses, right)
-        return (losses * scale[..., 0]).sum(), losses, right
+        return (losses * weighed).sum(), losses, right
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None
+        states, *weights = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return states, None, None, None, None, None, *weights
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -103,15 +136,22 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def soft_cross_entropy(
-    states: torch.Tensor, weight: torch.Tensor, distribution: TeacherDistribution, scale: torch.Tensor
+    states: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    distribution: TeacherDistribution,
+    here: list[torch.Tensor],
+    scale: torch.Tensor,
+    goal: Distillation = PLAIN,
+    output: type = Dense,
 ):
-    """states [K, P, h], weight [Vd, h], scale [K, P] fp32 row weights; row i of step k is supervised by the teacher
-    of token i + k.
+    """states [N, h] of the rows here[0], here[1], ... ([n_k] each, places among P rows) of the steps 0, 1, ..., one
+    step behind the other; row i of step k is supervised by the teacher of token i + k. weights of the output head (for
+    `Dense`: ([Vd, h],)), scale [N] fp32: what each row weighs.
 
-    -> (loss, cross-entropy [K, P], whether the most probable draft token is the teacher's [K, P] bool). Tokens whose
-    argmax cannot be drafted count nothing and are never right; the last k rows of step k have no supervision.
+    -> (loss, loss of each row [N], whether the most probable draft token is the teacher's [N] bool). Tokens whose
+    argmax cannot be drafted count nothing and are never right.
     """
-    return _SoftCrossEntropy.apply(states, weight, distribution, scale)
+    return _SoftCrossEntropy.apply(states, distribution, here, scale, goal, output, *weights)
 
 
 def chain_walk(packing: Packing, leading: list[int]) -> tuple[int, int]:

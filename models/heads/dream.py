@@ -283,10 +283,11 @@ class DreamHead(nn.Module):
         middle = torch.zeros_like(feature)
         if features.middle is not None:
             middle = F.smooth_l1_loss(first.to(wide), features.middle[rows + 1].to(wide), reduction="none").mean(-1)
-        kl, rank = teacher_losses(
-            states, teacher, self.shared.project, self.config.vocab_size, Weights(1.0, 0.0, 1, kl=True)
+        weights = Weights(1.0, 0.0, 1, kl=True)
+        kl, rank, reach = teacher_losses(
+            states, teacher, self.shared.project, self.config.vocab_size, weights, objective
         )
-        kl = kl * parts
+        kl = kl * reach * parts
         losses = objective.kl_weight * kl
         losses[0] += objective.feature_weight * feature + objective.middle_weight * middle
         sums = {
@@ -464,8 +465,8 @@ class DreamHead(nn.Module):
 
         def over(block: RootedTrees):
             def attends(query, key, value):
-                attended, own, seen = block.attend(query, key, value, parents, self.config.head_dim**-0.5)
-                grown.append(replace(block, own=own, seen=seen, positions=block.positions + 1))
+                attended, new = block.attend(query, key, value, parents, self.config.head_dim**-0.5)
+                grown.append(replace(block, **new, positions=block.positions + 1))
                 return attended
 
             return attends

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.heads.divergences import Distillation
 from draftsmith.models.heads.layer import rope_of
 
 
@@ -28,10 +29,11 @@ class DreamShape:
 
 
 @dataclass(frozen=True)
-class DreamObjective:
+class DreamObjective(Distillation):
     """steps: drafted steps that are trained, each of weight 1 (paper: 1; deeper levels of a tree then use the head's
     own states, which it never saw in training); the weights of the three losses (paper: 0.2, 0.2, 1.0), the first two
-    at step 0 alone; noise: width of the uniform noise on the target's states in a document of 512 tokens (0.2).
+    at step 0 alone; noise: width of the uniform noise on the target's states in a document of 512 tokens (0.2). What
+    `Distillation` has is of the third.
     """
 
     steps: Annotated[int, Gt(0)]

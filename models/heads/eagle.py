@@ -26,6 +26,7 @@ from draftsmith.models.heads import decoding, regression
 from draftsmith.models.heads.attention import kernel_for, merged_attention, query_blocks
 from draftsmith.models.heads.decoding import Beam, Context
 from draftsmith.models.heads.distill import tally
+from draftsmith.models.heads.divergences import Distillation
 from draftsmith.models.heads.frozen import Weights, teacher_losses
 from draftsmith.models.heads.layer import Layer, angles, frequencies, rope_of
 from draftsmith.models.heads.rooted import RootedTrees
@@ -44,11 +45,12 @@ class EagleShape:
 
 
 @dataclass(frozen=True)
-class EagleObjective:
+class EagleObjective(Distillation):
     """steps: forwards (EAGLE-1: 1, HASS: 3), each of weight 1; ce_weight: of the cross-entropy beside the regression
     (0.1 in both); topk_weight: of the part of it over the target's `topk` most probable tokens (EAGLE-1: 0; HASS: 1 and
     10); noise: width of the uniform noise on the target's features in a document of 512 tokens (0.2 in both), wider in
-    shorter ones.
+    shorter ones. What `Distillation` has is of the cross-entropies (total variation: of the first), but for `reach`,
+    which weighs all of a step.
     """
 
     steps: Annotated[int, Gt(0)]
@@ -124,7 +126,7 @@ class EagleHead(nn.Module):
     """
 
     name, Shape, Objective, Config = "eagle", EagleShape, EagleObjective, EagleConfig
-    tables = ()
+    tables, window = (), None
     inputs = 2  # vectors that `fc` joins
 
     def __init__(self, config: EagleConfig, shared: Shared, ids: torch.Tensor | None = None):
@@ -265,14 +267,16 @@ class EagleHead(nn.Module):
         wide = torch.promote_types(outputs.dtype, torch.float32)
         regression = F.smooth_l1_loss(outputs.to(wide), teacher.final[supervised].to(wide), reduction="none").mean(-1)
         weights = Weights(objective.ce_weight, objective.topk_weight, objective.topk)
-        classification, rank = teacher_losses(outputs, teacher, self.shared.project, self.config.vocab_size, weights)
+        classification, rank, reach = teacher_losses(
+            outputs, teacher, self.shared.project, self.config.vocab_size, weights, objective
+        )
         losses, right = (regression + classification) * parts, rank == 0
         kept = self.alive(parts, rank, objective)
         shares = torch.tensor(
             [weight / max(n, 1) for weight, n in zip(objective.weights, counts or packing.counts(steps))], device=device
         )
         shares = shares * parts.sum(1) / kept.sum(1).clamp(min=1)
-        return ((losses * kept).sum(1) * shares).sum(), tally(packing, parts, right, losses.detach()) | {
+        return ((losses * reach * kept).sum(1) * shares).sum(), tally(packing, parts, right, losses.detach()) | {
             "feature": (regression.detach() * parts).sum(1)
         }
 

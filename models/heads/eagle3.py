@@ -3,106 +3,29 @@
 Row t consumes the target's features at x_t and the embedding of x_{t+1} and predicts x_{t+2}. The layer input is
 `[input_layernorm(embedding), hidden_norm(H)]`; the residual base is the un-normalised H; the pre-norm output is the
 next step's H (training-time test). Embeddings are the target's, frozen; no bias anywhere; the rope is the target's.
+
+EAGLE-3.1 has a norm for each tap before they are fused, and the output goes through the last norm before it is the next
+step's H. The attention may have a sliding window; the output head may be one of low rank over the whole vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Gt, Le
 from torch import nn
 
-from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
 from draftsmith.models.heads import decoding, regression
 from draftsmith.models.heads.adapted import matrix
-from draftsmith.models.heads.attention import kernel_for, query_blocks
+from draftsmith.models.heads.attention import kernel_for
 from draftsmith.models.heads.decoding import Beam, Context
-from draftsmith.models.heads.distill import soft_cross_entropy, tally, teacher_distribution
-from draftsmith.models.heads.layer import Layer, angles, copy_matrix, copy_norm, frequencies, rope_of
+from draftsmith.models.heads.distill import Dense, soft_cross_entropy, tally, teacher_distribution
+from draftsmith.models.heads.eagle3_config import Eagle3Config, Eagle3Objective, Eagle3Shape
+from draftsmith.models.heads.layer import Layer, angles, copy_matrix, copy_norm, frequencies
+from draftsmith.models.heads.lowrank import LowRankHead, low_rank
 from draftsmith.models.heads.rooted import RootedTrees
-from draftsmith.models.heads.unroll import Plan, turn, unroll
-
-
-@dataclass(frozen=True)
-class Eagle3Shape:
-    """What a recipe may choose of a head (None = as the target has it)."""
-
-    intermediate_size: Annotated[int, Gt(0)] | None
-    draft_vocab_size: Annotated[int, Gt(0)] | None
-
-
-@dataclass(frozen=True)
-class Eagle3Objective:
-    """Training-time test: steps (EAGLE-3 reference: 7), and decay (0.8): step k weighs decay^k."""
-
-    steps: Annotated[int, Gt(0)]
-    decay: Annotated[float, Gt(0), Le(1)]
-
-    @property
-    def weights(self) -> list[float]:
-        return [self.decay**k for k in range(self.steps)]
-
-
-@dataclass(frozen=True)
-class Eagle3Config:
-    """Shapes of a head. taps are Hugging Face `hidden_states` indices, ascending (low, mid, high)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: dict
-    max_position_embeddings: int
-    vocab_size: int
-    draft_vocab_size: int
-    taps: tuple[int, ...]
-
-    @classmethod
-    def for_target(
-        cls, config, intermediate_size: int | None = None, draft_vocab_size: int | None = None
-    ) -> "Eagle3Config":
-        """A head for a target's text config: its widths, its rope, taps (2, n // 2, n - 3).
-
-        Raises UserError below 7 layers, without such a rope, and for more draft tokens than the target has.
-        """
-        if (draft_vocab_size or 0) > config.vocab_size:
-            raise UserError(
-                f"head.draft_vocab_size: found {draft_vocab_size}, expected at most the target's {config.vocab_size}"
-            )
-        layers = config.num_hidden_layers
-        if layers < 7:
-            raise UserError(
-                f"eagle3: found a target of {layers} layers, expected at least 7 (taps 2, n // 2, n - 3 must differ)"
-            )
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=intermediate_size or config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),  # the head's own where the target has other norms
-            rope_parameters=rope_of(config, "eagle3"),
-            max_position_embeddings=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
-            draft_vocab_size=draft_vocab_size or config.vocab_size,
-            taps=(2, layers // 2, layers - 3),
-        )
-
-    @property
-    def saved_per_row(self) -> int:
-        """Numbers that training keeps for each row and step (what the forward of `unroll` keeps and its backward
-        adds).
-        """
-        return (
-            10 * self.hidden_size
-            + 5 * self.intermediate_size
-            + (3 * self.num_attention_heads + 4 * self.num_key_value_heads) * self.head_dim
-        )
-
+from draftsmith.models.heads.rows import chooser
+from draftsmith.models.heads.unroll import Chooser, Plan, turn, unroll
 
 TURNING = 4  # rotations, the fastest ones, by which a row of a fresh head tells itself from the others
 APART = 5.0  # how much less the row before scores: it gets a weight of exp(-5)
@@ -133,10 +56,16 @@ class Eagle3Head(nn.Module):
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         ids = torch.arange(config.vocab_size) if ids is None else ids
         self.register_buffer("ids", ids.to(embedding.device), persistent=False)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(embedding.size(1), config.rms_norm_eps) for _ in config.taps)
         self.fc = nn.Linear(len(config.taps) * embedding.size(1), config.hidden_size, bias=False)
         self.midlayer = WideLayer(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.lm_head = (
+            nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            if config.candidate_rank is None
+            else LowRankHead(config.hidden_size, config.vocab_size, config.candidate_rank, config.num_candidates)
+        )
         self._rope = frequencies(
             config, embedding.device
         )  # no buffer: fp32 frequencies must survive casts of the module
@@ -150,7 +79,10 @@ class Eagle3Head(nn.Module):
         norm, `fc` as a pass-through of the high tap, and the layer from the target's last one, whose matrices read H
         (the embedding's half of the attention keeps its random start). Parts of another shape keep their own start.
         """
-        self.lm_head.weight.copy_(target.head.weight[self.ids])
+        if self.config.candidate_rank is None:
+            self.lm_head.weight.copy_(target.head.weight[self.ids])
+        else:
+            self.lm_head.start_from(target.head.weight)
         copy_norm(getattr(target.body, "norm", None), self.norm)
         hidden, last = self.config.hidden_size, target.body.layers[-1]
         if self.embedding.size(1) == hidden:
@@ -169,6 +101,14 @@ class Eagle3Head(nn.Module):
         )
         copy_norm(getattr(last, before_mlp, None), self.midlayer.post_attention_layernorm)
 
+    def grow(self, config: Eagle3Config) -> None:
+        """Takes the window of another recipe: it has no weights."""
+        self.config = replace(self.config, sliding_window=config.sliding_window)
+
+    @property
+    def window(self) -> int | None:
+        return self.config.sliding_window
+
     @property
     def regressors(self) -> int:
         """Inputs of the larger of the regressions that `regress` makes."""
@@ -176,16 +116,19 @@ class Eagle3Head(nn.Module):
 
     @torch.no_grad()
     def regress(self, samples: list[TrainingFeatures]) -> None:
-        """Starts as two linear maps: `fc` from the taps to the state that the output head would read at this row, and
-        the attention from this state and the next token's embedding to how the state changes with that token. For the
+        """Starts as two linear maps: `fc` from the taps to the state that the output head would read at this row (with
+        `norm_output` to what the last norm makes of it, which later steps begin with), and the attention from this
+        state and the next token's embedding to how the state changes with that token. For the
         second every row attends to itself: its values hold the directions that matter most, and queries and keys have
         one large constant part, whose rotations agree at distance 0 alone. What the MLP adds begins at zero.
         """
         layer, scale, parts = self.midlayer, self.norm.weight.abs().clamp_min(1e-2) * self.norm.weight.sign(), []
         for sample in samples:
             rows, places = regression.supervised_pairs(sample)
-            final = sample.teacher.final.float() / scale
-            parts.append((sample.hidden[rows], sample.tokens[rows + 1], final[places - 1], final[places]))
+            final = sample.teacher.final.float()
+            begin = final if self.config.norm_output else final / scale
+            taps = self._normed(sample.hidden[rows])
+            parts.append((taps, sample.tokens[rows + 1], begin[places - 1], (final / scale)[places]))
         taps, tokens, now, following = regression.joined(parts)
         self.fc.weight.copy_(regression.ridge(taps, now).T)
         state = taps @ self.fc.weight.T.float()
@@ -227,12 +170,24 @@ class Eagle3Head(nn.Module):
     def layer(self) -> WideLayer:
         return self.midlayer
 
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Tapped states [..., taps * h] -> what `fc` reads."""
+        hidden = hidden.to(self.fc.weight.dtype)
+        if not self.config.fc_norm:
+            return hidden
+        parts = hidden.unflatten(-1, (len(self.config.taps), -1)).unbind(-2)
+        return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
+
     def first(self, hidden: torch.Tensor) -> torch.Tensor:
         """Tapped states [..., taps * h] -> H of step 0."""
-        return self.fc(hidden.to(self.fc.weight.dtype))
+        return self.fc(self._normed(hidden))
 
     def enter(self, tokens: torch.Tensor, hidden: torch.Tensor, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [...], H [..., h] -> residual base [..., h], what the attention reads [..., 2h]."""
+        """tokens [...], H [..., h] of step 0 or an earlier output -> residual base [..., h], what the attention reads
+        [..., 2h].
+        """
+        if step > 0 and self.config.norm_output:
+            hidden = self.norm(hidden)
         return hidden, self.midlayer.widen(self._embed(tokens), hidden)
 
     # Training
@@ -242,37 +197,35 @@ class Eagle3Head(nn.Module):
 
         For k = 0 .. steps - 1: (the rows [P_k] that take part (`Packing`), layer output [P_k, h]).
         """
-        return features.packing.rounds(self._unroll(features, steps))
+        output, here = self._unroll(features, steps)
+        return features.packing.rounds(output.unflatten(0, (steps, len(here[0]))))
 
-    def _unroll(self, features: TrainingFeatures, steps: int) -> torch.Tensor:
-        """Layer outputs [K, P, h] of all `packing.rows` at all steps; where a row takes no part they mean nothing.
+    def _unroll(self, features: TrainingFeatures, steps: int, choose: Chooser | None = None):
+        """Layer outputs [N, h], one step behind the other, and of which places in `packing.rows` each step's are: of
+        all of them, or of those that `choose` lets go on (`Plan`). Where a row takes no part they mean nothing.
 
         The attention's input is `[embedding, H]`; a token's embedding is the same in every step, so that its half of
         the projections is computed once.
         """
         attention, layer, packing = self.midlayer.self_attn, self.midlayer, features.packing
-        device, last = features.tokens.device, len(features.tokens) - 1
-        rows, positions, ahead = (
-            packing.rows.to(device),
-            packing.positions.to(device),
-            torch.arange(steps, device=device)[:, None],
-        )
+        device = features.tokens.device
+        positions = packing.positions.to(device)
         hidden, queries = self.first(features.hidden), attention.heads * attention.head_dim
         for_embedding, for_hidden = attention.weight().split(hidden.size(-1), 1)
         embedded = F.linear(layer.input_layernorm(self._embed(features.tokens)), for_embedding)
         whole = F.linear(layer.hidden_norm(hidden), for_hidden[queries:]) + embedded[:, queries:].roll(-1, 0)
         key0, value0 = whole.unflatten(-1, (-1, attention.head_dim)).chunk(2, 1)
         key0, value0 = attention.repeat(turn(key0, *self.angles(positions)), 1), attention.repeat(value0, 1)
-        kernel = kernel_for(device)
         plan = Plan(
-            rows,
-            (rows + 1 + ahead).clamp(max=last),
-            *self.angles(positions[rows] + ahead),
-            query_blocks(packing, packing.rows, kernel.block),
-            kernel,
+            packing,
+            steps,
+            self.angles,
+            kernel_for(device),
             attention.scale,
             (attention.heads, attention.kv_heads),
             self.config.rms_norm_eps,
+            self.window,
+            choose,
         )
         mlp = layer.mlp
         weights = (
@@ -282,32 +235,48 @@ class Eagle3Head(nn.Module):
             layer.post_attention_layernorm.weight,
             torch.cat([matrix(mlp.gate_proj), matrix(mlp.up_proj)]),
             matrix(mlp.down_proj),
+            self.norm.weight if self.config.norm_output else None,
         )
-        return unroll(hidden, embedded, key0, value0, weights, plan)
+        return unroll(hidden, embedded, key0, value0, weights, plan), plan.here
 
     def loss(self, features: TrainingFeatures, objective: Eagle3Objective, counts: list[float] | None = None):
         """Soft cross-entropy against the target restricted to the draft vocabulary (EAGLE-3), mean over each step's
         rows:
 
         loss = sum_k decay^k / counts[k] sum_rows ( logsumexp(z) - <p, z> ), p = softmax(teacher[ids]) at x_{t+1+k};
-        rows whose teacher argmax lies outside the draft vocabulary give no gradient and count as misses. counts: what
-        to divide by where several packed rows make one batch; by default this one's own rows per step. Returns (loss,
-        sums as `tally` has them).
+        rows whose teacher argmax lies outside the draft vocabulary give no gradient and count as misses. The objective
+        may ask for another divergence, for weights by reach, and for fewer rows (`Distillation`, heads/rows.py); what
+        is left out of a step counts in its mean with 0. counts: what to divide by where several packed rows make one
+        batch; by default this one's own rows per step. Returns (loss, sums as `tally` has them).
         """
         packing, device, steps = features.packing, features.tokens.device, objective.steps
-        rows, here = packing.rows, packing.counts(steps)
+        rows, counts = packing.rows, counts or packing.counts(steps)
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
             return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, none.bool(), none.bool(), none)
+        distribution = teacher_distribution(features.teacher, self.ids, objective.teacher_temperature)
+        choose = chooser(objective.rows, packing, distribution, self.logits, features.seed)
+        output, here = self._unroll(features, steps, choose)
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
-        distribution = teacher_distribution(features.teacher, self.ids)
-        shares = torch.tensor(
-            [weight / max(n, 1) for weight, n in zip(objective.weights, counts or here)], device=device
-        )
+        supervised = torch.cat([part[places] for part, places in zip(parts, here)])
+        here = [places[part[places]] for part, places in zip(parts, here)]
+        factors = [1.0] * steps if choose is None else choose.factors
+        shares = [w * f / max(n, 1) for w, f, n in zip(objective.weights, factors, counts)]
+        wide = torch.promote_types(output.dtype, torch.float32)
+        scale = torch.cat([torch.full((len(p),), s, device=device, dtype=wide) for p, s in zip(here, shares)])
+        dense = self.config.candidate_rank is None
         total, losses, right = soft_cross_entropy(
-            self.norm(self._unroll(features, steps)), matrix(self.lm_head), distribution, parts * shares[:, None]
+            self.norm(output[supervised]),
+            (matrix(self.lm_head),) if dense else self.lm_head.weights,
+            distribution,
+            here,
+            scale,
+            objective,
+            Dense if dense else low_rank(self.config.num_candidates),
         )
-        return total, tally(packing, parts, right, losses)
+        at = torch.cat([places + k * len(rows) for k, places in enumerate(here)])
+        spread = lambda x: x.new_zeros(parts.shape).flatten().index_copy_(0, at, x).view(parts.shape)  # noqa: E731
+        return total, tally(packing, spread(torch.ones_like(right)), spread(right), spread(losses))
 
     # Decoding
 

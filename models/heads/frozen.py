@@ -7,7 +7,8 @@ For output states x, z = project(x), teacher probabilities q, its k most probabl
         sum_T q_v,
     d loss / d z = s softmax(z) - c,
 
-less a times the entropy of q, a constant, where the first term is to be KL(q || softmax(z)),
+less a times the entropy of q, a constant, where the first term is to be KL(q || softmax(z)); the objective may have q
+at another temperature and total variation in place of a share of the first term (`Distillation`);
 and `project` is pulled back as it is (it may have a soft cap, and its weights may be spread over processes). All of it
 happens in the forward pass, some tokens at a time, each teacher row once for all steps, so that no [rows, V] tensor is
 kept.
@@ -20,6 +21,7 @@ import torch
 
 from draftsmith.models.features import Teacher
 from draftsmith.models.heads.distill import chunk_rows
+from draftsmith.models.heads.divergences import PLAIN, Distillation, accepted, overlap, soften, variation_slope
 
 
 class Weights(NamedTuple):
@@ -35,16 +37,19 @@ class Weights(NamedTuple):
 
 class _TeacherLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, teacher: Teacher, project, vocab: int, weights: Weights):
+    def forward(ctx, states, teacher: Teacher, project, vocab: int, weights: Weights, goal: Distillation):
         (steps, count, _), size = states.shape, chunk_rows(vocab, states.device)
         losses = torch.zeros(steps, count, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
-        rank = torch.full((steps, count), vocab, device=states.device)
+        rank, goes_on = torch.full((steps, count), vocab, device=states.device), torch.zeros_like(losses)
+        varied = weights.ce * goal.total_variation
+        weights = weights._replace(ce=weights.ce - varied)
         grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, count, size):
             logits = teacher.project(teacher.final[start : start + size], None).to(losses.dtype)
-            choice, probs = logits.argmax(-1, keepdim=True), logits.softmax(-1)
+            choice, probs = logits.argmax(-1, keepdim=True), soften(logits, goal.teacher_temperature)
             constant = weights.ce * torch.xlogy(probs, probs).sum(-1) if weights.kl else torch.zeros_like(logits[:, 0])
-            supervised, total = _weighted(probs, weights)
+            apart = goal.reach == "overlap" or varied > 0  # `_weighted` works in place
+            supervised, total = _weighted(probs.clone() if apart else probs, weights)
             for k in range(steps):
                 first, stop = max(start - k, 0), start + len(logits) - k  # row i of step k is supervised at token i + k
                 if stop <= first:
@@ -61,17 +66,23 @@ class _TeacherLosses(torch.autograd.Function):
                     - torch.linalg.vecdot(supervised[mine], z)
                     + constant[mine]
                 )
+                right = rank[k, first:stop] == 0
+                goes_on[k, first:stop] = accepted(goal.reach, right, probs[mine], student)
+                slope = 0.0
+                if varied > 0:
+                    losses[k, first:stop] += varied * (1 - overlap(probs[mine], student))
+                    slope = variation_slope(probs[mine], student).mul_(varied)
                 if grads is not None:
-                    slope = student.mul_(total[mine, None]).sub_(supervised[mine]).to(out.dtype)
+                    slope = student.mul_(total[mine, None]).sub_(supervised[mine]).add_(slope).to(out.dtype)
                     grads[k, first:stop] = torch.autograd.grad(out, x, slope)[0]
         ctx.save_for_backward(grads)
-        ctx.mark_non_differentiable(rank)
-        return losses, rank
+        ctx.mark_non_differentiable(rank, goes_on)
+        return losses, rank, goes_on
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         (grads,) = ctx.saved_tensors
-        return (grads * grad[..., None]).to(grads.dtype), None, None, None, None
+        return (grads * grad[..., None]).to(grads.dtype), None, None, None, None, None
 
 
 def _weighted(probs: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,12 +95,19 @@ def _weighted(probs: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torc
 
 
 def teacher_losses(
-    states: torch.Tensor, teacher: Teacher, project: Callable, vocab: int, weights: Weights
-) -> tuple[torch.Tensor, torch.Tensor]:
+    states: torch.Tensor,
+    teacher: Teacher,
+    project: Callable,
+    vocab: int,
+    weights: Weights,
+    goal: Distillation = PLAIN,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """states [K, P, h], after which stands `project` to `vocab` tokens; row i of step k is supervised by the teacher
     of its token i + k.
 
     -> (losses [K, P] fp32, differentiable in the states; how many tokens are more probable than the target's own first
-    choice [K, P] int64). The last k rows of step k have no supervision: 0 and `vocab`.
+    choice [K, P] int64; the chance that drafting reaches each step [K, P], by the objective's `reach`, without
+    gradient). The last k rows of step k have no supervision: 0, `vocab` and whatever.
     """
-    return _TeacherLosses.apply(states, teacher, project, vocab, weights)
+    losses, rank, goes_on = _TeacherLosses.apply(states, teacher, project, vocab, weights, goal)
+    return losses, rank, torch.cat([torch.ones_like(goes_on[:1]), goes_on[:-1].cumprod(0)])

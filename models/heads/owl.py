@@ -23,7 +23,8 @@ from torch import nn
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
 from draftsmith.models.heads.adapted import matrix
-from draftsmith.models.heads.distill import tally
+from draftsmith.models.heads.distill import soft_cross_entropy, tally, teacher_distribution
+from draftsmith.models.heads.divergences import Distillation
 from draftsmith.models.heads.labels import choices, hard_cross_entropy
 
 EPS = 1e-6  # of all norms
@@ -44,13 +45,15 @@ class OwlShape:
 
 
 @dataclass(frozen=True)
-class OwlObjective:
-    """Plain cross-entropy on the data's own tokens. steps: the head's n_predict. spec_dropout: share of documents that
-    start from the target's own state in place of `[SPEC]`'s (0 without one).
+class OwlObjective(Distillation):
+    """Plain cross-entropy on the data's own tokens; with labels: target on the target's distribution instead, by what
+    `Distillation` has. steps: the head's n_predict. spec_dropout: share of documents that start from the target's own
+    state in place of `[SPEC]`'s (0 without one).
     """
 
     steps: Annotated[int, Gt(0)]
     spec_dropout: Annotated[float, Ge(0), Le(1)]
+    labels: Literal["data", "target"] = "data"
 
     @property
     def weights(self) -> list[float]:
@@ -251,12 +254,19 @@ class OwlHead(nn.Module):
             device=device,
             dtype=torch.promote_types(states.dtype, torch.float32),
         )[step]
-        chosen = torch.zeros_like(features.tokens).index_copy_(
-            0, rows + 1, choices(features.teacher)
-        )  # behind the token at this place
-        total, losses, hits = hard_cross_entropy(
-            states, matrix(self.output_head), features.tokens[at + 2 + step], chosen[at + 1 + step], scale
-        )
+        if objective.labels == "target":
+            distribution = teacher_distribution(features.teacher, self.ids, objective.teacher_temperature)
+            here = [part.nonzero().flatten() for part in parts]
+            total, losses, hits = soft_cross_entropy(
+                states, (matrix(self.output_head),), distribution, here, scale, objective
+            )
+        else:
+            chosen = torch.zeros_like(features.tokens).index_copy_(
+                0, rows + 1, choices(features.teacher)
+            )  # behind the token at this place
+            total, losses, hits = hard_cross_entropy(
+                states, matrix(self.output_head), features.tokens[at + 2 + step], chosen[at + 1 + step], scale
+            )
         right = torch.zeros_like(parts).masked_scatter_(parts, hits)
         spread = losses.new_zeros(parts.shape).masked_scatter_(parts, losses)
         return total, tally(packing, parts, right, spread)

@@ -42,7 +42,8 @@ class RootedTrees:
     """A beam of P trees. row: (keys, values) [T, H_kv, D] of the packed row, row t consuming x_t's features and
     x_{t+1}; limit [P]: a root sees rows before this one; hidden [P, k, h]: what the next nodes go on from; own: (keys,
     values) [P, n, H_kv, D] of the nodes expanded so far, and seen [P, k, n], which of them each row of `hidden` sees;
-    positions [P] and depth: of the next level.
+    positions [P] and depth: of the next level; window: how many rows a node sees, its own and its ancestors included
+    (None: all); levels [n]: the depths of the nodes expanded so far.
     """
 
     row: tuple[torch.Tensor, torch.Tensor]
@@ -53,10 +54,17 @@ class RootedTrees:
     seen: torch.Tensor
     positions: torch.Tensor
     depth: int = 0
+    window: int | None = None
+    levels: tuple[int, ...] = ()
 
     @classmethod
     def at(
-        cls, packing: Packing, at: torch.Tensor, row: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor
+        cls,
+        packing: Packing,
+        at: torch.Tensor,
+        row: tuple[torch.Tensor, torch.Tensor],
+        hidden: torch.Tensor,
+        window: int | None = None,
     ) -> "RootedTrees":
         """Roots at packed indices at [P] (CPU or the row's device), each at least 1 inside its document; hidden [T, h]
         of the packed row.
@@ -71,19 +79,23 @@ class RootedTrees:
             (none, none),
             torch.zeros(len(at), 1, 0, dtype=torch.bool, device=hidden.device),
             packing.positions.to(hidden.device)[places] - 1,
+            window=window,
         )
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parents: torch.Tensor, scale: float):
         """New nodes query [P, k, H, D], key and value [P, k, H_kv, D] under the rows parents [P, k] of the last level
-        -> (attended [P, k, H, D], own, seen with them)."""
+        -> (attended [P, k, H, D], what the next level finds: own, seen and levels with them)."""
         trees, new = parents.shape
         numbers = torch.arange(trees, device=parents.device)[:, None]
         itself = torch.eye(new, dtype=torch.bool, device=parents.device).expand(trees, -1, -1)
         seen = torch.cat([self.seen[numbers, parents], itself], -1)
         keys, values = torch.cat([self.own[0], key], 1), torch.cat([self.own[1], value], 1)
-        grouped = query.unflatten(2, (key.size(2), -1))
-        hidden = [self._span(grouped, keys, values, seen, span, scale) for span in self.spans]
-        return torch.cat(hidden).flatten(2, 3), (keys, values), seen
+        grouped, levels = query.unflatten(2, (key.size(2), -1)), (*self.levels, *(self.depth,) * new)
+        visible = seen
+        if self.window is not None:
+            visible = seen & (torch.tensor(levels, device=seen.device) > self.depth - self.window)
+        hidden = [self._span(grouped, keys, values, visible, span, scale) for span in self.spans]
+        return torch.cat(hidden).flatten(2, 3), {"own": (keys, values), "seen": seen, "levels": levels}
 
     def _span(self, query, keys, values, seen, span: Span, scale: float):
         """One softmax over the prefix and the nodes of each tree; query [P, k, H_kv, H / H_kv, D] -> the same of the
@@ -91,7 +103,10 @@ class RootedTrees:
         """
         mine, prefix = slice(span.first, span.last), slice(span.start, span.stop)
         query, seen = query[mine], seen[mine]
-        before = torch.arange(span.start, span.stop, device=query.device) < self.limit[mine, None]
+        rows, limit = torch.arange(span.start, span.stop, device=query.device), self.limit[mine, None]
+        before = rows < limit
+        if self.window is not None:
+            before &= rows > limit + self.depth - self.window
         scores = torch.cat(
             [
                 torch.einsum("pkgrd,sgd->pkgrs", query, self.row[0][prefix]),

@@ -100,12 +100,16 @@ def timed(recipe: str, changes: list[str], answers: str, place: Path, epochs: fl
     return time.process_time() - before, len((place / "log.jsonl").read_text().splitlines())
 
 
-def trained(recipe: str, changes: list[str], answers: str, place: Path, seconds: float) -> dict:
-    """A drafter in `place/drafter` and what it took; what is there already is taken as it is."""
+def trained(
+    recipe: str, changes: list[str], answers: str, place: Path, seconds: float, short: tuple[float, ...] = SHORT
+) -> dict:
+    """A drafter in `place/drafter` and what it took; what is there already is taken as it is. short: epochs of the runs
+    that warm up and time a step.
+    """
     if not (place / "took.json").exists():
-        _, (early, few), (late, many) = (timed(recipe, changes, answers, place, epochs) for epochs in SHORT)
+        *_, (early, few), (late, many) = (timed(recipe, changes, answers, place, epochs) for epochs in short)
         step = (late - early) / (many - few)
-        took, steps = timed(recipe, changes, answers, place, seconds / step / (many / SHORT[-1]))
+        took, steps = timed(recipe, changes, answers, place, seconds / step / (many / short[-1]))
         (place / "took.json").write_text(
             json.dumps({"seconds": round(took, 1), "steps": steps, "step_ms": round(1e3 * step)})
         )

@@ -1,5 +1,5 @@
-"""Acceptance length by context length on the bundled long-context target: EAGLE-3 trained at 512, OWL without and with
-[SPEC], suffix decoding, HOWL.
+"""Acceptance length by context length on the bundled long-context target: EAGLE-3 trained at 512, without and with a
+sliding window, OWL without and with [SPEC], suffix decoding, HOWL.
 
     python tests/benchmarks/long_context.py [--quick] [--output runs/long-context] [--documents 40] [--part 1/2]
 
@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from draftsmith.eval.decode import Clock, decode
@@ -26,7 +26,7 @@ from draftsmith.eval.measurement.prompts import read_prompts
 from draftsmith.eval.measurement.shared_prefill import SharedSession, Tapped, shared_spec
 from draftsmith.eval.measurement.suite import LOOPS
 from draftsmith.eval.measurement.suites import read_rows
-from draftsmith.eval.report.report.plots import calibration, colours, points_by_place
+from draftsmith.eval.report.plots import calibration, colours, points_by_place
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch import longbench
 from draftsmith.launch.methods import fetch
@@ -44,7 +44,7 @@ LENGTHS = (1024, 2048, 4096, 8192)
 QUESTIONS, LEAST = 3, 2  # functions of a document, at most and at least
 RULE = SuffixRule(factor=4)
 SCORES = (0, 0.5, 1, 2, 3, 4, 6, 9, 14, 32)  # borders of the ranges of the calibration
-SINGLE = ("eagle3", "owl", "owl-spec", "suffix")
+SINGLE = ("eagle3", "eagle3-window", "owl", "owl-spec", "suffix")
 
 
 class Timed(Tapped):
@@ -82,12 +82,24 @@ def length_of(row: dict) -> int:
     return int(row["category"].removesuffix("K")) * 1024
 
 
+def eagle3(target: TextTarget, window: int | None, place: str = "bundled:drafters/eagle3-code-long") -> HeadDrafter:
+    """The head with a sliding window that it need not have been trained with."""
+    head = load_drafter(fetch(place), target.shared, target.layers)
+    head.grow(replace(head.config, sliding_window=window))
+    return HeadDrafter(head, parse_tree("dynamic:10x7x32"))
+
+
+def owl(target: TextTarget, place: str = "bundled:drafters/owl-code-long") -> HeadDrafter:
+    return HeadDrafter(load_drafter(fetch(place), target.shared, target.layers), parse_tree("dynamic:10x8x32"))
+
+
 def drafters_of(arguments, target: TextTarget) -> dict:
-    head = lambda place, tree: HeadDrafter(load_drafter(fetch(place), target.shared, target.layers), parse_tree(tree))  # noqa: E731
-    probing = head(arguments.owl_spec, "dynamic:10x8x16")
+    head = load_drafter(fetch(arguments.owl_spec), target.shared, target.layers)
+    probing = HeadDrafter(head, parse_tree("dynamic:10x8x16"))
     return {
-        "eagle3": head(arguments.eagle3, "dynamic:10x7x32"),
-        "owl": head(arguments.owl, "dynamic:10x8x32"),
+        "eagle3": eagle3(target, None, arguments.eagle3),
+        "eagle3-window": eagle3(target, arguments.window, arguments.eagle3),
+        "owl": owl(target, arguments.owl),
         "owl-spec": probing,
         "suffix": SuffixDrafter(32, RULE),
         "howl": HowlDrafter(probing, SuffixDrafter(32, RULE)),
@@ -265,6 +277,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--target", default="bundled:targets/code-long")
     parser.add_argument("--eagle3", default="bundled:drafters/eagle3-code-long")
+    parser.add_argument("--window", type=int, default=512, help="of eagle3-window")
     parser.add_argument("--owl", default="bundled:drafters/owl-code-long")
     parser.add_argument("--owl-spec", default="bundled:drafters/owl-code-long-spec")
     parser.add_argument("--output", type=Path, default=Path("runs/long-context"))
@@ -285,6 +298,7 @@ def main():
     settings = {
         "target": arguments.target,
         "drafters": [arguments.eagle3, arguments.owl, arguments.owl_spec],
+        "window": arguments.window,
         "max_new_tokens": tokens,
     }
     part, parts = map(int, arguments.part.split("/"))
@@ -319,6 +333,7 @@ def main():
                 "owl_tau": by_length("owl-spec"),
                 "owl_plain_tau": by_length("owl"),
                 "eagle3_tau": by_length("eagle3"),
+                "window_tau": by_length("eagle3-window"),
                 "howl_tau": round(figures.tau("howl"), 3),
                 "best_single_tau": round(max(figures.tau(m) for m in SINGLE), 3),
             }

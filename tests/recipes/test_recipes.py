@@ -18,7 +18,7 @@ SEEING = {
 def test_a_recipe_begins_with_how_it_is_run_and_says_what_it_gave(place):
     recipe, text = read_recipe(place, DrafterRecipe), place.read_text()
     name, comment = place.stem.split("-")[0], text[: text.index("\ntarget:")]
-    assert recipe.kind.name == {"hass": "eagle"}.get(name, name)
+    assert recipe.kind.name == {"hass": "eagle", "eagle31": "eagle3"}.get(name, name)
     assert all(line.startswith("#") for line in comment.splitlines()) and f"draftsmith train recipes/{name}" in comment
     assert recipe.target.startswith("bundled:") or "Figures: not measured" in comment and f"`{place.stem}`" in TABLE
 

@@ -32,6 +32,7 @@ SPEC = SimpleNamespace(
     delta=1e-4,
     min_spread=1e-6,
     omega=0.5,
+    baseline="group",
 )
 
 
@@ -238,6 +239,18 @@ def test_advantages_are_standardised_and_flat_groups_left_out():
     assert spread[0].item() == pytest.approx(3.5**0.5) and spread[2].item() == pytest.approx(0.0005)
     torch.testing.assert_close(advantage[0], (gains[0] - 3) / 3.5**0.5)
     assert advantage[1:].abs().max() == 0
+
+
+def test_a_baseline_by_position_compares_a_root_with_its_own_start_alone():
+    """Where the gains of a group add up to nothing both baselines are one; else every root of a group that gained
+    everywhere is pushed up, which the group's mean forbids.
+    """
+    gains = torch.tensor([[1.0, -2.0, 3.0, -2.0], [1.0, 2.0, 3.0, 6.0], [0.001, 0.0, 0.001, 0.0]])
+    (group, _), (position, spread) = (gto.advantages(gains, 0.0, 0.01, kind) for kind in ("group", "position"))
+    torch.testing.assert_close(group[0], position[0])
+    assert spread[1].item() == pytest.approx(12.5**0.5) and (group[1] < 0).any() and (position[1] > 0).all()
+    torch.testing.assert_close(position[1], gains[1] / 12.5**0.5)
+    assert position[2].abs().max() == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import fetch, from_pretrained, load_drafter, save_drafter
+from draftsmith.models.formats import fetch, from_pretrained, layout_for, load_drafter, save_drafter, store
+from draftsmith.models.formats.layout import Serving
 from tests.conftest import pack, tiny_head, tiny_target
 
 
@@ -64,6 +65,54 @@ def same_logits(target, head, again) -> None:
     for (rows, a), (same, b) in zip(head.unroll(features, 3), again.unroll(features, 3), strict=True):
         assert torch.equal(rows, same) and torch.equal(head.logits(a), again.logits(b))
     assert torch.equal(head.ids, again.ids)
+
+
+SHAPES = [
+    {"fc_norm": True, "norm_output": True},
+    {"sliding_window": 4},
+    {"fc_norm": True, "norm_output": True, "sliding_window": 3},
+    {"candidate_rank": 6, "num_candidates": 5},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("to", ["eagle3", "speculators"])
+def test_what_is_not_plain_eagle3_is_stored_with_the_flags_that_engines_read(tmp_path, target, shape, to):
+    """fc_norm, norm_output; a window as the type of the layer; the low-rank head's description; reload is exact."""
+    head = tiny_head(target, None if "candidate_rank" in shape else 40, **shape)
+    head.load_state_dict({name: value.to(torch.bfloat16).float() for name, value in head.state_dict().items()})
+    if to == "speculators":
+        if "candidate_rank" in shape:
+            return
+        serving = Serving("tiny", "LlamaForCausalLM", 3)
+        folder = store(head, tmp_path / "drafter", layout_for(head, to), {}, torch.bfloat16, serving)
+    else:
+        folder = save_drafter(head, tmp_path / "drafter", {"target": "tiny"})
+    same_logits(target, head, load_drafter(folder, target.shared, target.layers))
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    layer = config.get("transformer_layer_config", config)
+    assert [config[name] for name in ("fc_norm", "norm_output")] == [shape.get("fc_norm", False)] * 2
+    assert ("fc_norm.2.weight" in tensors) == shape.get("fc_norm", False)
+    assert layer.get("sliding_window") == shape.get("sliding_window")
+    assert layer.get("layer_types") == (["sliding_attention"] if "sliding_window" in shape else None)
+    if "candidate_rank" in shape:
+        assert config["efficient_lm_head_config"] == {"type": "low_rank", "rank": 6, "num_candidates": 5}
+        assert tensors["efficient_lm_head.weight"].shape == (61, 6) and tensors["lm_head.weight"].shape == (61, 32)
+        assert tensors["efficient_lm_head_down_proj.weight"].shape == (6, 32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "engine", "message"),
+    [
+        ({"fc_norm": True}, "sglang", "fc_norm: found true, expected none"),
+        ({"sliding_window": 4}, "sglang", "sliding_window: found 4, expected none"),
+        ({"candidate_rank": 6, "num_candidates": 5}, "vllm", "candidate_rank: found 6, expected none"),
+    ],
+)
+def test_an_engine_that_would_compute_something_else_is_refused(target, shape, engine, message):
+    with pytest.raises(UserError, match=message):
+        layout_for(tiny_head(target, **shape), engine)
+    layout_for(tiny_head(target, 40), engine)
 
 
 def change_tensors(change):
@@ -126,6 +175,14 @@ def spell(rename):
             r"found \[2, 3, 9\], expected ascending numbers from 1 to 6",
         ),
         (change_config(eagle_aux_hidden_state_layer_ids=[3, 3, 4], eagle_config=None), "expected ascending"),
+        (change_config(fc_norm=True), "fc_norm.0.weight: missing"),
+        (change_config(norm_output="yes"), "norm_output: found 'yes', expected true or false"),
+        (change_config(layer_types=["sliding_attention"]), "sliding_window: missing"),
+        (change_config(efficient_lm_head_config={"type": "dense"}), "expected an object of type 'low_rank'"),
+        (
+            change_config(efficient_lm_head_config={"type": "low_rank", "rank": 4, "num_candidates": 8}),
+            "draft_vocab_size: found 40, expected null",
+        ),
         (change_config(norm_before_residual=True), "norm_before_residual: found True, expected false"),
         (change_config(target_hidden_size=64), "target_hidden_size: found 64, expected hidden_size 32"),
         (change_config(num_aux_hidden_states=4), "num_aux_hidden_states: found 4, expected 3"),

@@ -194,7 +194,7 @@ def test_a_head_that_knows_the_features_has_the_targets_entropy_and_nothing_to_l
     states = torch.stack([final.roll(-k, 0) for k in range(3)]).requires_grad_()
     q = target.project(final).softmax(-1)
     for weights in (Weights(1.0, 0.0, 10), Weights(0.1, 1.0, 10)):
-        losses, rank = teacher_losses(states, features.teacher, target.project, 2**20, weights)
+        losses, rank, _ = teacher_losses(states, features.teacher, target.project, 2**20, weights)
         right = rank == 0
         top = q.topk(10).values
         entropy = -weights.ce * (q * q.log()).sum(-1) - weights.top * (top * top.log()).sum(-1)
