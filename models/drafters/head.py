@@ -30,6 +30,13 @@ class HeadDrafter:
         self.head.extend(self.context, features)
         self.root = root
 
+    def mark(self):
+        return self.root, self.context.mark()
+
+    def restore(self, state):
+        self.root, context = state
+        self.context.restore(context)
+
     def select(self, rows):
         self.context.select(rows)
         self.root = self.root[rows]

@@ -27,6 +27,16 @@ class Context:
     pending: Features | None
     shift: torch.Tensor
 
+    def mark(self) -> tuple:
+        """What `restore` goes back to: rows behind it are overwritten. No `select` and no `join` between the two."""
+        return self.cache.lengths, self.pending
+
+    def restore(self, state: tuple) -> None:
+        """Rows that were pending stay complete if a root was expanded since: it was the token behind them."""
+        lengths, pending = state
+        complete = self.cache.lengths is not lengths
+        self.cache.lengths, self.pending = (lengths + pending.lengths, None) if complete else state
+
     def select(self, rows: torch.Tensor) -> None:
         self.cache.select(rows)
         p, self.shift = self.pending, self.shift[rows]
@@ -35,6 +45,11 @@ class Context:
     def join(self, other: "Context") -> None:
         self.cache.join(other.cache)
         self.pending, self.shift = self.pending.joined(other.pending), torch.cat([self.shift, other.shift])
+
+
+def pending_rows(before: Features | None, features: Features) -> Features:
+    """Committed rows behind those that are still pending, where no root was expanded since."""
+    return features if before is None else before.then(features)
 
 
 def prefill(head, features: Features, places: torch.Tensor | None = None) -> Context:

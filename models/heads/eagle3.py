@@ -317,7 +317,7 @@ class Eagle3Head(nn.Module):
 
     def extend(self, context: Context, features: Features) -> None:
         """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root."""
-        context.pending = features
+        context.pending = decoding.pending_rows(context.pending, features)
 
     def roots(self, context: Context) -> Beam:
         """A beam that waits for the root tokens."""
