@@ -119,7 +119,14 @@ def _grow_rooted(head, beam: RootedTrees, tokens, parents):
     return output, replace(beam, hidden=output, own=own, seen=seen, positions=beam.positions + 1, depth=beam.depth + 1)
 
 
-def _commit_root(head, context: Context, root):
+def follow(head, context: Context, root: torch.Tensor) -> tuple[torch.Tensor, Beam]:
+    """As the first `expand` with the roots [B], for all pending rows: layer outputs [B, M, h], those behind each
+    request's pending rows being padding, and the beam of the roots.
+    """
+    return _commit_root(head, context, root[:, None], every=True)
+
+
+def _commit_root(head, context: Context, root, every: bool = False):
     pending, cache = context.pending, context.cache
     if pending is None:
         raise RuntimeError(
@@ -133,8 +140,9 @@ def _commit_root(head, context: Context, root):
     seen = torch.arange(cache.visible, device=root.device) <= positions[..., None]
     output = _attend(head, head.first(pending.hidden), following, positions + context.shift[:, None], 0, cache, seen)
     cache.lengths, context.pending = cache.lengths + pending.lengths, None
-    output = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
-    return output, Beam(context, output, torch.zeros(batch, 1, 0, dtype=torch.bool, device=root.device), 1)
+    ending = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
+    beam = Beam(context, ending, torch.zeros(batch, 1, 0, dtype=torch.bool, device=root.device), 1)
+    return output if every else ending, beam
 
 
 def _grow(head, beam: Beam, tokens, parents):

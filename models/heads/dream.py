@@ -316,7 +316,7 @@ class DreamHead(nn.Module):
     # Decoding
 
     def prefill(self, features: Features) -> Context:
-        """Keys and values of all rows of the prompts; the last state of each waits for the root, which brings its key."""
+        """Keys and values of all rows of the prompts; the last state of each stays pending: the root brings its key."""
         (batch, width), device, c = features.tokens.shape, features.hidden.device, self.config
         embedded, states = self._split(features.hidden)
         shape = (batch, c.num_key_value_heads, width + 64, c.head_dim, states.dtype, device)

@@ -330,6 +330,13 @@ class Eagle3Head(nn.Module):
         """
         return decoding.root_at(self, features, at)
 
+    def follow(self, context: Context, root: torch.Tensor) -> tuple[torch.Tensor, Beam]:
+        """root [B] -> log-probs [B, M, Vd] fp32 behind each of the M pending rows and the token that follows it, the
+        root behind the last; and the beam that the first `expand` would give. The rows are complete then.
+        """
+        output, beam = decoding.follow(self, context, root)
+        return torch.log_softmax(self.logits(output).float(), -1), beam
+
     def expand(
         self, beam: Beam | RootedTrees, tokens: torch.Tensor, parents: torch.Tensor
     ) -> tuple[torch.Tensor, Beam | RootedTrees]:
