@@ -283,7 +283,8 @@ def passes(
             return
         roots = session.known_lengths
         with clock.phase("draft"):
-            tree = drafter.propose(Draw(sampling.temperature, sampling.seed, active, roots))
+            left = [max_new_tokens - len(traces[request].tokens) for request in active]
+            tree = drafter.propose(Draw(sampling.temperature, sampling.seed, active, roots, left, frozenset(eos)))
         with clock.phase("verify"):
             verified = session.verify(tree)
         with clock.phase("overhead"):

@@ -59,11 +59,12 @@ def penalise(logits: torch.Tensor, penalty: float, seen: torch.Tensor, tree: Dra
 
 
 def process(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None, tree: DraftTree) -> torch.Tensor:
-    """logits [B, N, V] -> fp32 logits after repetition penalty, temperature, top-k and top-p (excluded ids are -inf).
+    """logits [B, N, V] -> fp32 logits (fp64 stays) after repetition penalty, temperature, top-k and top-p (excluded ids
+    are -inf).
 
     With temperature 0 only the penalty applies. `seen` is needed exactly when the penalty is not 1.
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.repetition_penalty != 1.0:
         logits = penalise(logits, sampling.repetition_penalty, seen, tree)
     if sampling.temperature == 0:

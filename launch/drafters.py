@@ -1,7 +1,8 @@
 """What the name of a method stands for: one table for `eval`, `verify`, `sweep` and `generate`.
 
 A name is the place of a trained drafter (a directory, a Hub id or `bundled:PATH`), one of `KINDS` (`suffix`, or
-`howl:DRAFTER` and `reader:METHOD` with an argument behind the colon), or one of `LIBRARY`, the loops of Hugging Face. A
+`howl:DRAFTER`, `reader:METHOD`, `cascade:MIDDLE+METHOD`, `select:METHOD,METHOD` with an argument behind the colon), or
+one of `LIBRARY`, the loops of Hugging Face. A
 new kind of drafter is one line of `KINDS`.
 """
 
@@ -9,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from draftsmith.eval.cascade import BUFFER, CascadeDrafter
 from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.measurement.measure import Decoder, Looped
+from draftsmith.eval.selecting import SelectingDrafter
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH, Verifier
 from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter, drafting
 from draftsmith.models.drafters.datastore import Datastore
 from draftsmith.models.drafters.howl import HowlDrafter
+from draftsmith.models.drafters.learners import LEARNERS, learner
 from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.drafters.reader import ReaderDrafter
 from draftsmith.models.drafters.recycling import TEMPLATE, RecyclingDrafter
@@ -23,9 +27,12 @@ from draftsmith.models.drafters.stand import HEURISTIC, StandDrafter
 from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
+from draftsmith.models.formats.adapter import base_of, with_adapter
 from draftsmith.models.grow import DynamicTree, StaticTree, TreePolicy
+from draftsmith.models.pictures import load_renderer
 from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import TextTarget
+from draftsmith.models.targets.copies import quantised, skipping
 
 HOWL_TREE, HOWL_ROWS = DynamicTree(10, 7, 60), 60
 # of 1, 2 and 4 the best path on prompts of training modules (tests/benchmarks/suffix_rules.py)
@@ -34,6 +41,7 @@ SAMPLED_RULE = RULES["traversal"]  # for trees that carry the distributions they
 # What heads grow where nothing is said: wide trees pay where many rows cost what a single one does
 CPU_TREE, ACCELERATOR_TREE = DynamicTree(3, 4, 10), DynamicTree(10, 7, 60)
 CPU_ROW, ACCELERATOR_ROW = 0.05, 0.002  # of a pass over a single row, what one more costs (smollm2 on one thread)
+RULE = "normalhedge"  # by which a drafter is chosen, where nothing is said
 CACHED_REQUESTS = 1_000_000  # of a suffix drafter whose memory lasts: all of them
 
 
@@ -61,15 +69,46 @@ class Kind:
 
 class Drafters:
     """Drafters of one target by their names. A trained head is loaded once, however many methods draft with it.
-    assistant: the draft model of `hf-assisted`; datastore: what methods that retrieve read beside the text itself.
+    assistant: the draft model of `hf-assisted`; datastore: what methods that retrieve read beside the text itself;
+    tokenizer: where it lies, if not with the target.
     """
 
-    def __init__(self, target: TextTarget, assistant: str, datastore: Datastore | None = None):
+    def __init__(
+        self, target: TextTarget, assistant: str, datastore: Datastore | None = None, tokenizer: str | None = None
+    ):
         self.target, self.assistant, self.datastore, self.heads = target, assistant, datastore, {}
+        self.tokenizer = tokenizer or target.name
+        self.middles: dict[str, Drafters] = {}
+
+    def middle(self, name: str) -> "Drafters":
+        """Drafters of a middle model: `skip:K` and `int8` are copies of the target (`targets.copies`), anything else is
+        the place of another model. Raises UserError for one with another tokenizer.
+        """
+        if name not in self.middles:
+            word, _, number = name.partition(":")
+            if word == "skip" and not number.isdigit():
+                raise UserError(f"cascade: found {name}, expected skip:K, K a number: every K-th layer is skipped")
+            if word == "skip" or name == "int8":
+                model = skipping(self.target, int(number)) if word == "skip" else quantised(self.target)
+                self.middles[name] = Drafters(model, self.assistant, self.datastore, self.tokenizer)
+                return self.middles[name]
+            model = TextTarget.load(name, self.target.dtype, self.target.device)
+            own, theirs = (
+                load_renderer(place, of).fingerprint for place, of in ((self.tokenizer, self.target), (name, model))
+            )
+            if own != theirs:
+                raise UserError(
+                    f"cascade: found {name} with another tokenizer ({theirs}) than {self.tokenizer} ({own}), expected "
+                    f"the same"
+                )
+            self.middles[name] = Drafters(model, self.assistant, self.datastore)
+        return self.middles[name]
 
     def head(self, place: str):
         """Raises UserError when no drafter for this target lies there."""
         folder = fetch(place)
+        if folder not in self.heads and (base := base_of(folder)):
+            self.heads[folder] = with_adapter(self.head(base), folder)
         if folder not in self.heads:
             self.heads[folder] = load_drafter(folder, self.target.shared, self.target.layers)
         return self.heads[folder]
@@ -131,6 +170,58 @@ def reader(drafters: Drafters, method: str, tree: TreePolicy | None, lasting: bo
     return ReaderDrafter(base, drafters.datastore, row_cost=row, lasting=lasting)
 
 
+def cascaded(argument: str) -> tuple[int, str, str]:
+    """[BUFFER:]MIDDLE+METHOD -> (buffer, middle, method). Raises UserError for anything else."""
+    number, colon, rest = argument.partition(":")
+    sized = bool(colon) and number.isdigit()
+    middle, plus, method = (rest if sized else argument).partition("+")
+    buffer = int(number) if sized else BUFFER
+    if not (middle and plus and method) or buffer < 1:
+        raise UserError(
+            f"cascade: found {argument or 'nothing'} behind it, expected [BUFFER:]MIDDLE+METHOD, such as "
+            f"cascade:8:skip:3+suffix (MIDDLE: skip:K, int8 or a model's place; METHOD drafts for it)"
+        )
+    return buffer, middle, method
+
+
+def cascade(drafters: Drafters, argument: str, tree: TreePolicy | None) -> CascadeDrafter:
+    buffer, middle, method = cascaded(argument)
+    below = drafters.middle(middle)
+    own = (CPU_TREE if drafters.target.device.type == "cpu" else ACCELERATOR_TREE) if trained(method) else None
+    drafter = below.drafter(method, own)
+    return CascadeDrafter(below.target, drafter, below.rule(method), buffer, drafters.target.vocab_size)
+
+
+def under_cascade(argument: str) -> list[str]:
+    """The method that drafts for a copy of the target drafts for the target too; one for another model does not."""
+    _, middle, method = cascaded(argument)
+    return [method] if middle == "int8" or middle.startswith("skip:") else []
+
+
+def selected(argument: str) -> tuple[list[str], str]:
+    """METHOD,METHOD,...[:RULE] -> (methods, rule). Raises UserError for fewer than two, and for one that occurs
+    twice.
+    """
+    methods, colon, rule = argument.rpartition(":")
+    if rule not in LEARNERS and not rule.startswith("fixed="):
+        methods, rule = argument, RULE
+    found = [method for method in methods.split(",") if method]
+    if len(set(found)) < max(2, len(found)):
+        raise UserError(
+            f"select: found {argument or 'nothing'} behind it, expected two or more different methods and a rule: "
+            f"METHOD,METHOD[:RULE], RULE one of {', '.join(LEARNERS)} or fixed=NUMBER"
+        )
+    return found, rule
+
+
+def select(drafters: Drafters, argument: str, tree: TreePolicy | None) -> SelectingDrafter:
+    methods, rule = selected(argument)
+    own = CPU_TREE if drafters.target.device.type == "cpu" else ACCELERATOR_TREE
+    pool = {method: drafters.drafter(method, (tree or own) if trained(method) else None) for method in methods}
+    learner(rule, len(pool))
+    return SelectingDrafter(pool, drafters.target.config.hidden_size, lambda count: learner(rule, count))
+
+
 KINDS = {
     "plain": Kind("plain", lambda drafters, argument, tree: NoDrafter()),
     "lookup": Kind("lookup", lambda drafters, argument, tree: LookupDrafter()),
@@ -155,6 +246,13 @@ KINDS = {
         retrieves=True,
         samples=lambda method: bool(method) and not trained(method) and samples(method),
         lasting=partial(reader, lasting=True),
+    ),
+    "cascade": Kind("cascade:[N:]MIDDLE+METHOD", cascade, under_cascade, samples=lambda argument: True),
+    "select": Kind(
+        "select:METHOD,METHOD[:RULE]",
+        select,
+        lambda argument: selected(argument)[0],
+        samples=lambda argument: any(not trained(method) and samples(method) for method in selected(argument)[0]),
     ),
     "recycling": Kind("recycling", recycling, shaped=True, lasting=partial(recycling, lasting=True)),
 }
@@ -183,7 +281,7 @@ def parse(name: str) -> tuple[Kind | None, str]:
     kind = KINDS.get(word)
     if kind is None:
         return None, name
-    if not argument and ":" in kind.form and "[" not in kind.form:
+    if not argument and ":" in kind.form and "[:" not in kind.form:
         raise UserError(f"{word}: found no drafter behind it, expected {kind.form}")
     if argument and ":" not in kind.form:
         raise UserError(f"{name}: found {argument} behind {word}, expected {kind.form} alone")
@@ -243,4 +341,6 @@ def places(name: str) -> list[str]:
     if name in LIBRARY:
         return []
     kind, argument = parse(name)
-    return [name] if kind is None else [place for method in kind.methods(argument) for place in places(method)]
+    if kind is None:
+        return [base_of(name) or name]
+    return [place for method in kind.methods(argument) for place in places(method)]

@@ -116,6 +116,38 @@ class Features:
             torch.cat([self.lengths, other.lengths]),
         )
 
+    def then(self, other: "Features") -> "Features":
+        """The rows of `other` behind these, request by request: tokens, hidden states, lengths, and probes and
+        distributions where both have them.
+        """
+        lengths = self.lengths + other.lengths
+        rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+        places = self.lengths[:, None] + torch.arange(other.tokens.size(1), device=lengths.device)
+        width = self.tokens.size(1) + other.tokens.size(1)
+
+        def behind(first, second):
+            if first is None or second is None:
+                return None
+            whole = first.new_zeros(len(first), width, *first.shape[2:])
+            whole[:, : first.size(1)] = first
+            whole[rows, places] = second
+            return whole[:, : int(lengths.max())]
+
+        told = None
+        if self.distribution is not None and other.distribution is not None:
+            told = Distribution(
+                *(behind(getattr(self.distribution, x), getattr(other.distribution, x)) for x in ("ids", "probs"))
+            )
+        tokens, hidden, probes = (behind(getattr(self, x), getattr(other, x)) for x in ("tokens", "hidden", "probes"))
+        return Features(tokens, hidden, lengths, probes, distribution=told)
+
+    def first(self, lengths: torch.Tensor) -> "Features":
+        """The first lengths [B] rows of each request."""
+        width = int(lengths.max())
+        told = self.distribution and Distribution(self.distribution.ids[:, :width], self.distribution.probs[:, :width])
+        probes = None if self.probes is None else self.probes[:, :width]
+        return Features(self.tokens[:, :width], self.hidden[:, :width], lengths, probes, distribution=told)
+
 
 @dataclass(frozen=True)
 class Packing:

@@ -66,13 +66,16 @@ def column(positions: list[int], device="cpu") -> torch.Tensor:
 @dataclass(frozen=True)
 class Draw:
     """What a drafter may use to sample trees in one cycle. temperature is that of the requests (0 = greedy, nothing is
-    to be sampled); positions: where each root stands. No two cycles of a request have a root in the same place.
+    to be sampled); positions: where each root stands. No two cycles of a request have a root in the same place. left:
+    how many tokens each request may still emit, where that is known; stops: ids that end a text.
     """
 
     temperature: float
     seed: int
     requests: list[int]
     positions: list[int]
+    left: list[int] | None = None
+    stops: frozenset[int] = frozenset()
 
     def uniform(self, count: int, device="cpu") -> torch.Tensor:
         """[B, count] fp64 in [0, 1), the same at every call: to be called once a cycle."""

@@ -37,17 +37,30 @@ class TableTarget:
 
 
 class TableSession:
+    """texts: the processed tokens of each request."""
+
     def __init__(self, target: TableTarget):
-        self.target, self.logits = target, target.p.log().float()
+        self.target, self.logits, self.texts = target, target.p.log().float(), []
+
+    @property
+    def lengths(self):
+        return torch.tensor([len(text) for text in self.texts])
+
+    @property
+    def last(self):
+        return torch.tensor([text[-1] for text in self.texts])
 
     def prefill(self, prompts):
-        width = max(map(len, prompts))
-        self.lengths = torch.tensor([len(p) for p in prompts])
-        tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts])
-        self.last = torch.tensor([p[-1] for p in prompts])
-        before = torch.tensor([p[-2] for p in prompts])
-        features = Features(tokens, torch.zeros(*tokens.shape, 0), self.lengths)
-        return Prefill(self.logits[before, self.last], features)
+        self.texts = []
+        return self.admit(prompts)
+
+    def admit(self, prompts):
+        self.texts = self.texts + [list(prompt) for prompt in prompts]
+        width, lengths = max(map(len, prompts)), torch.tensor([len(p) for p in prompts])
+        tokens = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts])
+        features = Features(tokens, torch.zeros(*tokens.shape, 0), lengths)
+        before, last = (torch.tensor([p[-n] for p in prompts]) for n in (2, 1))
+        return Prefill(self.logits[before, last], features)
 
     def verify(self, tree):
         self.tree = tree
@@ -56,11 +69,14 @@ class TableSession:
         return Verified(self.logits[above, tree.tokens], torch.zeros(*tree.tokens.shape, 0), self.lengths)
 
     def commit(self, path, counts):
-        ends = path.gather(1, counts[:, None] - 1)
-        self.last, self.lengths = self.tree.tokens.gather(1, ends)[:, 0], self.lengths + counts
+        tokens = self.tree.tokens.gather(1, path).tolist()
+        self.texts = [text + new[:count] for text, new, count in zip(self.texts, tokens, counts.tolist())]
+
+    def rewind(self, lengths):
+        self.texts = [text[:length] for text, length in zip(self.texts, lengths.tolist())]
 
     def select(self, rows):
-        self.last, self.lengths = self.last[rows], self.lengths[rows]
+        self.texts = [self.texts[row] for row in rows.tolist()]
 
 
 def g_over_bound(target, drafter, rule, prompt: list[int], count: int, length: int, batch: int = 2000) -> float:

@@ -5,9 +5,13 @@ propose(draw) -> DraftTree trees whose roots are the last emitted tokens; only t
 observe(features, root)    features of the rows just committed (old root and accepted nodes), the newly emitted token
 select(rows)               go on with only these requests
 join(features, root)       more requests, behind those that go on: as in `begin`
+
+A drafter that a cascade may draft with (`Rewindable`) can also go back, since what it was told there may be given up:
+mark() -> state            what is observed from here on moves it, and teaches it nothing that lasts
+restore(state)             back to where it stood; the next `observe` tells the rows that were kept once more
 """
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,3 +29,13 @@ class Drafter(Protocol):
     def observe(self, features: Features, root: torch.Tensor) -> None: ...
     def select(self, rows: torch.Tensor) -> None: ...
     def join(self, features: Features, root: torch.Tensor) -> None: ...
+
+
+@runtime_checkable
+class Rewindable(Drafter, Protocol):
+    """Marks may be nested, and are restored in the reverse order; between a mark and its `restore` there is no `select`
+    and no `join`.
+    """
+
+    def mark(self) -> Any: ...
+    def restore(self, state: Any) -> None: ...

@@ -22,7 +22,7 @@ class LookupDrafter:
     def begin(self, features: Features, root: torch.Tensor) -> None:
         self.texts: list[list[int]] = []
         self.places: list[dict[tuple[int, ...], int]] = []  # n-gram -> the index behind its latest place
-        self.root = root[:0]
+        self.root, self.provisional = root[:0], False
         self.join(features, root)
 
     def join(self, features: Features, root: torch.Tensor) -> None:
@@ -42,6 +42,9 @@ class LookupDrafter:
 
     def _append(self, row: int, tokens: list[int]) -> None:
         """The n-grams that end before the last token are indexed: the last ones are what is looked up."""
+        if self.provisional:
+            self.texts[row] = self.texts[row] + tokens
+            return
         text, places = self.texts[row], self.places[row]
         for token in tokens:
             for n in self.grams:
@@ -60,6 +63,14 @@ class LookupDrafter:
         )
         parents = torch.tensor([[-1, *range(len(draft)), *[-1] * (width - len(draft))] for draft in drafts])
         return DraftTree.of(tokens.to(self.root.device), parents.to(self.root.device))
+
+    def mark(self):
+        state = self.root, list(self.texts), self.provisional
+        self.provisional = True
+        return state
+
+    def restore(self, state) -> None:
+        self.root, self.texts, self.provisional = state[0], list(state[1]), state[2]
 
     def select(self, rows: torch.Tensor) -> None:
         kept = rows.tolist()

@@ -20,6 +20,12 @@ class NoDrafter:
     def propose(self, draw):
         return DraftTree.root_only(self.root)
 
+    def mark(self):
+        return self.root
+
+    def restore(self, state):
+        self.root = state
+
     def select(self, rows):
         self.root = self.root[rows]
 

@@ -53,6 +53,7 @@ class StandDrafter:
         if not self.lasting:
             self.memory.clear()
         self.texts, self.spaces, self.root = np.zeros((0, ORDERS), np.int32), np.zeros(0, int), root[:0]
+        self.provisional = False
         self.join(features, root)
 
     def join(self, features: Features, root: torch.Tensor) -> None:
@@ -70,7 +71,8 @@ class StandDrafter:
         texts = np.concatenate([self.texts, tokens[:, 1:]], 1)
         ends = np.lib.stride_tricks.sliding_window_view(texts, ORDERS, 1)  # [B, M, ORDERS]
         rows, steps = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
-        self.memory.update(ends[rows, steps], self.spaces[rows], ids[rows, steps], probs[rows, steps])
+        if not self.provisional:
+            self.memory.update(ends[rows, steps], self.spaces[rows], ids[rows, steps], probs[rows, steps])
         self.texts = np.concatenate([ends[np.arange(len(last)), lengths - 1, 1:], last[:, None]], 1)
 
     def propose(self, draw: Draw) -> DraftTree:
@@ -97,6 +99,14 @@ class StandDrafter:
         with np.errstate(divide="ignore"):
             keys = np.log(q) - np.log(-np.log(np.maximum(uniform, np.finfo(float).tiny)))
         return np.argsort(-keys, axis=1, kind="stable")
+
+    def mark(self):
+        state = self.root, self.texts, self.provisional
+        self.provisional = True
+        return state
+
+    def restore(self, state) -> None:
+        self.root, self.texts, self.provisional = state
 
     def select(self, rows: torch.Tensor) -> None:
         kept = rows.cpu().numpy()

@@ -315,7 +315,7 @@ class SuffixDrafter:
         self.own: list[SuffixIndex] = []
         self.tails: list[list[int]] = []
         self.numbers: list[int] = []
-        self.root, self.scores, self.steps = root[:0], [], []
+        self.root, self.scores, self.steps, self.provisional = root[:0], [], [], False
         self.join(features, root)
 
     def join(self, features: Features, root: torch.Tensor) -> None:
@@ -340,8 +340,10 @@ class SuffixDrafter:
             self._commit(row, committed, committed)
 
     def _commit(self, row: int, tokens: list[int], generated: list[int]) -> None:
-        self.own[row].append(0, tokens)
         self.tails[row] = (self.tails[row] + tokens)[-self.rule.depth :]
+        if self.provisional:
+            return
+        self.own[row].append(0, tokens)
         if self.cached_requests:
             number = self.numbers[row]
             if number not in self.shared.last and number not in self.cached:
@@ -377,6 +379,16 @@ class SuffixDrafter:
         return DraftTree.of(
             torch.cat([self.root[:, None], tokens.to(self.root.device)], 1), parents.to(self.root.device)
         )
+
+    def mark(self):
+        state = self.root, list(self.tails), len(self.steps), self.provisional
+        self.provisional = True
+        return state
+
+    def restore(self, state) -> None:
+        self.root, tails, steps, self.provisional = state
+        self.tails, self.scores = list(tails), []
+        del self.steps[steps:]
 
     def select(self, rows: torch.Tensor) -> None:
         kept = rows.tolist()

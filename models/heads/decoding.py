@@ -29,6 +29,16 @@ class Context:
     pending: Features | None
     shift: torch.Tensor
 
+    def mark(self) -> tuple:
+        """What `restore` goes back to: rows behind it are overwritten. No `select` and no `join` between the two."""
+        return self.cache.lengths, self.pending
+
+    def restore(self, state: tuple) -> None:
+        """Rows that were pending stay complete if a root was expanded since: it was the token behind them."""
+        lengths, pending = state
+        complete = self.cache.lengths is not lengths
+        self.cache.lengths, self.pending = (lengths + pending.lengths, None) if complete else state
+
     def select(self, rows: torch.Tensor) -> None:
         self.cache.select(rows)
         p, self.shift = self.pending, self.shift[rows]
@@ -37,6 +47,11 @@ class Context:
     def join(self, other: "Context") -> None:
         self.cache.join(other.cache)
         self.pending, self.shift = self.pending.joined(other.pending), torch.cat([self.shift, other.shift])
+
+
+def pending_rows(before: Features | None, features: Features) -> Features:
+    """Committed rows behind those that are still pending, where no root was expanded since."""
+    return features if before is None else before.then(features)
 
 
 def prefill(head, features: Features, places: torch.Tensor | None = None) -> Context:
@@ -120,7 +135,14 @@ def _grow_rooted(head, beam: RootedTrees, tokens, parents):
     return output, replace(beam, **new, hidden=output, positions=beam.positions + 1, depth=beam.depth + 1)
 
 
-def _commit_root(head, context: Context, root):
+def follow(head, context: Context, root: torch.Tensor) -> tuple[torch.Tensor, Beam]:
+    """As the first `expand` with the roots [B], for all pending rows: layer outputs [B, M, h], those behind each
+    request's pending rows being padding, and the beam of the roots.
+    """
+    return _commit_root(head, context, root[:, None], every=True)
+
+
+def _commit_root(head, context: Context, root, every: bool = False):
     pending, cache = context.pending, context.cache
     if pending is None:
         raise RuntimeError(
@@ -141,8 +163,9 @@ def _commit_root(head, context: Context, root):
         seen &= slots > positions[..., None] - head.window
     output = _attend(head, head.first(pending.hidden), following, positions + context.shift[:, None], 0, cache, seen)
     cache.lengths, context.pending = cache.lengths + pending.lengths, None
-    output = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
-    return output, Beam(context, output, torch.zeros(batch, 1, 0, dtype=torch.bool, device=root.device), 1)
+    ending = output if width == 1 else output.gather(1, last[..., None].expand(-1, -1, output.size(-1)))
+    beam = Beam(context, ending, torch.zeros(batch, 1, 0, dtype=torch.bool, device=root.device), 1)
+    return output if every else ending, beam
 
 
 def _grow(head, beam: Beam, tokens, parents):

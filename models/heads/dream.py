@@ -37,6 +37,7 @@ from torch import nn
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features, FeatureSpec, Middle, Shared, TrainingFeatures
+from draftsmith.models.heads import decoding
 from draftsmith.models.heads.attention import kernel_for, merged_attention, query_blocks
 from draftsmith.models.heads.cross import CrossLayer, attend
 from draftsmith.models.heads.distill import tally
@@ -81,6 +82,14 @@ class Context:
     cross: SlotCache
     skipped: torch.Tensor
     pending: Features | None
+
+    def mark(self):
+        return self.own.lengths, self.cross.lengths, self.pending
+
+    def restore(self, state):
+        own, cross, pending = state
+        more, self.pending = (0, pending) if self.own.lengths is own else (pending.lengths, None)
+        self.own.lengths, self.cross.lengths = own + more, cross + more
 
     def select(self, rows: torch.Tensor) -> None:
         self.own.select(rows)
@@ -308,9 +317,7 @@ class DreamHead(nn.Module):
     # Decoding
 
     def prefill(self, features: Features) -> Context:
-        """Keys and values of all rows of the prompts; the last state of each stays pending, as the key that the root
-        brings.
-        """
+        """Keys and values of all rows of the prompts; the last state of each stays pending: the root brings its key."""
         (batch, width), device, c = features.tokens.shape, features.hidden.device, self.config
         embedded, states = self._split(features.hidden)
         shape = (batch, c.num_key_value_heads, width + 64, c.head_dim, states.dtype, device)
@@ -335,10 +342,8 @@ class DreamHead(nn.Module):
         return Context(own, cross, skipped, pending)
 
     def extend(self, context: Context, features: Features) -> None:
-        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root, with the
-        target's states.
-        """
-        context.pending = features
+        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root."""
+        context.pending = decoding.pending_rows(context.pending, features)
 
     def roots(self, context: Context) -> Beam:
         """A beam that waits for the root tokens."""

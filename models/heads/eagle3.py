@@ -286,7 +286,7 @@ class Eagle3Head(nn.Module):
 
     def extend(self, context: Context, features: Features) -> None:
         """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root."""
-        context.pending = features
+        context.pending = decoding.pending_rows(context.pending, features)
 
     def roots(self, context: Context) -> Beam:
         """A beam that waits for the root tokens."""
@@ -298,6 +298,13 @@ class Eagle3Head(nn.Module):
         gradient where it is enabled.
         """
         return decoding.root_at(self, features, at)
+
+    def follow(self, context: Context, root: torch.Tensor) -> tuple[torch.Tensor, Beam]:
+        """root [B] -> log-probs [B, M, Vd] fp32 behind each of the M pending rows and the token that follows it, the
+        root behind the last; and the beam that the first `expand` would give. The rows are complete then.
+        """
+        output, beam = decoding.follow(self, context, root)
+        return torch.log_softmax(self.logits(output).float(), -1), beam
 
     def expand(
         self, beam: Beam | RootedTrees, tokens: torch.Tensor, parents: torch.Tensor

@@ -116,6 +116,13 @@ class Context:
 
     hidden: torch.Tensor
 
+    def mark(self) -> torch.Tensor:
+        """As `decoding.Context.mark`."""
+        return self.hidden
+
+    def restore(self, state: torch.Tensor) -> None:
+        self.hidden = state
+
     def select(self, rows: torch.Tensor) -> None:
         self.hidden = self.hidden[rows]
 
