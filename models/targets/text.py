@@ -16,7 +16,7 @@ from draftsmith.models.targets import grouped
 from draftsmith.models.targets.form import check_figures, completed, context_length, logit_scales, small_model
 from draftsmith.models.targets.place import read_config, read_generation
 from draftsmith.models.targets.reading import Reading
-from draftsmith.models.targets.recurrent import Layout, RecurrentSession, layout_of, mixers_of
+from draftsmith.models.targets.recurrent import RecurrentSession, layout_of, mixers_of
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
 from draftsmith.models.targets.vision import Vision

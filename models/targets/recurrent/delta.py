@@ -1,8 +1,8 @@
 """The gated delta rule over trees (Qwen3-Next, Qwen3.5, OLMo-Hybrid): S_i = exp(g_i) S_parent(i) + k_i u_i^T with u_i =
 beta_i (v_i - (exp(g_i) S_parent(i))^T k_i), o_i = S_i^T q_i.
 
-It is linear in S, so that a tree has a closed form as a chain has. With c_i the sum of g along the path to i and L[i, j]
-= exp(c_i - c_j) where j is i or above it:
+It is linear in S, so that a tree has a closed form as a chain has. With c_i the sum of g along the path to i and
+L[i, j] = exp(c_i - c_j) where j is i or above it:
 
     (I + diag(beta) (K K^T * L without its diagonal)) U = diag(beta) (V - diag(exp(c)) K S_0)
     O = diag(exp(c)) Q S_0 + (Q K^T * L) U

@@ -1,5 +1,5 @@
-"""Mamba-2 (state space duality) over trees: S_i = exp(a_i) S_parent(i) + dt_i x_i B_i^T with a_i = dt_i A, y_i = S_i C_i
-+ D x_i.
+"""Mamba-2 (state space duality) over trees: S_i = exp(a_i) S_parent(i) + dt_i x_i B_i^T with a_i = dt_i A, y_i = S_i
+C_i + D x_i.
 
 With c_i the sum of a along the path to i, all nodes are computed at once (STree, arXiv 2505.14969, section 4):
 
