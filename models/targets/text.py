@@ -14,9 +14,10 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
 from draftsmith.models.targets import grouped
 from draftsmith.models.targets.form import check_figures, completed, context_length, logit_scales, small_model
+from draftsmith.models.targets.packed import KeptCache
 from draftsmith.models.targets.place import read_config, read_generation
 from draftsmith.models.targets.reading import Reading
-from draftsmith.models.targets.recurrent import RecurrentSession, layout_of, mixers_of
+from draftsmith.models.targets.recurrent import PackedCache, RecurrentSession, layout_of, mixers_of
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
 from draftsmith.models.targets.vision import Vision
@@ -172,6 +173,7 @@ class TextTarget:
         self._check_spec(spec)
         if spec.probe is not None or spec.trees:
             self._check_whole()
+            self._check_behind()
         return training_features(self, tokens, packing, spec, images or [{}] * (len(packing.borders) - 1))
 
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
@@ -180,6 +182,10 @@ class TextTarget:
         """
         self._check_spec(spec)
         return (RecurrentSession if self.mixers else TextSession)(self, spec, batch, capacity)
+
+    def keep(self) -> KeptCache:
+        """A cache for one packed row, behind which probes and trees are run."""
+        return PackedCache(self.layers, self.mixers) if self.mixers else KeptCache(self.layers)
 
     def shard(self, spread) -> None:
         """Lets `spread(layers)` partition the weights of this target's layers over processes. All else stays whole: how
@@ -259,6 +265,11 @@ class TextTarget:
                 f"target {self.name}: {self.config.model_type} takes no probe: found other states for embeddings "
                 f"than for their ids"
             )
+        if self.mixers and (spec.columns or spec.middle):
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} has no attention statistics: found layers with a state, "
+                f"expected attention in every layer"
+            )
 
     def _check_whole(self):
         """Rows behind a packed row come in forwards whose number differs between processes (see `shard`)."""
@@ -266,6 +277,14 @@ class TextTarget:
             raise UserError(
                 f"target {self.name}: found weights partitioned over processes, expected a whole target to train on "
                 f"probes or trees"
+            )
+
+    def _check_behind(self):
+        slow = next((mixer for mixer in self.mixers.values() if mixer.scan and mixer.scan.behind is None), None)
+        if slow is not None:
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} takes neither probes nor trees in training: found "
+                f"layers of {slow.name}, expected attention, Mamba-2 or gated delta rule layers"
             )
 
     @cached_property

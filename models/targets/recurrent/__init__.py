@@ -10,6 +10,7 @@ rule, `levels` one level after the other for what decays by channel).
 from draftsmith.models.targets.recurrent.cache import RecurrentCache
 from draftsmith.models.targets.recurrent.layout import Layout, layout_of
 from draftsmith.models.targets.recurrent.mixers import Mixer, mixers_of
+from draftsmith.models.targets.recurrent.packed import PackedCache
 from draftsmith.models.targets.recurrent.session import RecurrentSession
 
-__all__ = ["Layout", "Mixer", "RecurrentCache", "RecurrentSession", "layout_of", "mixers_of"]
+__all__ = ["Layout", "Mixer", "PackedCache", "RecurrentCache", "RecurrentSession", "layout_of", "mixers_of"]

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from draftsmith.models.slots import SlotCache
-from draftsmith.models.targets.recurrent.mixers import Mixer
+from draftsmith.models.targets.recurrent.mixers import Led, Mixer
 from draftsmith.models.targets.recurrent.rows import Branches, Chain, along, path_mask
 
 States = list[tuple[torch.Tensor | None, ...]]  # (inputs, state) of each recurrent layer, in the order of layers
@@ -87,7 +87,7 @@ class Layer:
         return 0  # positions and masks are always passed explicitly
 
 
-class RecurrentCache(Cache):
+class RecurrentCache(Led, Cache):
     """attending: the indices of layers with attention; mixers: the recurrent layers by their index. `rows` is set
     before every forward: what the new rows are.
     """
@@ -113,26 +113,6 @@ class RecurrentCache(Cache):
 
     def place(self, new: int) -> None:
         self.slots.place(new)
-
-    # What recurrent layers ask. They never see a state: their scans read and write it themselves.
-
-    def get_conv_state(self, layer_idx, state_idx=0):
-        return None
-
-    def get_recurrent_state(self, layer_idx, state_idx=0):
-        return None
-
-    def update_conv_state(self, conv_states, layer_idx, state_idx=0, **options):
-        self.mixers[layer_idx].kept = self.kept[layer_idx]
-        return conv_states
-
-    def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **options):
-        return recurrent_states
-
-    def is_recording_past(self, layer_idx) -> bool:
-        return True
-
-    # What sessions ask.
 
     @property
     def states(self) -> States:

@@ -17,6 +17,8 @@ import torch
 from draftsmith.models.targets.recurrent.rows import Branches, Chain, along, decay, path_mask
 from draftsmith.models.targets.recurrent.scan import Scan, short_chunk
 
+PIECE = 64  # rows of documents computed at a time
+
 
 def chain(state, rows: Chain, original, query, key, value, g, beta, chunk_size=64, **options):
     """The model's own scan. A padding row decays nothing and writes nothing."""
@@ -38,13 +40,18 @@ def normalised(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
-def tree(state, rows: Branches, query, key, value, g, beta, use_qk_l2norm_in_kernel=False, **_):
-    """query and key [b, N, H_k, D], value [b, N, H, E], g and beta [b, N, H] -> ([b, N, H, E], saved)."""
+def heads(query, key, value, use_qk_l2norm_in_kernel: bool):
+    """Queries and keys [b, H, N, D], values [b, H, N, E], fp32, as the recurrence has them."""
     shared = value.size(2) // key.size(2)
     q, k, v = (x.float().transpose(1, 2) for x in (query, key, value))
     if use_qk_l2norm_in_kernel:
         q, k = normalised(q), normalised(k)
-    q, k = (x.repeat_interleave(shared, 1) for x in (q * q.size(-1) ** -0.5, k))
+    return (q * q.size(-1) ** -0.5).repeat_interleave(shared, 1), k.repeat_interleave(shared, 1), v
+
+
+def tree(state, rows: Branches, query, key, value, g, beta, use_qk_l2norm_in_kernel=False, **_):
+    """query and key [b, N, H_k, D], value [b, N, H, E], g and beta [b, N, H] -> ([b, N, H, E], saved)."""
+    q, k, v = heads(query, key, value, use_qk_l2norm_in_kernel)
     sums = (rows.reach @ g.float()).transpose(1, 2)  # [b, H, N]
     left, size = decay(sums, rows.own), beta.float().transpose(1, 2)[..., None]
     wanted = v if state is None else v - sums.exp()[..., None] * (k @ state)
@@ -65,4 +72,30 @@ def commit(state, saved, path, counts):
     return new if state is None else sums[:, -1].exp()[..., None, None] * state + new
 
 
-DELTA = Scan("torch_chunk_gated_delta_rule", chain, tree, commit)
+def whole(_original, query, key, value, g, beta, **options):
+    """Documents from their beginnings, in pieces of so many rows: what each row wrote is asked for as well."""
+    state, outputs, written = None, [], []
+    for parts in zip(*(x.split(PIECE, 1) for x in (query, key, value, g, beta))):
+        size, every = parts[0].size(1), torch.arange(parts[0].size(1), device=g.device).expand(len(g), -1)
+        causal = torch.ones(size, size, dtype=torch.bool, device=g.device).tril().expand(len(g), -1, -1)
+        found, saved = tree(state, Branches(causal), *parts, **options)
+        state = commit(state, saved, every, torch.full_like(every[:, 0], size))
+        outputs.append(found)
+        written.append(saved)
+    joined = {name: torch.cat([saved[name] for saved in written], 1) for name in ("k", "u", "g")}
+    return torch.cat(outputs, 1), {"k": joined["k"], "u": joined["u"], "sums": joined["g"].cumsum(1)}
+
+
+def behind(written, rows, query, key, value, g, beta, use_qk_l2norm_in_kernel=False, **_):
+    q, k, v = heads(query, key, value, use_qk_l2norm_in_kernel)
+    sums = (written["sums"][:, rows.at] + rows.own.float() @ g.float()).transpose(1, 2)  # [1, H, Q]
+    size, left = beta.float().transpose(1, 2)[..., None], decay(sums, rows.own[None])
+    kept = (sums[..., :, None] - written["sums"].transpose(1, 2)[..., None, :]).masked_fill(~rows.before, -torch.inf)
+    keys, u_kept, kept = written["k"].transpose(1, 2), written["u"].transpose(1, 2), kept.exp()
+    wanted = size * (v - (k @ keys.mT * kept) @ u_kept)
+    u = torch.linalg.solve_triangular(size * (k @ k.mT) * left, wanted, upper=False, unitriangular=True)
+    outputs = (q @ keys.mT * kept) @ u_kept + (q @ k.mT * left) @ u
+    return outputs.transpose(1, 2).contiguous().to(query.dtype)
+
+
+DELTA = Scan("torch_chunk_gated_delta_rule", chain, tree, commit, whole=whole, behind=behind)

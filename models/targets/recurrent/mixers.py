@@ -23,12 +23,12 @@ STATES = ("update_conv_state", "update_recurrent_state", "get_linear_cache")  # 
 
 
 class Mixer:
-    """One recurrent layer. scan: None where it has a convolution alone. kept: a session's state of this layer while the
-    layer runs in front of it, else None.
+    """One recurrent layer. name: of its class. scan: None where it has a convolution alone. kept: what a session, or a
+    packed row, has of this layer while the layer runs in front of it, else None.
     """
 
     def __init__(self, module, scan: Scan | None):
-        self.scan, self.kept = scan, None
+        self.name, self.scan, self.kept = type(module).__name__, scan, None
         own = inspect.unwrap(type(module).forward)
         self.originals = {name: own.__globals__[name] for name in (CONVOLUTION, scan and scan.function) if name}
         names = {CONVOLUTION: self.convolve} | ({scan.function: self.mix} if scan else {})
@@ -58,6 +58,28 @@ class Mixer:
             return self.originals[self.scan.function](*arguments, **options)
         # What follows the rows is the session's: the layer hands None on to the cache.
         return self.kept.mix(self.scan, self.originals[self.scan.function], *arguments, **options), None
+
+
+class Led:
+    """What recurrent layers ask of a cache with `mixers` and what is `kept` of each, by their index. They never see a
+    state: their convolutions and scans read and write it themselves.
+    """
+
+    def update_conv_state(self, conv_states, layer_idx, state_idx=0, **options):
+        self.mixers[layer_idx].kept = self.kept[layer_idx]
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **options):
+        return recurrent_states
+
+    def get_conv_state(self, layer_idx, state_idx=0):
+        return None
+
+    def get_recurrent_state(self, layer_idx, state_idx=0):
+        return None
+
+    def is_recording_past(self, layer_idx) -> bool:
+        return True
 
 
 def mixers_of(body, name: str, family: str) -> dict[int, Mixer]:

@@ -11,10 +11,13 @@ class Scan:
     """function: the name of the model's own function, with whose arguments `chain` and `tree` are called, and of which
     they return what it returns without a final state.
 
-    chain(state, rows: Chain, original, *arguments) -> (outputs, state behind the real rows). tree(state, rows:
-    Branches, *arguments) -> (outputs, what `commit` needs); it writes nothing. commit(state, saved, path [B, M], counts
-    [B]) -> the state behind the first counts nodes of a path. state: None before the first row, else fp32 [B, ...].
-    by_level: whether a tree takes one step a level instead of one for all.
+    In decoding: chain(state, rows: Chain, original, *arguments) -> (outputs, state behind the real rows). tree(state,
+    rows: Branches, *arguments) -> (outputs, what `commit` needs); it writes nothing. commit(state, saved, path [B, M],
+    counts [B]) -> the state behind the first counts nodes of a path. state: None before the first row, else fp32 [B,
+    ...]. by_level: whether a tree takes one step a level instead of one for all.
+
+    In training, None where it takes neither probes nor trees: whole(original, *arguments) -> (outputs, what each row of
+    documents wrote [D, S, ...]); behind(written [1, T, ...] of a packed row, rows: Anchored, *arguments) -> outputs.
     """
 
     function: str
@@ -22,6 +25,8 @@ class Scan:
     tree: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
     commit: Callable[..., torch.Tensor]
     by_level: bool = False
+    whole: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None
+    behind: Callable[..., torch.Tensor] | None = None
 
 
 def short_chunk(chunk_size: int, rows: int) -> int:

@@ -88,4 +88,37 @@ def commit(state, saved, path, counts):
     return new if state is None else sums[:, -1].exp()[..., None, None] * state + new
 
 
-SSD = Scan("mamba2_chunk_scan", chain, tree, commit)
+def whole(original, hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, **options):
+    """Documents from their beginnings, by the model's own scan."""
+    dt = step_sizes(dt, dt_bias, options.get("dt_softplus", False), options.get("dt_limit", (0.0, float("inf"))))
+    outputs = original(hidden_states, dt, A, B, C, chunk_size=chunk_size, D=D)
+    return outputs, {"x": hidden_states, "dt": dt, "sums": (dt * A.float()).cumsum(1), "B": B}
+
+
+def behind(
+    written,
+    rows,
+    hidden_states,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size=None,
+    D=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    **_,
+):
+    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
+    sums = written["sums"][:, rows.at] + rows.own.float() @ (dt * A.float())
+    before, after = torch.cat([written["sums"], sums], 1).transpose(1, 2), sums.transpose(1, 2)
+    left = (after[..., :, None] - before[..., None, :]).masked_fill(~rows.seen[:, None], -torch.inf).exp()
+    sources = torch.cat([written["x"].float() * written["dt"][..., None], hidden_states.float() * dt[..., None]], 1)
+    into = torch.cat([written["B"], B], 1).float().transpose(1, 2)  # [1, G, T + Q, S]
+    weights = (C.float().transpose(1, 2) @ into.mT)[:, :, None] * left.unflatten(1, (into.size(1), -1))
+    outputs = (weights.flatten(1, 2) @ sources.transpose(1, 2)).transpose(1, 2)
+    return outputs.contiguous() if D is None else outputs + D[:, None] * hidden_states.float()
+
+
+SSD = Scan("mamba2_chunk_scan", chain, tree, commit, whole=whole, behind=behind)
