@@ -9,6 +9,8 @@ and the state behind a path is exp(c_end) S_0 + sum of exp(c_end - c_l) dt_l x_l
 block of the usual chunked form. Shapes: b batch, N rows, H heads of width P, G groups of S state numbers.
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 
@@ -58,10 +60,19 @@ def tree(
 ):
     """hidden_states [b, N, H, P], dt [b, N, H], A [H], B and C [b, N, G, S] -> ([b, N, H, P] fp32, saved)."""
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
-    outputs = scan(state, rows.own, hidden_states, dt, A, B, C)
+    outputs = scan_on(hidden_states.device, rows.size)(state, rows.own, hidden_states, dt, A, B, C)
     if D is not None:
         outputs = outputs + D[:, None] * hidden_states.float()
     return outputs, {"x": hidden_states, "dt": dt, "a": dt * A.float(), "B": B}
+
+
+def scan_on(device: torch.device, size: int):
+    """`scan`, or its fused form where a GPU and Triton are at hand and a tree of so many nodes fits."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return scan
+    from draftsmith.models.targets.recurrent import fused
+
+    return fused.scan if size <= fused.LARGEST else scan
 
 
 def scan(state, own, x, dt, A, B, C) -> torch.Tensor:
