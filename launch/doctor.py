@@ -112,6 +112,7 @@ def machine() -> Iterator[tuple[str, str]]:
         f"{shutil.disk_usage('.').free / GIB:.0f} GiB of disk free here",
     )
     yield "devices", ", ".join(gpus()) or f"no GPU (torch {torch.__version__}); everything runs on the CPU, in fp32"
+    yield "tree scan", tree_scan()
     for tool, purpose in COMPILERS.items():
         yield tool, first_line(tool) or f"missing, only needed for {purpose}"
     home = f"cache {constants.HF_HUB_CACHE}, " + (
@@ -126,6 +127,14 @@ def gpus() -> Iterator[str]:
         seen = torch.cuda.get_device_properties(index)
         bf16 = "yes" if torch.cuda.is_bf16_supported() else "no"
         yield f"{seen.name} ({seen.total_memory / GIB:.0f} GiB, bf16 {bf16})"
+
+
+def tree_scan() -> str:
+    """Which form of Mamba-2's scan over trees runs here."""
+    if not torch.cuda.is_available():
+        return "in PyTorch (the fused form of Mamba-2's needs a GPU)"
+    fused = importlib.util.find_spec("triton") is not None
+    return "fused for Mamba-2, by Triton" if fused else "in PyTorch (Triton is missing)"
 
 
 def first_line(tool: str) -> str | None:

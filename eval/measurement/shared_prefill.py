@@ -69,7 +69,7 @@ class SharedSession:
         same = next(
             (i for i, (a, b) in enumerate(zip(self.tokens, prompt)) if a != b), min(len(self.tokens), len(prompt))
         )
-        same = min(same, len(prompt) - 1)
+        same = self.session.reachable(min(same, len(prompt) - 1))
         if same < self.least:
             self.rewind(0)
             self.found = self.session.prefill([prompt])

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from draftsmith.models.features import FeatureSpec
-from draftsmith.models.targets.form import context_length
+from draftsmith.models.targets.form import completed, context_length
 from draftsmith.models.targets.packed import PackedPrefix
 from draftsmith.models.targets.place import locate, read_config, read_generation
 from draftsmith.models.targets.reading import ImagePrompt
@@ -56,7 +56,7 @@ def describe(name: str | Path) -> Description:
     here, and for a directory whose weights are not all there.
     """
     place, config = read_config(name)
-    text = config.get_text_config()
+    text = completed(config.get_text_config())
     TextTarget.check(config, str(name))
     generation = read_generation(place, str(name))
     quantizer = quantizer_for(config, str(name), torch.device("cuda" if torch.cuda.is_available() else "cpu"))

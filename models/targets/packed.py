@@ -57,6 +57,9 @@ class KeptCache(Cache):
             layer.values = layer.values[numbers, :, places].transpose(0, 1)[None]
         return self
 
+    def follow(self, at, own, before, places) -> None:
+        """Told what the next rows are; keys and values need no more than their mask."""
+
 
 class PackedPrefix:
     """One packed row that the target has processed. final [T, h]: its states after the final norm; ahead [T] int64:
@@ -88,6 +91,7 @@ class PackedPrefix:
         before = (self.numbers[at, None] == self.numbers) & (
             torch.arange(len(self.places), device=at.device) <= at[:, None]
         )
+        self.cache.follow(at, own, before, self.places)
         final, _ = self.target.behind(
             FeatureSpec(()),
             self.cache,

@@ -55,11 +55,7 @@ class TextSession:
 
     def __init__(self, target, spec: FeatureSpec, batch: int, capacity: int):
         self.target, self.spec = target, spec
-        config = target.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.cache = SlotCache(
-            config.num_hidden_layers, batch, config.num_key_value_heads, capacity, head_dim, target.dtype, target.device
-        )
+        self.cache = self._new_cache(batch, capacity)
         self.shift = torch.zeros_like(self.cache.lengths)  # what rope positions behind the prompts are more than places
 
     @property
@@ -87,7 +83,11 @@ class TextSession:
             watch = Watch(self.target.body, places[:, rows] < lengths[:, None]) if self.spec.columns else None
             with watch or nullcontext():
                 final, tapped = self._run(
-                    places[:, rows], reading.seen(rows), places[:, : rows.stop], **reading.inputs(rows)
+                    places[:, rows],
+                    reading.seen(rows),
+                    places[:, : rows.stop],
+                    counts=(lengths - rows.start).clamp(0, rows.stop - rows.start),
+                    **reading.inputs(rows),
                 )
             if watch:
                 columns[:, : rows.stop] += watch.sums
@@ -113,7 +113,9 @@ class TextSession:
         rows, v with its ancestors, and itself. No node sees a probe.
         """
         if not tree.probes:
-            final, hidden = self._run(*self._layout(tree.depths, tree.ancestors), input_ids=tree.tokens)
+            final, hidden = self._run(
+                *self._layout(tree.depths, tree.ancestors), own=tree.ancestors, input_ids=tree.tokens
+            )
             return Verified(self.target.project(final), hidden, self.lengths)
         size, alone = (
             tree.size,
@@ -124,7 +126,7 @@ class TextSession:
         )
         depths = torch.cat([tree.depths, tree.depths + 1], 1)
         rows = torch.cat([self.target.embed(tree.tokens), self._probe_rows(*tree.tokens.shape)], 1)
-        final, hidden = self._run(*self._layout(depths, own), inputs_embeds=rows)
+        final, hidden = self._run(*self._layout(depths, own), own=own, inputs_embeds=rows)
         return Verified(self.target.project(final[:, :size]), hidden[:, :size], self.lengths, final[:, size:])
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
@@ -140,7 +142,7 @@ class TextSession:
 
     def admit(self, prompts: list[list[int] | ImagePrompt]) -> Prefill:
         """Processes more prompts, whose rows stand behind those that go on (none at first, where all were given up)."""
-        new = TextSession(self.target, self.spec, len(prompts), max(map(len, prompts)) + 1)
+        new = type(self)(self.target, self.spec, len(prompts), max(map(len, prompts)) + 1)
         prefill = new.prefill(prompts)
         self.cache.join(new.cache)
         self.shift = torch.cat([self.shift, new.shift])
@@ -154,14 +156,20 @@ class TextSession:
             raise ValueError(
                 f"rewind: found {lengths.tolist()}, expected at most the kept rows {self.lengths.tolist()}"
             )
-        self.cache.lengths = lengths.to(self.lengths)
+        self._rewind(lengths.to(self.lengths))
+
+    def reachable(self, length: int) -> int:
+        """The most rows up to `length` kept ones that every request can be rewound to."""
+        return length
 
     def _probes_behind_prompts(self, width):
         """[B, width, h]: states of a probe behind each prompt, at the prompt's last row; zero elsewhere."""
         lengths = self.lengths
         none = torch.zeros_like(lengths)[:, None]
+        alone = torch.ones_like(none[..., None], dtype=torch.bool)
         final, _ = self._run(
-            *self._layout(none, torch.ones_like(none[..., None], dtype=torch.bool)),
+            *self._layout(none, alone),
+            own=alone,
             inputs_embeds=self._probe_rows(len(lengths), 1),
         )
         rows = torch.arange(len(lengths), device=lengths.device)
@@ -184,7 +192,30 @@ class TextSession:
         positions = lengths[:, None] + depths
         return positions, seen, places.scatter(1, slots, positions)
 
-    def _run(self, positions, seen, places, **inputs):
+    def _new_cache(self, batch: int, capacity: int):
+        config = self.target.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return SlotCache(
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            capacity,
+            head_dim,
+            self.target.dtype,
+            self.target.device,
+        )
+
+    def _rewind(self, lengths) -> None:
+        self.cache.lengths = lengths
+
+    def _announce(self, own, counts, size: int) -> None:
+        """What caches with states have to know of the next rows; keys and values need no more than their mask."""
+
+    def _run(self, positions, seen, places, own=None, counts=None, **inputs):
+        """own [B, T, T] bool: what the rows of a tree see of one another; or counts [B]: of rows of prompts, those that
+        are real.
+        """
+        self._announce(own, counts, positions.size(1))
         self.cache.place(positions.size(1))
         return self.target.behind(
             self.spec,

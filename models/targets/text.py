@@ -13,15 +13,18 @@ import torch
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
 from draftsmith.models.targets import grouped
-from draftsmith.models.targets.form import check_figures, context_length, small_model
+from draftsmith.models.targets.form import check_figures, completed, context_length, logit_scales, small_model
+from draftsmith.models.targets.packed import KeptCache
 from draftsmith.models.targets.place import read_config, read_generation
 from draftsmith.models.targets.reading import Reading
+from draftsmith.models.targets.recurrent import PackedCache, RecurrentSession, layout_of, mixers_of
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
 from draftsmith.models.targets.vision import Vision
 from draftsmith.models.targets.weights import Weights, identity_of, load_model, one_line, weights_of
 from draftsmith.models.tree import DraftTree
 
+STATEFUL = {"linear_attention", "hybrid", "conv", "mlp", "moe"}  # kinds of layer beside those of attention alone
 FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # of models of another form
 
 
@@ -32,17 +35,19 @@ class TextTarget:
 
     def __init__(self, model, name: str = "", weights: Weights | None = None):
         self.model, self.name, self.weights = model.eval().requires_grad_(False), name, weights
-        self.config = model.config.get_text_config()
+        self.config = completed(model.config.get_text_config())
         self.vision = Vision(model, name) if getattr(model.config, "vision_config", None) is not None else None
         self.window = getattr(self.config, "sliding_window", None)
-        self.kinds = self._kinds()
-        self._check_attention()
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         if not hasattr(self.body, "layers") or self.head is None:
             raise UserError(
                 f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an "
                 f"output head"
             )
+        self.mixers = mixers_of(self.body, name, self.config.model_type)
+        self.kinds = self._kinds()
+        if self.kinds:
+            self._check_attention()
         grouped.use_grouped(self.body.config)
         self.vocab_size = self.head.weight.size(0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
@@ -50,10 +55,11 @@ class TextTarget:
         self.cache_argument = (
             "cache" if "cache" in inspect.signature(self.body.forward).parameters else "past_key_values"
         )
-        self.sharded = None
+        self.scale, self.sharded = 1.0, None
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
         self._check_projection()
+        self.layout = layout_of(self) if self.mixers else None
         self._check_session()
 
     @classmethod
@@ -119,9 +125,9 @@ class TextTarget:
 
     @property
     def shared(self) -> Shared:
-        return Shared(
-            self.embedding, self.project, float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
-        )
+        scale = getattr(self.config, "embedding_multiplier", None) or 1.0
+        scale = getattr(self.model.get_input_embeddings(), "embed_scale", scale)
+        return Shared(self.embedding, self.project, float(scale))
 
     @property
     def image_token(self) -> int | None:
@@ -140,6 +146,7 @@ class TextTarget:
         else:
             bias = self.head.bias[ids] if getattr(self.head, "bias", None) is not None else None
             logits = torch.nn.functional.linear(hidden, self.head.weight[ids], bias)
+        logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def read(self, tokens: torch.Tensor, lengths: torch.Tensor, images: list[dict[str, torch.Tensor]]) -> Reading:
@@ -166,6 +173,7 @@ class TextTarget:
         self._check_spec(spec)
         if spec.probe is not None or spec.trees:
             self._check_whole()
+            self._check_behind()
         return training_features(self, tokens, packing, spec, images or [{}] * (len(packing.borders) - 1))
 
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
@@ -173,7 +181,11 @@ class TextTarget:
         with its probes). Raises UserError for a spec with a probe where the target takes none.
         """
         self._check_spec(spec)
-        return TextSession(self, spec, batch, capacity)
+        return (RecurrentSession if self.mixers else TextSession)(self, spec, batch, capacity)
+
+    def keep(self) -> KeptCache:
+        """A cache for one packed row, behind which probes and trees are run."""
+        return PackedCache(self.layers, self.mixers) if self.mixers else KeptCache(self.layers)
 
     def shard(self, spread) -> None:
         """Lets `spread(layers)` partition the weights of this target's layers over processes. All else stays whole: how
@@ -201,7 +213,14 @@ class TextTarget:
         inputs: `input_ids` or `inputs_embeds`, and `position_ids` [B, T] or [3, B, T] for the rope. -> (final [B, T,
         h], tapped [B, T, taps * h]).
         """
-        return self._forward(spec, attention_mask=self._masks(seen, positions, places), **self._cached(cache), **inputs)
+        if self.masked:
+            inputs["attention_mask"] = self._masks(seen, positions, places)
+        return self._forward(spec, **self._cached(cache), **inputs)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the body takes masks: Mamba's has no attention to mask."""
+        return not self.mixers or hasattr(self.model.config.get_text_config(), "num_attention_heads")
 
     def _masks(self, seen, positions, places):
         """What the body takes as `attention_mask`. A sliding layer also hides rows with position - place >= window; a
@@ -213,6 +232,8 @@ class TextTarget:
                 seen & (positions[..., None] - places[:, None] < self.window) if kind == "sliding_attention" else seen
             )
             masks[kind] = additive(near, self.dtype)
+        if self.mixers:  # nothing hides a row from a layer with a state but its own scan
+            return dict.fromkeys({*self.config.layer_types, "linear_attention", "full_attention"}) | masks
         return masks if len(masks) > 1 else masks[self.kinds[0]]
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -244,6 +265,11 @@ class TextTarget:
                 f"target {self.name}: {self.config.model_type} takes no probe: found other states for embeddings "
                 f"than for their ids"
             )
+        if self.mixers and (spec.columns or spec.middle):
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} has no attention statistics: found layers with a state, "
+                f"expected attention in every layer"
+            )
 
     def _check_whole(self):
         """Rows behind a packed row come in forwards whose number differs between processes (see `shard`)."""
@@ -251,6 +277,14 @@ class TextTarget:
             raise UserError(
                 f"target {self.name}: found weights partitioned over processes, expected a whole target to train on "
                 f"probes or trees"
+            )
+
+    def _check_behind(self):
+        slow = next((mixer for mixer in self.mixers.values() if mixer.scan and mixer.scan.behind is None), None)
+        if slow is not None:
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} takes neither probes nor trees in training: found "
+                f"layers of {slow.name}, expected attention, Mamba-2 or gated delta rule layers"
             )
 
     @cached_property
@@ -288,6 +322,10 @@ class TextTarget:
             or ["full_attention" if self.window is None else "sliding_attention"]
         )
         known = {"full_attention"} if self.window is None else {"full_attention", "sliding_attention"}
+        if self.mixers:
+            if "hybrid" in kinds:
+                kinds.add("full_attention")
+            kinds -= STATEFUL
         if not kinds <= known:
             raise UserError(
                 f"target {self.name}: {self.config.model_type} is not supported: found layers of "
@@ -304,15 +342,19 @@ class TextTarget:
 
     @torch.no_grad()
     def _check_projection(self):
-        """`project` must be the model's own way from final states to logits; models that scale them elsewhere are
-        refused.
+        """`project` must be the model's own way from final states to logits, a scale of its config included; models
+        that change them otherwise are refused.
         """
         try:
             own = self.model(input_ids=self._spread(), use_cache=False)
             ours = self.project(self.body(input_ids=self._spread(), use_cache=False).last_hidden_state)
         except (AssertionError, *FAILURES) as error:  # the first: what packages of quantised weights say
             raise UserError(f"target {self.name}: {self.config.model_type} cannot be run ({one_line(error)})") from None
-        if not torch.allclose(own.logits.float(), ours.float(), rtol=1e-3, atol=1e-3):
+        near = lambda scale: torch.allclose(own.logits.float(), scale * ours.float(), rtol=1e-3, atol=1e-3)  # noqa: E731
+        scales = [scale for scale in (1.0, *logit_scales(self.config)) if near(scale)]
+        if scales:
+            self.scale = scales[0]
+        else:
             raise UserError(
                 f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported"
             )

@@ -11,7 +11,7 @@ import torch
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Teacher, TrainingFeatures
 from draftsmith.models.targets.attention import Watch
-from draftsmith.models.targets.packed import KeptCache, PackedPrefix
+from draftsmith.models.targets.packed import PackedPrefix
 from draftsmith.models.targets.reading import kept_rows
 
 
@@ -35,7 +35,7 @@ def training_features(
         )
     prompts, every = packing.prompts.to(device)[:, None], torch.arange(padded.size(1), device=device)
     watch = Watch(target.body, every < prompts if spec.columns else None, spec.middle, every < reading.lengths[:, None])
-    cache = KeptCache(target.layers) if spec.probe is not None or spec.trees else None
+    cache = target.keep() if spec.probe is not None or spec.trees else None
     with watch if spec.columns or spec.middle else nullcontext():
         final, hidden = target.whole(spec, reading, cache)
     kept = fed.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Trains the bundled `code` target: a deep, thin Llama on Python source found on the machine.
+"""Trains the bundled `code` targets, deep and thin, on Python source found on the machine.
 
 Depth is grown in stages: a shallow model learns first, then every layer is followed by copies of itself whose output
 projections start at zero (the function is unchanged at that moment), and training goes on with all of them. A stage
@@ -6,7 +6,6 @@ sees whole rows of packed documents; the loss covers every token. Muon for the m
 both learning rates fall linearly to zero over the last `decay` share of all tokens.
 """
 
-import copy
 import json
 import random
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
@@ -23,9 +22,11 @@ from draftsmith.models.files import usual_modes
 from draftsmith.models.targets import describe, locate
 from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import corpus
+from draftsmith.train.reference.architecture import Architecture, grow, random_model
 from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
 from draftsmith.train.reference.repository import RepositoryRows
 
+FREE = ("family", "max_position_embeddings", "rope_theta", "states")  # what may differ from the target of a start
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"
@@ -42,17 +43,6 @@ class Corpus(Strict):
     max_question: int = Field(gt=0)
     max_answer: int = Field(gt=0)
     held_out: float = Field(gt=0, lt=1)
-
-
-class Architecture(Strict):
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float
 
 
 class Stage(Strict):
@@ -199,64 +189,24 @@ class Rows:
         return torch.cat([packed, repository.view(-1, width)])
 
 
-def first_model(recipe: TargetRecipe) -> LlamaForCausalLM:
+def first_model(recipe: TargetRecipe):
     """A random model of the first stage's depth, or the weights of `start_from` under the recipe's shape."""
-    shape = recipe.model
-    config = LlamaConfig(
-        **shape.model_dump(exclude={"rope_theta"}),
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        num_hidden_layers=recipe.stages[0].layers,
-        tie_word_embeddings=True,
-        use_cache=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    config = recipe.model.config(recipe.stages[0].layers)
     if recipe.start_from is None:
-        return LlamaForCausalLM(config)
+        return random_model(config)
     started = describe(recipe.start_from).config
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "num_hidden_layers",
-    ):
-        if getattr(started, name) != getattr(config, name):
-            raise UserError(
-                f"start_from: {recipe.start_from} has {name} {getattr(started, name)}, expected the recipe's "
-                f"{getattr(config, name)}"
-            )
-    return LlamaForCausalLM.from_pretrained(locate(recipe.start_from), config=config, dtype=torch.float32)
-
-
-def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
-    """The same function with more layers: each layer is followed by copies of itself that add zero to the residual."""
-    old = model.config.num_hidden_layers
-    if layers % old:
-        raise ValueError(f"cannot grow {old} layers to {layers}: not a multiple")
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = layers
-    config.layer_types = None
-    grown = LlamaForCausalLM(config)
-    grown.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
-    grown.model.norm.load_state_dict(model.model.norm.state_dict())
-    factor = layers // old
-    for index, layer in enumerate(grown.model.layers):
-        layer.load_state_dict(model.model.layers[index // factor].state_dict())
-        if index % factor:
-            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    return grown
+    for name in ("model_type", "num_hidden_layers", *type(recipe.model).model_fields):
+        found, wanted = getattr(started, name, None), getattr(config, name, None)
+        if name not in FREE and found != wanted:
+            raise UserError(f"start_from: {recipe.start_from} has {name} {found}, expected the recipe's {wanted}")
+    return AutoModelForCausalLM.from_pretrained(locate(recipe.start_from), config=config, dtype=torch.float32)
 
 
 def language_loss(model, rows: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy (nats per token) of rows [B, S + 1]."""
     rows = rows.long()
-    hidden = model.model(input_ids=rows[:, :-1]).last_hidden_state
-    return F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), rows[:, 1:].flatten())
+    hidden = model.get_decoder()(input_ids=rows[:, :-1]).last_hidden_state
+    return F.cross_entropy(model.get_output_embeddings()(hidden).flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -301,7 +251,7 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
         if stage.layers != model.config.num_hidden_layers:
             model = grow(model, stage.layers).to(device)
         if recipe.compile:
-            for layer in model.model.layers:
+            for layer in model.get_decoder().layers:
                 layer.compile()  # layers are alike: one compilation serves them all
         optimizer, end = make_optimizer(model, recipe.optimizer), run.seen + stage.tokens
         while run.seen < end:

@@ -25,7 +25,6 @@ from pydantic import Field, model_validator
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -101,6 +100,8 @@ class VisionRecipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self):
+        if self.model.family != "llama":
+            raise ValueError(f"model.family: found {self.model.family}, expected llama under a vision encoder")
         for before, after in zip(self.stages, self.stages[1:]):
             if after.layers % before.layers:
                 raise ValueError(f"stages: found {before.layers} layers before {after.layers}, expected a multiple")
@@ -150,17 +151,7 @@ def make_processor(recipe: VisionRecipe) -> LlavaProcessor:
 
 def first_model(recipe: VisionRecipe, image_token: int) -> LlavaForConditionalGeneration:
     """A random LLaVA of the first stage's depth."""
-    shape = recipe.model
-    language = LlamaConfig(
-        **shape.model_dump(exclude={"rope_theta"}),
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        num_hidden_layers=recipe.stages[0].layers,
-        tie_word_embeddings=True,
-        use_cache=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    language = recipe.model.config(recipe.stages[0].layers)
     vision = CLIPVisionConfig(**recipe.vision.model_dump(), image_size=SIDE, patch_size=SLOT, hidden_act="gelu")
     return LlavaForConditionalGeneration(
         LlavaConfig(

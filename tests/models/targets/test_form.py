@@ -23,8 +23,9 @@ from draftsmith.models.heads import Eagle3Objective, EagleConfig, EagleHead
 from draftsmith.models.heads.layer import check_rope
 from draftsmith.models.notes import notes
 from draftsmith.models.targets import TextTarget, describe, form
-from draftsmith.models.targets.form import context_length, small_model
+from draftsmith.models.targets.form import completed, context_length, small_model
 from tests.conftest import pack, tiny_head
+from tests.models.targets.test_recurrent import FAMILIES as RECURRENT
 from tests.models.targets.test_targets import FAMILIES, REFUSED, SHAPE, model_of, prompts_of, rounds_error
 
 LONG = {
@@ -63,8 +64,6 @@ SMALL = dict(vocab_size=61, hidden_size=32)
 BY_NAME = {
     "gpt_neox": lambda: hf.GPTNeoXConfig(**SMALL, num_hidden_layers=8, num_attention_heads=4, intermediate_size=48),
     "bloom": lambda: hf.BloomConfig(**SMALL, n_layer=8, n_head=4),
-    "mamba": lambda: hf.MambaConfig(**SMALL, num_hidden_layers=8),
-    "mamba2": lambda: hf.Mamba2Config(**SMALL, num_hidden_layers=8, num_heads=8, head_dim=8, n_groups=1),
     "gpt2": lambda: hf.GPT2Config(vocab_size=61, n_embd=32, n_layer=8, n_head=4),
     "opt": lambda: hf.OPTConfig(
         **SMALL, num_hidden_layers=8, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32
@@ -74,10 +73,9 @@ BY_NAME = {
     "gptj": lambda: hf.GPTJConfig(vocab_size=61, n_embd=32, n_layer=8, n_head=4, rotary_dim=4),
     "bert": lambda: hf.BertConfig(**SMALL, num_hidden_layers=8, num_attention_heads=4),
     "t5": lambda: hf.T5Config(vocab_size=61, d_model=32, num_layers=8, num_heads=4),
-    "cohere": lambda: hf.CohereConfig(**SHAPE, logit_scale=0.0625),
-    "cohere2": lambda: hf.Cohere2Config(**SHAPE, logit_scale=0.25, head_dim=8),
-    "granite": lambda: hf.GraniteConfig(**SHAPE, logits_scaling=8.0),
-    "jamba": lambda: hf.JambaConfig(**SHAPE),
+    "rwkv": lambda: hf.RwkvConfig(**SMALL, num_hidden_layers=8),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(**SMALL, num_hidden_layers=8),
+    "minimax": lambda: hf.MiniMaxConfig(**SHAPE, head_dim=8),
     "gemma3n_text": REFUSED["found hidden states"],
 }
 
@@ -122,6 +120,37 @@ def test_a_small_model_can_be_made_of_every_family_that_runs(family):
     )
 
 
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_small_model_can_be_made_of_every_family_with_states(family):
+    """Of the layers' own kinds, with groups of states where the target has them; what heads are made by is there even
+    where the target has no attention.
+    """
+    config = RECURRENT[family]()
+    model, found = small_model(config), completed(config)
+    TextTarget.check(config, family)
+    assert set(model.config.layer_types) == set(config.layer_types)
+    assert [getattr(model.config, name, 2) for name in ("n_groups", "mamba_n_groups", "mamba_ngroups")] == [2, 2, 2]
+    head = EagleConfig.for_target(found)
+    assert head.num_attention_heads * head.head_dim == head.hidden_size or hasattr(config, "num_attention_heads")
+    assert head.rope_parameters["rope_type"] == "default" and head.intermediate_size > 0
+
+
+SCALED = {
+    "cohere": lambda: hf.CohereConfig(**SHAPE, logit_scale=0.0625),
+    "cohere2": lambda: hf.Cohere2Config(**SHAPE, logit_scale=0.25, head_dim=8, sliding_window=8),
+    "granite": lambda: hf.GraniteConfig(**SHAPE, logits_scaling=8.0, embedding_multiplier=3.0),
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_logits_are_scaled_as_the_config_says(family):
+    """Behind the output head, in the probabilities that sampling and training go by; embeddings on the way in."""
+    target = TextTarget(model_of(SCALED[family]()), family)
+    assert target.scale == {"cohere": 0.0625, "cohere2": 0.25, "granite": 0.125}[family]
+    assert target.shared.scale == {"granite": 3.0}.get(family, 1.0)
+    assert rounds_error(target) < 2e-5
+
+
 def test_a_config_of_values_that_have_no_meaning_is_one_line(tmp_path):
     folder = stored(FAMILIES["llama"](), tmp_path)
     text = (folder / "config.json").read_text()
@@ -141,16 +170,11 @@ def listed(part: str) -> list[str]:
     return [name for name in names if name in hf.CONFIG_MAPPING]
 
 
-def default(name: str):
-    """granite's own default scales no logits."""
-    return BY_NAME[name]() if name in ("granite", "cohere") else hf.CONFIG_MAPPING[name]()
-
-
 @pytest.mark.parametrize("part", ["Run", "Read", "Refused"])
 def test_the_lists_of_families_are_what_the_checks_say(part):
     wrong = []
     for name in listed(part):
-        config = default(name) if part == "Refused" else hf.CONFIG_MAPPING[name]()
+        config = hf.CONFIG_MAPPING[name]()
         try:
             TextTarget.check(config, name)
             found = "Run"

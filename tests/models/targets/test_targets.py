@@ -284,11 +284,7 @@ def test_attention_capping_is_kept():
     assert (plain(target, [3, 1, 4, 1, 5])[0] - logits).abs().max() > 1e-3
 
 
-LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
 REFUSED = {
-    "linear_attention, expected full_attention": lambda: hf.Qwen3NextConfig(
-        **SHAPE, head_dim=8, num_experts=2, num_experts_per_tok=1, **LINEAR
-    ),
     "chunked_attention, expected full_attention": lambda: hf.Llama4TextConfig(
         **SHAPE, head_dim=8, num_local_experts=2, intermediate_size_mlp=48
     ),
@@ -306,7 +302,7 @@ REFUSED = {
         altup_num_inputs=2,
         activation_sparsity_pattern=[0.0] * 8,
     ),
-    "granite computes logits": lambda: hf.GraniteConfig(**SHAPE, logits_scaling=4.0),
+    "found MiniMaxLightningAttention, a layer with a state": lambda: hf.MiniMaxConfig(**SHAPE, head_dim=8),
     "deepseek_v3 is not supported": lambda: hf.DeepseekV3Config(
         **{**SHAPE, "num_key_value_heads": 4},
         n_routed_experts=4,
