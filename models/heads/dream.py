@@ -322,14 +322,12 @@ class DreamHead(nn.Module):
         embedded, states = self._split(features.hidden)
         shape = (batch, c.num_key_value_heads, width + 64, c.head_dim, states.dtype, device)
         own, cross = SlotCache(2, *shape), SlotCache(1, *shape)
-        skipped, lengths = torch.zeros_like(features.lengths), torch.zeros_like(features.lengths)
+        lengths = torch.zeros_like(features.lengths)
         for b, count in enumerate(features.lengths.tolist()):
-            real = torch.ones(count, dtype=torch.bool, device=device)
             visual, columns = (None if x is None else x[b, :count] for x in (features.visual, features.columns))
-            kept = kept_rows(real, visual, columns, c.keep_ratio)
+            kept = kept_rows(torch.ones(count, dtype=torch.bool, device=device), visual, columns, c.keep_ratio)
             pairs = self._rows(embedded[b, :count], states[b, :count], kept).pairs
             n = lengths[b] = int(kept.sum())
-            skipped[b] = count - n if c.positions == "original" else 0
             for layer, pair, stop in (
                 (own.layers[0], pairs[0], n),
                 (cross.layers[0], pairs[1], count - 1),
@@ -337,6 +335,7 @@ class DreamHead(nn.Module):
             ):
                 layer.keys[b, :, :stop], layer.values[b, :, :stop] = (x[:stop].transpose(0, 1) for x in pair)
         own.lengths, cross.lengths = lengths, features.lengths - 1
+        skipped = (features.lengths - lengths) * (c.positions == "original")
         rows, last = torch.arange(batch, device=device)[:, None], (features.lengths - 1)[:, None]
         pending = Features(features.tokens[rows, last], features.hidden[rows, last], torch.ones_like(features.lengths))
         return Context(own, cross, skipped, pending)

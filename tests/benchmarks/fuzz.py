@@ -22,12 +22,14 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from draftsmith.models.errors import UserError
-from draftsmith.models.rendering import Renderer
-from draftsmith.train import data
-from draftsmith.train.records import encode_record
-from draftsmith.train.reference.pretrain import train_tokenizer
-from tests.oracle import TEMPLATES, Bad, Taught, expected
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from draftsmith.models.errors import UserError  # noqa: E402
+from draftsmith.models.rendering import Renderer  # noqa: E402
+from draftsmith.train import data  # noqa: E402
+from draftsmith.train.records import encode_record  # noqa: E402
+from draftsmith.train.reference.pretrain import train_tokenizer  # noqa: E402
+from tests.oracle import TEMPLATES, Bad, Taught, expected  # noqa: E402
 
 STOP, VOCABULARY, MARK = 2, 300, "<|beyond|>"  # a token whose id the embedding does not have
 BATCH = 500  # rows of a file

@@ -111,6 +111,10 @@ class RecurrentCache(Led, Cache):
     def lengths(self, lengths: torch.Tensor) -> None:
         self.slots.lengths = lengths
 
+    @property
+    def known_lengths(self) -> list[int]:
+        return self.slots.known_lengths
+
     def place(self, new: int) -> None:
         self.slots.place(new)
 
