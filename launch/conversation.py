@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.messages import check_text
 from draftsmith.models.pictures import MARK, Reader, encode_prompt, marks
 from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import ImagePrompt
@@ -22,14 +23,18 @@ class Conversation:
         self.renderer = Renderer.of(reader)
         if pictures and not isinstance(self.renderer.reader, Reader):
             raise UserError(f"--image: found {pictures[0]}, expected text alone: this target does not see")
+        if system is not None:
+            check_text(system, "--system")
         self.room, self.pictures = room, list(pictures)
         self.before = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[list[dict]] = []
 
     def prompt(self, text: str) -> tuple[list[int] | ImagePrompt, int]:
         """What the target decodes from to answer `text`, and how many of the oldest turns are left out of it since they
-        do not fit. Raises UserError where the text alone does not. Nothing is said until `add`.
+        do not fit. Raises UserError where the text alone does not, and for what is no text. Nothing is said until
+        `add`.
         """
+        check_text(text, "prompt")
         if not self.turns:
             text = "\n".join([MARK] * len(self.pictures) + [text])
         asked = {"role": "user", "content": text}

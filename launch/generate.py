@@ -242,6 +242,8 @@ def generate(request: Request) -> None:
 
     def answer(text: str, compared: int) -> Passes:
         tokens, dropped = conversation.prompt(text)
+        for line in conversation.renderer.passed_over():
+            screen.note(line)
         if dropped:
             screen.note(f"the oldest {counted(dropped, 'turn')} left out: the context takes {responder.room} tokens")
         passes = responder.answer(tokens, screen.show)

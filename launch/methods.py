@@ -187,6 +187,8 @@ class Methods:
             return [self.tokenizer.decode([t for t in trace.tokens if t not in self.stops]) for trace in traces]
 
         found = all_turns(conversations, self.renderer, place, answer, fits)
+        for line in self.renderer.passed_over():
+            report(f"{Path(place).stem}: {line}")
         if not found:
             raise UserError(f"{place}: found no prompt of at most {room} tokens, expected at least one")
         library = [name for name, decoder in self.baselines.items() if isinstance(decoder, Generate)]

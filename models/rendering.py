@@ -17,7 +17,17 @@ from functools import cached_property
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.messages import REASONING, WEIGHT, as_text, reasoning_of, says_something
-from draftsmith.models.shown import ANSWER, GIVEN, TOOLS, answer_missing, bare, roles_missing, texts, tools_missing
+from draftsmith.models.shown import (
+    ANSWER,
+    CALLS,
+    GIVEN,
+    TOOLS,
+    answer_missing,
+    bare,
+    roles_missing,
+    texts,
+    tools_missing,
+)
 from draftsmith.models.templates import CLOCK, THOUGHTS, rendered, source_of, tells_the_time, variables_of
 
 PLACE, OTHER = "\ufdd2", "\ufdd3"  # noncharacters in the place of a text: they show where a template puts it
@@ -73,6 +83,7 @@ class Renderer:
         self.reader, self.now = reader, now or datetime.now()
         self.target, self.vocab_size = target, vocab_size
         self.tokenizer = getattr(reader, "tokenizer", reader)
+        self.hidden: Counter = Counter()
         self.variables = {name: value for name, value in variables.items() if name != CLOCK}
         self.fixed = variables.get(CLOCK) is not None  # the clock is given
         if self.fixed:
@@ -88,6 +99,12 @@ class Renderer:
     def of(cls, reader) -> "Renderer":
         """A tokenizer or a `Reader` with the defaults of its template; a Renderer is one already."""
         return reader if isinstance(reader, cls) else cls(reader)
+
+    def passed_over(self) -> list[str]:
+        """A line for each kind of thing that the template did not show of the prompts until now, once."""
+        lines = [f"{count} {note}" for note, count in (+self.hidden).items()]
+        self.hidden.clear()
+        return lines
 
     @cached_property
     def fingerprint(self) -> str:
@@ -124,13 +141,15 @@ class Renderer:
 
     def prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """Messages up to a turn that the target answers -> ids that end with the opening of the assistant's turn.
-        Raises UserError for an id that the target's embedding does not have, and for a call that the template does not
-        show.
+        Raises UserError for an id that the target's embedding does not have. What the template does not show is counted
+        in `hidden`.
         """
         messages = self._ready(messages)
-        for number in range(len(messages)):
-            self._check_calls(messages[: number + 1], tools)
-        ids = self._ids(self._text(messages, tools, asked=True)[0])
+        text = self._text(messages, tools, asked=True)[0]
+        self.hidden[CALLS] += any(self._hidden_call(messages[: n + 1], tools) for n in range(len(messages)))
+        self.hidden[TOOLS] += tools_missing(tools, text)
+        self.hidden.update(GIVEN.format(role) for role in roles_missing(messages, text))
+        ids = self._ids(text)
         if self.vocab_size is not None:
             check_ids(ids, self.tokenizer, self.vocab_size)
         return ids
@@ -237,19 +256,24 @@ class Renderer:
         )
 
     def _check_calls(self, messages: list[dict], tools) -> None:
-        """Raises UserError for a call of the last message that the template does not show: the target would be taught,
-        or told, that it said nothing.
+        """Raises UserError for a call of the last message that the template does not show: the target would be taught
+        that it said nothing.
         """
+        if name := self._hidden_call(messages, tools):
+            raise UserError(
+                f"chat template: does not show the call of {ascii(name)[1:-1]} in turn {len(messages) - 1}, expected "
+                f"it in the answer"
+            )
+
+    def _hidden_call(self, messages: list[dict], tools) -> str | None:
+        """The first function whose call in the last message the template does not show."""
         *before, last = messages
         for number, call in enumerate(last.get("tool_calls", [])):
-            function = call["function"]
             calls = list(last["tool_calls"])
-            calls[number] = call | {"function": function | {"name": PLACE}}
+            calls[number] = call | {"function": call["function"] | {"name": PLACE}}
             if PLACE not in self._text([*before, last | {"tool_calls": calls}], tools)[0]:
-                raise UserError(
-                    f"chat template: does not show the call of {function['name']} in turn {len(before)}, expected it "
-                    f"in the answer"
-                )
+                return call["function"]["name"]
+        return None
 
     @cached_property
     def _empty_block(self) -> str:

@@ -3,7 +3,8 @@
 from draftsmith.models.messages import reasoning_of
 from draftsmith.models.templates import THOUGHT_TAG
 
-TOOLS = "rows have tools that the chat template does not show"
+CALLS = "conversations have calls of tools that the chat template does not show: the target is not told of them"
+TOOLS = "conversations have tools that the chat template does not show"
 GIVEN = "messages of {} are not shown by the chat template"
 ANSWER = "answers have text that the chat template does not show: they are supervised without it"
 

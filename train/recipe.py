@@ -45,7 +45,8 @@ Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, in which ~
 
 class Yaml(yaml.SafeLoader):
     """Plain scalars as YAML 1.2 reads them (its core schema): `1e-4` is a number; `2026-11-27`, `1:30`, `off` and `yes`
-    are text; `010` is ten. Digits may stand in groups: 1_000.
+    are text; `010` is ten. Digits may stand in groups: 1_000; `1e3` is a whole number as people write one. A key may
+    stand once in a mapping.
     """
 
     yaml_implicit_resolvers = {}
@@ -54,7 +55,22 @@ class Yaml(yaml.SafeLoader):
         text = self.construct_scalar(node).replace("_", "")
         return int(text, 0 if text[:2] in ("0o", "0x") else 10)
 
+    def decimal(self, node: yaml.ScalarNode) -> int | float:
+        whole = WHOLE.fullmatch(self.construct_scalar(node).replace("_", ""))
+        return int(whole[1]) * 10 ** int(whole[2]) if whole else self.construct_yaml_float(node)
 
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"found {key.value} twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+MERGE = "tag:yaml.org,2002:merge"
+WHOLE = re.compile(r"([-+]?[0-9]+)[eE]\+?([0-9]{1,2})")
 SCALARS = {  # tag: (its form, what it begins with)
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -68,6 +84,7 @@ SCALARS = {  # tag: (its form, what it begins with)
 for kind, (form, first) in SCALARS.items():
     Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{form})$"), first)
 Yaml.add_constructor("tag:yaml.org,2002:int", Yaml.number)
+Yaml.add_constructor("tag:yaml.org,2002:float", Yaml.decimal)
 
 
 def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R:
@@ -80,7 +97,7 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
         raise UserError(f"{path}: no such recipe; expected a YAML file")
     try:
         values = yaml.load(path.read_text("utf-8"), Yaml)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: found {type(values).__name__}, expected a mapping of sections")
@@ -92,7 +109,7 @@ def read_recipe(path: str | Path, kind: type[R], overrides: list[str] = ()) -> R
             merged = OmegaConf.create(values)
             OmegaConf.update(merged, key, yaml.load(text, Yaml), merge=True)
             values = OmegaConf.to_container(merged)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"override {override!r}: {' '.join(str(error).split())}") from None
     try:
         return kind.kind_of(values).model_validate(values)
@@ -112,7 +129,7 @@ def has_section(path: str | Path, name: str) -> bool:
     """Whether a recipe has a section, where it can be read at all: what tells kinds of recipe apart."""
     try:
         values = yaml.load(Path(path).read_text("utf-8"), Yaml)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
         return False
     return isinstance(values, dict) and name in values
 

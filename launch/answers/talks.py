@@ -39,6 +39,8 @@ class Talks:
     def first(self, room: int, report) -> dict[int, Prompt]:
         """The first turns by conversation; those that do not fit into `room` tokens are left out."""
         found = {number: prompt for number, prompt in enumerate(self.prompts) if len(prompt.tokens) <= room}
+        for line in self.renderer.passed_over():
+            report(line)
         if left := len(self.prompts) - len(found):
             report(f"{left} prompts of more than {room} tokens are left out")
         return found

@@ -252,6 +252,8 @@ def check_embedding(stored: torch.Tensor, embedding: torch.Tensor, place: str) -
         raise UserError(
             f"{place}: embed_tokens.weight: found {tuple(stored.shape)}, expected the target's {tuple(embedding.shape)}"
         )
+    if not stored.is_floating_point():
+        raise UserError(f"{place}: embed_tokens.weight: found {stored.dtype}, expected a floating type")
     dtype = min(stored.dtype, embedding.dtype, key=lambda d: torch.finfo(d).bits)
     wrong = int((stored.to(embedding.device, dtype) != embedding.to(dtype)).any(1).sum())
     if wrong:

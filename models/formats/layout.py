@@ -208,10 +208,8 @@ def layer_figures(stored: dict, place: str) -> dict:
     """
     found = figures(stored, LAYER_FIGURES, place)
     heads = found["num_attention_heads"]
-    given = {
-        "num_key_value_heads": stored.get("num_key_value_heads") or heads,
-        "head_dim": stored.get("head_dim") or found["hidden_size"] // heads,
-    }
+    usual = {"num_key_value_heads": heads, "head_dim": found["hidden_size"] // heads}
+    given = {name: value if stored.get(name) is None else stored[name] for name, value in usual.items()}
     found |= figures(given, tuple(given), place)
     if heads % found["num_key_value_heads"]:
         raise UserError(

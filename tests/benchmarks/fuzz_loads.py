@@ -26,6 +26,7 @@ from draftsmith.models.formats import open_head, read_files, save_drafter
 from draftsmith.models.heads import EagleConfig, EagleHead
 from draftsmith.models.notes import notes
 from draftsmith.models.rendering import Renderer
+from draftsmith.models.shown import ANSWER
 from draftsmith.models.stops import Stops
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train.reference.pretrain import train_tokenizer
@@ -216,7 +217,8 @@ def tokenizer(folder: Path, draw: random.Random) -> tuple[str, str | None]:
         if wrong is None and any(i < 0 or i >= 300 for i in prompt):
             wrong = "ids beyond the embedding"
         for ids, mask in encoded.rows:
-            if wrong is None and "os" not in loaded.decode([i for i, m in zip(ids, mask) if m]):
+            told = encoded.notes[ANSWER]  # that the template shows other than all of it
+            if wrong is None and not told and "os" not in loaded.decode([i for i, m in zip(ids, mask) if m]):
                 wrong = "what is supervised is not the answer"
     return said, wrong
 
@@ -276,8 +278,7 @@ def wrong_drafter(folder: Path, head, own) -> str | None:
     for name in NUMBERS:
         said = config.get(name)
         if said is not None and hasattr(head.config, name) and getattr(head.config, name) != said:
-            if not (name in ("num_key_value_heads", "head_dim") and said == 0):
-                return f"{name} {getattr(head.config, name)} in place of {said!r}"
+            return f"{name} {getattr(head.config, name)} in place of {said!r}"
     theta = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
     if (
         theta is not None

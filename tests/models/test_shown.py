@@ -4,7 +4,7 @@ import pytest
 
 from draftsmith.models.messages import WEIGHT
 from draftsmith.models.rendering import EMPTY_ANSWER, WEIGHTLESS
-from draftsmith.models.shown import ANSWER, GIVEN, TOOLS
+from draftsmith.models.shown import ANSWER, CALLS, GIVEN, TOOLS
 from tests import templates
 from tests.models.test_rendering import END, PLAIN, of, said, shown, user
 from tests.models.test_rendering import TOOLS as CALC
@@ -60,3 +60,18 @@ def test_answers_of_weight_0_are_context(tokenizer):
     assert notes(tokenizer, PLAIN, talk) == {WEIGHTLESS: 1}
     (row,) = shown(of(tokenizer, PLAIN), talk)
     assert row.endswith("<|assistant|>fox<|end|><|user|>b<|end|><|assistant|>[[os<|end|>]]") and row.count("[[") == 1
+
+
+def test_what_prompts_have_that_is_not_shown_is_counted(tokenizer):
+    """The target is asked all the same: behind the result of a tool, in the role of a tool."""
+    renderer = of(tokenizer, PLAIN.replace("m.content", "m.role + ': ' + m.content"))
+    called = said("", tool_calls=[{"function": {"name": "calc", "arguments": {}}}])
+    ids = renderer.prompt([user("6*7"), called, {"role": "tool", "content": "42"}], CALC)
+    assert tokenizer.decode(ids).endswith("<|assistant|>assistant: <|end|><|user|>tool: 42<|end|><|assistant|>")
+    assert renderer.passed_over() == [f"1 {CALLS}", f"1 {TOOLS}"] and renderer.passed_over() == []
+    renderer.prompt([user("6*7")])
+    assert renderer.passed_over() == []
+    silent = of(tokenizer, SILENT)
+    for _ in range(2):
+        silent.prompt([{"role": "system", "content": "be terse"}, user("a")])
+    assert silent.passed_over() == [f"2 {GIVEN.format('system')}"]

@@ -13,7 +13,11 @@ NUMBERS = {
     "1e-4": 0.0001,
     "1E-4": 0.0001,
     "+5e-5": 0.00005,
-    "2e3": 2000.0,
+    "2e3": 2000,
+    "-1E+2": -100,
+    "1_0e3": 10000,
+    "2.0e3": 2000.0,
+    "1e400": float("inf"),
     ".5": 0.5,
     "1.": 1.0,
     "010": 10,
@@ -55,6 +59,27 @@ def test_a_rate_in_a_file_and_as_an_override(tmp_path, rate):
     assert read_recipe(file, DrafterRecipe).optimization.lr == 0.0001
     file = write(tmp_path)
     assert read_recipe(file, DrafterRecipe, [f"optimization.lr={rate}"]).optimization.lr == 0.0001
+
+
+def test_a_whole_number_with_an_exponent(tmp_path):
+    file = write(tmp_path, ("max_length: 384", "max_length: 1e3"))
+    assert read_recipe(file, DrafterRecipe).data.max_length == 1000
+    assert read_recipe(write(tmp_path), DrafterRecipe, ["data.max_length=1E+3"]).data.max_length == 1000
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    """The first would be left out without a word."""
+    for old, new in (("seed: 0", "seed: 0\nseed: 1"), ("  lr: 0.003 ", "  lr: 0.1\n  lr: 0.003 ")):
+        with pytest.raises(UserError, match=r"recipe.yaml: not valid YAML \(found (seed|lr) twice .*line \d+"):
+            read_recipe(write(tmp_path, (old, new)), DrafterRecipe)
+    merged = yaml.load("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}", Yaml)
+    assert merged["b"] == {"x": 3, "y": 2}
+
+
+def test_nesting_without_end_is_one_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("[" * 3000)
+    with pytest.raises(UserError, match="recipe.yaml: not valid YAML"):
+        read_recipe(tmp_path / "recipe.yaml", DrafterRecipe)
 
 
 def test_dates_and_times_name_projects_and_folders(tmp_path):
