@@ -102,8 +102,8 @@ class Eagle3Head(nn.Module):
         copy_norm(getattr(last, before_mlp, None), self.midlayer.post_attention_layernorm)
 
     def grow(self, config: Eagle3Config) -> None:
-        """Takes the window of another recipe: it has no weights."""
-        self.config = replace(self.config, sliding_window=config.sliding_window)
+        """Takes on the window of another recipe, if that has one: a window has no weights."""
+        self.config = replace(self.config, sliding_window=config.sliding_window or self.config.sliding_window)
 
     @property
     def window(self) -> int | None:

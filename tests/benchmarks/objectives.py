@@ -3,7 +3,7 @@
     python tests/benchmarks/objectives.py --answers FILE --prompts FILE [--development FILE] [--target code]
         [--head eagle3] [--start early] [--seconds 90] [--rates 1] [--seeds 0] [--temperature 0 1] [--arm NAME ...]
         [--equal time steps] [--limit 200] [--folder runs/objectives] [--output FILE]
-    python tests/benchmarks/objectives.py --quick
+    python tests/benchmarks/objectives.py --quick | --windows [--documents 4] [--new-tokens 96] [--package NAME ...]
 
 All of it for the real target, in one command: `--target smollm2 --seeds 0 1 2 --rates 0.33 1 3 --development FILE`.
 
@@ -263,14 +263,13 @@ def windows(arguments) -> tuple[dict, dict]:
     target, tokenizer = TextTarget.load(name), load_tokenizer(name)
     lengths, output = (1024, 8192), arguments.folder / "windows"
     output.mkdir(parents=True, exist_ok=True)
-    rows = long_context.prompts_of(
-        output / "prompts.jsonl", lengths, arguments.documents, tokenizer, ["torch", "transformers"]
-    )
+    rows = long_context.prompts_of(output / "prompts.jsonl", lengths, arguments.documents, tokenizer, arguments.package)
     drafters = {"full": long_context.eagle3(target, None), "owl": long_context.owl(target)}
     drafters |= {f"window {n}": long_context.eagle3(target, n) for n in WINDOWS}
-    settings = {"target": name, "windows": list(WINDOWS), "max_new_tokens": 96}
+    tokens = arguments.new_tokens
+    settings = {"target": name, "windows": list(WINDOWS), "max_new_tokens": tokens}
     journal = Journal(output / "runs.jsonl", settings)
-    long_context.run(rows, drafters, target, stop_ids(target, tokenizer), 96, journal)
+    long_context.run(rows, drafters, target, stop_ids(target, tokenizer), tokens, journal)
     rows, found = long_context.finished(rows, output, settings)
     figures = long_context.Figures(rows, found)
     for method in drafters:
@@ -282,6 +281,10 @@ def windows(arguments) -> tuple[dict, dict]:
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="shipped drafters, decoding only (under 10 minutes)")
+    parser.add_argument("--windows", action="store_true", help="only the part of --quick that has windows")
+    parser.add_argument("--package", nargs="*", default=["torch", "transformers"], help="where its documents are from")
+    parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=96, help="of an answer behind a document")
     parser.add_argument("--answers")
     parser.add_argument("--prompts")
     parser.add_argument("--development")
@@ -295,12 +298,11 @@ def main():
     parser.add_argument("--equal", nargs="*", choices=("time", "steps"), default=["time"])
     parser.add_argument("--arm", nargs="*", choices=sorted({*ARMS, *FRESH}))
     parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.quick:
-        print(json.dumps(quick(arguments)))
+    if arguments.quick or arguments.windows:
+        print(json.dumps(quick(arguments) if arguments.quick else dict(zip(("window", "full"), windows(arguments)))))
         return
     if not arguments.answers or not arguments.prompts:
         parser.error("--answers and --prompts are needed without --quick")
