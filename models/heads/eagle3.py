@@ -254,7 +254,7 @@ class Eagle3Head(nn.Module):
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
             return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, none.bool(), none.bool(), none)
-        distribution = teacher_distribution(features.teacher, self.ids, objective.teacher_temperature)
+        distribution = teacher_distribution(features.teacher, self.ids, objective)
         choose = chooser(objective.rows, packing, distribution, self.logits, features.seed)
         output, here = self._unroll(features, steps, choose)
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)

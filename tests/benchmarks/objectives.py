@@ -12,8 +12,8 @@ start: `early`, a drafter that the head's usual recipe trained for a tenth of wh
 shipped one; `fresh`, none, for arms that change the head's form. Each arm (`ARMS`: changes of the recipe) is trained
 with each of the rates (factors of `RATES`), the best on the development prompts stays; more seeds are trained where the
 first one gains. equal: time, as many steps as fit `--seconds` processor seconds by a short run of its own; steps,
-as many as `base` takes in that time. What stands in the folder is not trained again. tau: 60-node tree, 64 new tokens;
-95 % intervals resample prompts, of gains over `base` of the same seed prompts are paired. Prints a Markdown table.
+as many as `base` takes in that time. What stands in the folder is not trained or decoded again. tau: 60-node tree,
+64 new tokens; 95 % intervals resample prompts, of gains over `base` of the same seed prompts are paired. Prints a Markdown table.
 
 --quick decodes the shipped drafters of `code` (60 nodes, T = 0: `base` is the one trained on without GTO) and the
 shipped EAGLE-3 head of `code-long` with and without a window, behind 1K and 8K tokens of the same documents; it ends
@@ -21,6 +21,7 @@ with one JSON line.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -165,15 +166,20 @@ class Arena:
     def arms(self) -> dict[str, list[str]]:
         return FRESH if self.a.start == "fresh" else ARMS
 
-    def counts(self, place: str, temperature: float, prompts) -> tuple[list[int], list[int]]:
-        """(tokens, passes) of every prompt."""
-        head = load_drafter(str(place), self.target.shared, self.target.layers)
-        drafter = HeadDrafter(head, parse_tree(TREE))
-        return tokens_and_passes(
-            decode_batches(
-                self.target, drafter, prompts, Sampling(temperature), NEW_TOKENS, self.stops, BATCH, lambda done: None
+    def counts(self, place: Path, temperature: float, prompts) -> tuple[list[int], list[int]]:
+        """(tokens, passes) of every prompt; kept beside the drafter."""
+        key = hashlib.sha256(json.dumps([prompts, temperature, TREE, NEW_TOKENS]).encode()).hexdigest()[:12]
+        kept = place.parent / f"decoded-{key}.json"
+        if not kept.exists():
+            head = load_drafter(str(place), self.target.shared, self.target.layers)
+            drafter, sampling = HeadDrafter(head, parse_tree(TREE)), Sampling(temperature)
+            found = tokens_and_passes(
+                decode_batches(
+                    self.target, drafter, prompts, sampling, NEW_TOKENS, self.stops, BATCH, lambda done: None
+                )
             )
-        )
+            kept.write_text(json.dumps(found))
+        return tuple(json.loads(kept.read_text()))
 
     def chosen(self, arm: str, equal: str, start: list[str]) -> float:
         """The rate that does best on the development prompts, with the first seed."""
