@@ -13,7 +13,8 @@ shipped one; `fresh`, none, for arms that change the head's form. Each arm (`ARM
 with each of the rates (factors of `RATES`), the best on the development prompts stays; more seeds are trained where the
 first one gains. equal: time, as many steps as fit `--seconds` processor seconds by a short run of its own; steps,
 as many as `base` takes in that time. What stands in the folder is not trained or decoded again. tau: 60-node tree,
-64 new tokens; 95 % intervals resample prompts, of gains over `base` of the same seed prompts are paired. Prints a Markdown table.
+64 new tokens; 95 % intervals resample prompts, of gains over `base` of the same seed prompts are paired. Prints a
+Markdown table.
 
 --quick decodes the shipped drafters of `code` (60 nodes, T = 0: `base` is the one trained on without GTO) and the
 shipped EAGLE-3 head of `code-long` with and without a window, behind 1K and 8K tokens of the same documents; it ends
