@@ -4,7 +4,8 @@ A head's class has
     name                       as recipes and directories call it
     Shape, Objective           dataclasses: the keys of the recipe's sections `head` and `objective`. Objective.steps:
                                drafted steps that are
-                               trained; Objective.weights: the weight of each step in the loss
+                               trained; Objective.weights: the weight of each step in the loss; beside
+                               its own keys it has those of `divergences.Distillation`
     Config                     its shapes; Config.for_target(text config, **Shape) raises UserError for targets it
                                cannot draft for
     tables                     parts of the names of matrices with one row a token (embeddings, output heads)

@@ -37,32 +37,34 @@ def chunk_rows(width: int, device: torch.device) -> int:
 @dataclass(frozen=True)
 class TeacherDistribution:
     """The teacher at P tokens: probs [P, Vd] over the draft vocabulary (renormalised), choice [P] its most probable
-    draft index, covered [P] bool: the target's own argmax over V can be drafted, mass [P]: of the draft vocabulary.
+    draft index, covered [P] bool: the target's own argmax over V can be drafted, mass [P]: of the draft vocabulary
+    (None where the objective has no use for it).
     """
 
     probs: torch.Tensor
     choice: torch.Tensor
     covered: torch.Tensor
-    mass: torch.Tensor
+    mass: torch.Tensor | None
 
 
 @torch.no_grad()
-def teacher_distribution(teacher: Teacher, ids: torch.Tensor, temperature: float = 1.0) -> TeacherDistribution:
-    """ids [Vd]: the draft vocabulary; temperature: as in `divergences.soften`. fp32 or better; the [P, V] logits are
-    never held whole.
+def teacher_distribution(teacher: Teacher, ids: torch.Tensor, goal: Distillation = PLAIN) -> TeacherDistribution:
+    """ids [Vd]: the draft vocabulary; goal: whose `teacher_temperature` the probabilities have. fp32 or better; the
+    [P, V] logits are never held whole.
     """
-    parts = []
+    parts, heat = [], goal.teacher_temperature
     for part in teacher.final.split(512):
         logits = teacher.project(part, None)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         drafted = logits if len(ids) == logits.size(-1) else logits.index_select(-1, ids)
         best = drafted.argmax(-1)
         covered = drafted.gather(-1, best[:, None])[:, 0] >= logits.amax(-1)
-        mass = covered.to(logits.dtype)
-        if temperature > 0:
-            mass = ((drafted / temperature).logsumexp(-1) - (logits / temperature).logsumexp(-1)).exp()
-        parts.append((soften(drafted, temperature), best, covered, mass))
-    return TeacherDistribution(*map(torch.cat, zip(*parts)))
+        mass = covered.to(logits.dtype)  # at temperature 0, and where nobody asks
+        if goal.reach == "overlap" and heat > 0:
+            mass = ((drafted / heat).logsumexp(-1) - (logits / heat).logsumexp(-1)).exp()
+        parts.append((soften(drafted, heat), best, covered, mass))
+    probs, choice, covered, mass = map(torch.cat, zip(*parts))
+    return TeacherDistribution(probs, choice, covered, mass if goal.reach == "overlap" else None)
 
 
 class Dense:
@@ -106,7 +108,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 right[cut] = (logits.gather(-1, distribution.choice[at, None])[:, 0] >= top) & covered
                 losses[cut] = top - student.amax(-1).log() - torch.linalg.vecdot(probs, logits)
                 weighed[cut] = scale[cut] * reach[mine] * covered
-                reach[mine] *= accepted(goal.reach, right[cut], probs * distribution.mass[at, None], student)
+                if goal.reach != "none":
+                    whole = probs if distribution.mass is None else probs * distribution.mass[at, None]
+                    reach[mine] *= accepted(goal.reach, right[cut], whole, student)
                 slope = None
                 if goal.total_variation > 0:
                     losses[cut] = torch.lerp(losses[cut], 1 - overlap(probs, student), goal.total_variation)

@@ -56,7 +56,7 @@ def variation_slope(probs: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 def accepted(reach: str, right: torch.Tensor, probs: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """The chance [N] that drafting goes on behind each row: right [N], whether its first choice is the target's."""
     return {
-        "none": lambda: torch.ones_like(right, dtype=student.dtype),
+        "none": lambda: torch.ones_like(student[:, 0]),
         "greedy": lambda: right.to(student.dtype),
         "overlap": lambda: overlap(probs, student),
     }[reach]()

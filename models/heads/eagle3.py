@@ -102,8 +102,8 @@ class Eagle3Head(nn.Module):
         copy_norm(getattr(last, before_mlp, None), self.midlayer.post_attention_layernorm)
 
     def grow(self, config: Eagle3Config) -> None:
-        """Takes the window of another recipe: it has no weights."""
-        self.config = replace(self.config, sliding_window=config.sliding_window)
+        """Takes on the window of another recipe, if that has one: a window has no weights."""
+        self.config = replace(self.config, sliding_window=config.sliding_window or self.config.sliding_window)
 
     @property
     def window(self) -> int | None:
@@ -254,7 +254,7 @@ class Eagle3Head(nn.Module):
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
             return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, none.bool(), none.bool(), none)
-        distribution = teacher_distribution(features.teacher, self.ids, objective.teacher_temperature)
+        distribution = teacher_distribution(features.teacher, self.ids, objective)
         choose = chooser(objective.rows, packing, distribution, self.logits, features.seed)
         output, here = self._unroll(features, steps, choose)
         parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)

@@ -262,7 +262,7 @@ class OwlHead(nn.Module):
             dtype=torch.promote_types(states.dtype, torch.float32),
         )[step]
         if objective.labels == "target":
-            distribution = teacher_distribution(features.teacher, self.ids, objective.teacher_temperature)
+            distribution = teacher_distribution(features.teacher, self.ids, objective)
             here = [part.nonzero().flatten() for part in parts]
             total, losses, hits = soft_cross_entropy(
                 states, (matrix(self.output_head),), distribution, here, scale, objective

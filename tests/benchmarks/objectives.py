@@ -3,7 +3,7 @@
     python tests/benchmarks/objectives.py --answers FILE --prompts FILE [--development FILE] [--target code]
         [--head eagle3] [--start early] [--seconds 90] [--rates 1] [--seeds 0] [--temperature 0 1] [--arm NAME ...]
         [--equal time steps] [--limit 200] [--folder runs/objectives] [--output FILE]
-    python tests/benchmarks/objectives.py --quick
+    python tests/benchmarks/objectives.py --quick | --windows [--documents 4] [--new-tokens 96] [--package NAME ...]
 
 All of it for the real target, in one command: `--target smollm2 --seeds 0 1 2 --rates 0.33 1 3 --development FILE`.
 
@@ -12,8 +12,9 @@ start: `early`, a drafter that the head's usual recipe trained for a tenth of wh
 shipped one; `fresh`, none, for arms that change the head's form. Each arm (`ARMS`: changes of the recipe) is trained
 with each of the rates (factors of `RATES`), the best on the development prompts stays; more seeds are trained where the
 first one gains. equal: time, as many steps as fit `--seconds` processor seconds by a short run of its own; steps,
-as many as `base` takes in that time. What stands in the folder is not trained again. tau: 60-node tree, 64 new tokens;
-95 % intervals resample prompts, of gains over `base` of the same seed prompts are paired. Prints a Markdown table.
+as many as `base` takes in that time. What stands in the folder is not trained or decoded again. tau: 60-node tree,
+64 new tokens; 95 % intervals resample prompts, of gains over `base` of the same seed prompts are paired. Prints a
+Markdown table.
 
 --quick decodes the shipped drafters of `code` (60 nodes, T = 0: `base` is the one trained on without GTO) and the
 shipped EAGLE-3 head of `code-long` with and without a window, behind 1K and 8K tokens of the same documents; it ends
@@ -21,6 +22,7 @@ with one JSON line.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -165,15 +167,20 @@ class Arena:
     def arms(self) -> dict[str, list[str]]:
         return FRESH if self.a.start == "fresh" else ARMS
 
-    def counts(self, place: str, temperature: float, prompts) -> tuple[list[int], list[int]]:
-        """(tokens, passes) of every prompt."""
-        head = load_drafter(str(place), self.target.shared, self.target.layers)
-        drafter = HeadDrafter(head, parse_tree(TREE))
-        return tokens_and_passes(
-            decode_batches(
-                self.target, drafter, prompts, Sampling(temperature), NEW_TOKENS, self.stops, BATCH, lambda done: None
+    def counts(self, place: Path, temperature: float, prompts) -> tuple[list[int], list[int]]:
+        """(tokens, passes) of every prompt; kept beside the drafter."""
+        key = hashlib.sha256(json.dumps([prompts, temperature, TREE, NEW_TOKENS]).encode()).hexdigest()[:12]
+        kept = place.parent / f"decoded-{key}.json"
+        if not kept.exists():
+            head = load_drafter(str(place), self.target.shared, self.target.layers)
+            drafter, sampling = HeadDrafter(head, parse_tree(TREE)), Sampling(temperature)
+            found = tokens_and_passes(
+                decode_batches(
+                    self.target, drafter, prompts, sampling, NEW_TOKENS, self.stops, BATCH, lambda done: None
+                )
             )
-        )
+            kept.write_text(json.dumps(found))
+        return tuple(json.loads(kept.read_text()))
 
     def chosen(self, arm: str, equal: str, start: list[str]) -> float:
         """The rate that does best on the development prompts, with the first seed."""
@@ -263,14 +270,13 @@ def windows(arguments) -> tuple[dict, dict]:
     target, tokenizer = TextTarget.load(name), load_tokenizer(name)
     lengths, output = (1024, 8192), arguments.folder / "windows"
     output.mkdir(parents=True, exist_ok=True)
-    rows = long_context.prompts_of(
-        output / "prompts.jsonl", lengths, arguments.documents, tokenizer, ["torch", "transformers"]
-    )
+    rows = long_context.prompts_of(output / "prompts.jsonl", lengths, arguments.documents, tokenizer, arguments.package)
     drafters = {"full": long_context.eagle3(target, None), "owl": long_context.owl(target)}
     drafters |= {f"window {n}": long_context.eagle3(target, n) for n in WINDOWS}
-    settings = {"target": name, "windows": list(WINDOWS), "max_new_tokens": 96}
+    tokens = arguments.new_tokens
+    settings = {"target": name, "windows": list(WINDOWS), "max_new_tokens": tokens}
     journal = Journal(output / "runs.jsonl", settings)
-    long_context.run(rows, drafters, target, stop_ids(target, tokenizer), 96, journal)
+    long_context.run(rows, drafters, target, stop_ids(target, tokenizer), tokens, journal)
     rows, found = long_context.finished(rows, output, settings)
     figures = long_context.Figures(rows, found)
     for method in drafters:
@@ -282,6 +288,10 @@ def windows(arguments) -> tuple[dict, dict]:
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="shipped drafters, decoding only (under 10 minutes)")
+    parser.add_argument("--windows", action="store_true", help="only the part of --quick that has windows")
+    parser.add_argument("--package", nargs="*", default=["torch", "transformers"], help="where its documents are from")
+    parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=96, help="of an answer behind a document")
     parser.add_argument("--answers")
     parser.add_argument("--prompts")
     parser.add_argument("--development")
@@ -295,12 +305,11 @@ def main():
     parser.add_argument("--equal", nargs="*", choices=("time", "steps"), default=["time"])
     parser.add_argument("--arm", nargs="*", choices=sorted({*ARMS, *FRESH}))
     parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.quick:
-        print(json.dumps(quick(arguments)))
+    if arguments.quick or arguments.windows:
+        print(json.dumps(quick(arguments) if arguments.quick else dict(zip(("window", "full"), windows(arguments)))))
         return
     if not arguments.answers or not arguments.prompts:
         parser.error("--answers and --prompts are needed without --quick")
