@@ -102,9 +102,9 @@ class Plan:
             drafter, rule = CascadeDrafter(model, drafter, rule, buffer, self.methods.target.vocab_size), SAMPLED_RULE
         return drafter, rule
 
-    def run(self, decoders: dict[str, Looped]) -> dict[str, Run]:
-        asked = self.asked
-        return interleaved(decoders, self.prompts, self.sampling, asked.max_new_tokens, self.methods.stops)
+    def run(self, decoders: dict[str, Looped], warm_up: bool = True) -> dict[str, Run]:
+        tokens, stops = self.asked.max_new_tokens, self.methods.stops
+        return interleaved(decoders, self.prompts, self.sampling, tokens, stops, warm_up=warm_up)
 
     def measure(self) -> dict:
         """Costs of all models, tokens a pass of the drafter under each, agreement of all pairs."""
@@ -128,7 +128,7 @@ class Plan:
                 )
                 pairs[above, below] = Looped(self.drafters[above].target, cascade, verifier=SAMPLED_RULE)
         self.report(f"plan-cascade: {len(pairs)} pairs of models, buffers of {PROBED}")
-        found = self.run(pairs)
+        found = self.run(pairs, warm_up=False)  # a cascade counts what it decodes
         passes, bottoms = {}, {}
         for place, name in enumerate(self.names):
             bare = [timed[width][place] for width in WIDTHS]
@@ -143,8 +143,10 @@ class Plan:
             )
             for pair, run in found.items()
         }
-        lengths = {pair: tau(run.traces) for pair, run in found.items()}
-        return {"passes": passes, "bottoms": bottoms, "agreement": agreement, "lengths": lengths}
+        stages = {
+            pair: busy(run, ("draft",)) * run.cycles / pairs[pair].drafter.tally.tokens for pair, run in found.items()
+        }
+        return {"passes": passes, "bottoms": bottoms, "agreement": agreement, "stages": stages}
 
 
 def plan_cascade(asked: Asked, report=print) -> dict:
@@ -157,7 +159,8 @@ def plan_cascade(asked: Asked, report=print) -> dict:
     found = plan.measure()
     passes, bottoms, agreement = found["passes"], found["bottoms"], found["agreement"]
     chains = [
-        predict(chain, plan.target, passes, bottoms, agreement) for chain in all_chains(plan.names[1:], agreement)
+        predict(chain, plan.target, passes, bottoms[plan.target], found["stages"], agreement)
+        for chain in all_chains(plan.names[1:], agreement)
     ]
     best = min(chains, key=lambda chain: chain.seconds)
     shown = [chain for chain in chains if len(chain.models) < 2 or chain is best]
