@@ -33,8 +33,8 @@ def evaluate(
         list[str],
         typer.Argument(
             help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, reader[:DRAFTER|:stand], "
-            "cascade:[N:]MIDDLE+METHOD, select:METHOD,METHOD[:RULE], stand[:deterministic|:sequential], recycling, "
-            "suffix, lookup, hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
+            "cascade:[N:]MIDDLE+METHOD, select:METHOD,METHOD[:RULE][:lasting], "
+            "stand[:deterministic|:sequential], recycling, suffix, lookup, hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
         ),
     ],
     suite: Annotated[list[str], typer.Option(help="[NAME=]FILE: JSONL, JSON, Parquet or bundled:PATH")] = [
@@ -145,7 +145,7 @@ def verify(
         list[str],
         typer.Argument(
             help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, reader[:METHOD], stand[:MODE], "
-            "cascade:[N:]MIDDLE+METHOD, select:METHOD,METHOD[:RULE], recycling, suffix, lookup"
+            "cascade:[N:]MIDDLE+METHOD, select:METHOD,METHOD[:RULE][:lasting], recycling, suffix, lookup"
         ),
     ],
     suite: Annotated[str, typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = "bundled:prompts/code.jsonl",

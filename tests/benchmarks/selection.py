@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from draftsmith.eval.decode import Clock, generate  # noqa: E402
 from draftsmith.eval.measurement.interval import difference_interval  # noqa: E402
+from draftsmith.eval.measurement.prompts import read_prompts  # noqa: E402
 from draftsmith.eval.sampling import Sampling  # noqa: E402
 from draftsmith.eval.selecting import HORIZON, SelectingDrafter  # noqa: E402
 from draftsmith.eval.verification.rules import RULES  # noqa: E402
@@ -257,7 +258,8 @@ def main():
     pool = {name: drafters.drafter(name, CPU_TREE if trained(name) else None) for name in names}
     prompts, domains = [], []
     for domain, file in files.items():
-        some = [p for p in methods.prompts(str(file), limit, tokens, 128, True) if p.turn == 0]
+        room = methods.target.context_length - tokens - methods.rows
+        some = [p for p in read_prompts(file, methods.renderer, limit) if len(p.tokens) <= room]
         prompts += [p.tokens for p in some]
         domains += [domain] * len(some)
     print(f"{len(prompts)} requests, {tokens} new tokens, drafters {', '.join(names)}", flush=True)

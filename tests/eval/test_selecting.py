@@ -230,6 +230,15 @@ def test_the_better_drafter_is_played(pair):
         assert share > 0.53, (kind, drafter.choices)
 
 
+def test_a_lasting_learner_goes_on_from_request_to_request(pair):
+    target, head = pair
+    drafter = pool(target, head, learner=NormalHedge, lasting=True)
+    for prompt in PROMPTS[:2]:
+        generate(target, drafter, [prompt], Sampling(), 12)
+    first = drafter.ledgers[0].learner if drafter.ledgers else drafter.shared
+    assert first is drafter.shared and np.abs(drafter.shared.regrets).sum() > 0
+
+
 def test_drafters_that_cannot_be_idle_are_refused_by_name():
     with pytest.raises(UserError, match="select: found nothing at all, expected trained drafters, suffix"):
         SelectingDrafter({"nothing at all": NoDrafter()}, 4)

@@ -65,7 +65,8 @@ def test_methods_take_an_adapters_directory(adapted):
     assert isinstance(first, HeadDrafter) and isinstance(second, HeadDrafter)
     assert first.head.fc.weight.data_ptr() == second.head.fc.weight.data_ptr()
     assert first.head.lm_head.weight.data_ptr() != second.head.lm_head.weight.data_ptr()
-    assert selected("a,b") == (["a", "b"], "normalhedge") and selected("a,b,x:y:ucb1") == (["a", "b", "x:y"], "ucb1")
+    assert selected("a,b") == (["a", "b"], "normalhedge", False)
+    assert selected("a,b,x:y:ucb1:lasting") == (["a", "b", "x:y"], "ucb1", True)
     for wrong in ("", "suffix", "suffix,suffix", "suffix:hedge"):
         with pytest.raises(UserError, match="select: found"):
             selected(wrong)
