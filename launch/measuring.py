@@ -34,7 +34,8 @@ def evaluate(
         typer.Argument(
             help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, reader[:DRAFTER|:stand], "
             "cascade:[N:]MIDDLE+METHOD, select:METHOD,METHOD[:RULE][:lasting], "
-            "stand[:deterministic|:sequential], recycling, suffix, lookup, hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
+            "stand[:deterministic|:sequential], recycling, suffix, lookup, hf-generate, hf-lookup, hf-assisted; "
+            "plain decoding is always there"
         ),
     ],
     suite: Annotated[list[str], typer.Option(help="[NAME=]FILE: JSONL, JSON, Parquet or bundled:PATH")] = [
