@@ -105,9 +105,7 @@ class CascadeDrafter:
 
     def propose(self, draw: Draw) -> DraftTree:
         batch = len(self.root)
-        limits = [
-            self.buffer if draw.left is None else min(self.buffer, left - 1) for left in draw.left or range(batch)
-        ]
+        limits = [self.buffer] * batch if draw.left is None else [min(self.buffer, n - 1) for n in draw.left]
         self.cycle = Cycle(self.session.lengths, self.drafter.mark(), valid=[len(tokens) + 1 for tokens in self.unseen])
         buffers, rows_of_q, full = [[] for _ in self.root], [], [limit <= 0 for limit in limits]
         seed = seed_of(draw.seed, "middle")
@@ -144,10 +142,8 @@ class CascadeDrafter:
         they were drawn (None at temperature 0). unseen: tokens before each root that it has not processed yet: they are
         a chain above the tree.
         """
-        sampling, rows = (
-            Sampling(draw.temperature, seed=draw.seed),
-            torch.arange(len(roots), device=roots.device)[:, None],
-        )
+        sampling = Sampling(draw.temperature, seed=draw.seed)
+        rows = torch.arange(len(roots), device=roots.device)[:, None]
         above = torch.tensor([len(tokens) for tokens in unseen], device=roots.device)
         tree = self._tree(draw, roots, unseen, above)
         whole = below(unseen, tree, above) if any(unseen) else tree

@@ -104,7 +104,7 @@ class SelectingDrafter:
     request. estimator of the acceptance length: `product` for heads (chances behind every row; trees that were really
     proposed are scored by `rb`), `rb` or `realised`. every: heads that are not chosen predict in every so many passes,
     behind all rows since then at once. replay: heads propose in every pass too, instead (exact, at the price of
-    drafting).
+    drafting). lasting: one learner for all requests, as long as this drafter lives.
 
     A loss is fed once all drafters' are known, in the order of the text, up to `HORIZON` tokens late. What an
     unfinished text leaves open is never fed. choices: {drafter: passes}; caught_up {drafter: rows that it was told
@@ -120,6 +120,7 @@ class SelectingDrafter:
         estimator: Estimator = "product",
         every: int = 1,
         replay: bool = False,
+        lasting: bool = False,
     ):
         for name, drafter in drafters.items():
             if not isinstance(drafter, (*FREE, HeadDrafter)):
@@ -128,6 +129,7 @@ class SelectingDrafter:
                     f"while another one drafts"
                 )
         self.names, self.drafters = list(drafters), list(drafters.values())
+        self.shared = learner(len(drafters)) if lasting else None
         self.learner, self.estimator, self.every, self.replay = learner, estimator, every, replay
         self.bandit = learner(len(self.drafters)).bandit
         shared = shared_spec([drafter.feature_spec for drafter in self.drafters])
@@ -156,7 +158,8 @@ class SelectingDrafter:
         self._join(root)
 
     def _join(self, root: torch.Tensor) -> None:
-        self.ledgers += [Ledger(self.learner(len(self.drafters)), sets={i: {} for i in self._heads}) for _ in root]
+        count = len(self.drafters)
+        self.ledgers += [Ledger(self.shared or self.learner(count), sets={i: {} for i in self._heads}) for _ in root]
         self.root = torch.cat([self.root, root])
 
     def select(self, rows: torch.Tensor) -> None:

@@ -198,28 +198,30 @@ def under_cascade(argument: str) -> list[str]:
     return [method] if middle == "int8" or middle.startswith("skip:") else []
 
 
-def selected(argument: str) -> tuple[list[str], str]:
-    """METHOD,METHOD,...[:RULE] -> (methods, rule). Raises UserError for fewer than two, and for one that occurs
-    twice.
+def selected(argument: str) -> tuple[list[str], str, bool]:
+    """METHOD,METHOD,...[:RULE][:lasting] -> (methods, rule, whether one learner lasts). Raises UserError for fewer than
+    two methods, and for one that occurs twice.
     """
-    methods, colon, rule = argument.rpartition(":")
+    lasting = argument.endswith(":lasting")
+    methods, colon, rule = argument.removesuffix(":lasting").rpartition(":")
     if rule not in LEARNERS and not rule.startswith("fixed="):
-        methods, rule = argument, RULE
+        methods, rule = argument.removesuffix(":lasting"), RULE
     found = [method for method in methods.split(",") if method]
     if len(set(found)) < max(2, len(found)):
         raise UserError(
             f"select: found {argument or 'nothing'} behind it, expected two or more different methods and a rule: "
-            f"METHOD,METHOD[:RULE], RULE one of {', '.join(LEARNERS)} or fixed=NUMBER"
+            f"METHOD,METHOD[:RULE][:lasting], RULE one of {', '.join(LEARNERS)} or fixed=NUMBER"
         )
-    return found, rule
+    return found, rule, lasting
 
 
-def select(drafters: Drafters, argument: str, tree: TreePolicy | None) -> SelectingDrafter:
-    methods, rule = selected(argument)
+def select(drafters: Drafters, argument: str, tree: TreePolicy | None, lasting: bool = False) -> SelectingDrafter:
+    methods, rule, said = selected(argument)
     own = CPU_TREE if drafters.target.device.type == "cpu" else ACCELERATOR_TREE
     pool = {method: drafters.drafter(method, (tree or own) if trained(method) else None) for method in methods}
     learner(rule, len(pool))
-    return SelectingDrafter(pool, drafters.target.config.hidden_size, lambda count: learner(rule, count))
+    width, of = drafters.target.config.hidden_size, lambda count: learner(rule, count)
+    return SelectingDrafter(pool, width, of, lasting=said or lasting)
 
 
 KINDS = {
@@ -249,10 +251,11 @@ KINDS = {
     ),
     "cascade": Kind("cascade:[N:]MIDDLE+METHOD", cascade, under_cascade, samples=lambda argument: True),
     "select": Kind(
-        "select:METHOD,METHOD[:RULE]",
+        "select:METHOD,METHOD[:RULE][:lasting]",
         select,
         lambda argument: selected(argument)[0],
         samples=lambda argument: any(not trained(method) and samples(method) for method in selected(argument)[0]),
+        lasting=partial(select, lasting=True),
     ),
     "recycling": Kind("recycling", recycling, shaped=True, lasting=partial(recycling, lasting=True)),
 }

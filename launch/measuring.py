@@ -33,8 +33,9 @@ def evaluate(
         list[str],
         typer.Argument(
             help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, reader[:DRAFTER|:stand], "
-            "stand[:deterministic|:sequential], recycling, suffix, lookup, "
-            "hf-generate, hf-lookup, hf-assisted; plain decoding is always there"
+            "cascade:[N:]MIDDLE+METHOD, select:METHOD,METHOD[:RULE][:lasting], "
+            "stand[:deterministic|:sequential], recycling, suffix, lookup, hf-generate, hf-lookup, hf-assisted; "
+            "plain decoding is always there"
         ),
     ],
     suite: Annotated[list[str], typer.Option(help="[NAME=]FILE: JSONL, JSON, Parquet or bundled:PATH")] = [
@@ -145,7 +146,7 @@ def verify(
         list[str],
         typer.Argument(
             help="drafter directories ([NAME=]DIR or bundled:PATH), howl:DRAFTER, reader[:METHOD], stand[:MODE], "
-            "recycling, suffix, lookup"
+            "cascade:[N:]MIDDLE+METHOD, select:METHOD,METHOD[:RULE][:lasting], recycling, suffix, lookup"
         ),
     ],
     suite: Annotated[str, typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = "bundled:prompts/code.jsonl",
@@ -261,6 +262,46 @@ def tune_tree(
         seed,
         say,
         template_variables(template_arg),
+    )
+
+
+@app.command(name="plan-cascade")
+def plan_cascade(
+    target: Annotated[str, typer.Argument(help="Hub id, directory or bundled:NAME")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(help="middle models, the slowest first: skip:K, int8, or models of the same tokenizer"),
+    ],
+    drafter: Annotated[str, typer.Option(help="METHOD that drafts at the end of the chain")] = "suffix",
+    suite: Annotated[str, typer.Option(help="JSONL, JSON, Parquet or bundled:PATH")] = "bundled:prompts/code.jsonl",
+    temperature: Temperature = 0.0,
+    max_new_tokens: NewTokens = 64,
+    limit: Limit = 8,
+    seed: Seed = 0,
+    output: Output = "runs/cascade",
+    template_arg: TemplateArgs = [],
+):
+    """Measure whether middle models pay between a target and a drafter, by criterion and by the clock; recommend a
+    chain. Writes OUTPUT/cascade.json.
+    """
+    from draftsmith.launch.cascades import Asked
+    from draftsmith.launch.cascades import plan_cascade as plan
+
+    variables = template_variables(template_arg)
+    plan(
+        Asked(
+            target,
+            tuple(candidates),
+            drafter,
+            suite,
+            Path(output),
+            temperature,
+            max_new_tokens,
+            limit,
+            seed,
+            variables,
+        ),
+        say,
     )
 
 

@@ -93,15 +93,18 @@ def predict(
     chain: Sequence[str],
     target: str,
     passes: dict[str, Callable[[int], float]],
-    bottoms: dict[str, Bottom],
+    alone: Bottom,
+    stages: dict[tuple[str, str], float],
     agreement: dict[tuple[str, str], float],
     buffers: Sequence[int] = (),
 ) -> Chain:
     """A chain of middle models under a target, with the best buffers or the given ones. passes {model: seconds of its
-    passes by rows}; agreement {(above, below): chance that a token of the lower one is accepted}.
+    passes by rows}; alone: the drafter under the target; stages {(above, below): seconds a token of the lower one with
+    the drafter below it, as they were while it filled buffers for the upper one}; agreement {(above, below): chance
+    that a token of the lower one is accepted}.
     """
-    models = (target, *chain)
-    seconds, length, found = bottoms[models[-1]].per_token, bottoms[models[-1]].length, []
+    models, found = (target, *chain), []
+    seconds, length = stages[models[-2:]] if chain else alone.per_token, alone.length
     for number in reversed(range(len(chain))):
         above, a = passes[models[number]], agreement[models[number], models[number + 1]]
         buffer = buffers[number] if buffers else best_buffer(above, seconds, a)[0]

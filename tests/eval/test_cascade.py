@@ -257,6 +257,18 @@ def sampled(rule: str, inner: str, count: int) -> float:
     return g_over_bound(target, cascade, RULES[rule], [0, 1], count, 4, batch=500)
 
 
+@pytest.mark.parametrize("vocab", [50, 70])
+def test_a_middle_model_may_have_other_rows_of_padding(vocab):
+    """Ids that only one of the two models has are never drafted."""
+    target, middle = tiny_target(), tiny_target(layers=2, vocab=vocab, seed=3)
+    cascade = CascadeDrafter(middle, NoDrafter(), MATCH, 3, target.vocab_size)
+    for sampling in (Sampling(), Sampling(1.0, seed=1)):
+        want = [t.tokens for t in generate(target, NoDrafter(), PROMPTS[:2], sampling, 14)]
+        assert [t.tokens for t in generate(target, cascade, PROMPTS[:2], sampling, 14)] == want
+    (trace,) = generate(target, cascade, PROMPTS[:1], Sampling(1.0, seed=1), 14, verifier=RULES["block"])
+    assert len(trace.tokens) == 14
+
+
 def test_helpers_by_hand():
     assert common([1, 2, 3], [1, 2, 4, 5]) == 2 and common([], [1]) == 0 and common([1], [1, 2]) == 1
     assert ended([3, 4, 5], frozenset({4})) == [3, 4] and ended([3], frozenset()) == [3]

@@ -199,7 +199,7 @@ def test_estimators_order_by_variance_and_agree_in_mean(pair):
     means = {}
     for estimator in ("rb", "realised"):
         found = []
-        for seed in range(6):
+        for seed in range(3):
             drafter = SelectingDrafter(
                 {"head": HeadDrafter(head, parse_tree("chain:3")), "lookup": LookupDrafter(3)},
                 target.config.hidden_size,
@@ -209,7 +209,7 @@ def test_estimators_order_by_variance_and_agree_in_mean(pair):
             )
             ledgers, begin_ = [], drafter._join
             drafter._join = lambda root: (begin_(root), ledgers.extend(drafter.ledgers))
-            generate(target, drafter, PROMPTS, Sampling(1.0, seed=seed), 40)
+            generate(target, drafter, PROMPTS, Sampling(1.0, seed=seed), 24)
             found += [losses[0] for ledger in ledgers for _, losses in ledger.history]
         means[estimator] = np.mean(found), np.std(found) / len(found) ** 0.5, np.std(found)
     (rb, error, spread), (realised, other, wider) = means["rb"], means["realised"]
@@ -228,6 +228,15 @@ def test_the_better_drafter_is_played(pair):
         generate(target, drafter, PROMPTS, Sampling(), 60)
         share = drafter.choices["trained"] / sum(drafter.choices.values())
         assert share > 0.53, (kind, drafter.choices)
+
+
+def test_a_lasting_learner_goes_on_from_request_to_request(pair):
+    target, head = pair
+    drafter = pool(target, head, learner=NormalHedge, lasting=True)
+    for prompt in PROMPTS[:2]:
+        generate(target, drafter, [prompt], Sampling(), 12)
+    first = drafter.ledgers[0].learner if drafter.ledgers else drafter.shared
+    assert first is drafter.shared and np.abs(drafter.shared.regrets).sum() > 0
 
 
 def test_drafters_that_cannot_be_idle_are_refused_by_name():

@@ -58,12 +58,13 @@ def test_capped_geometric_lengths():
 
 def test_chains_are_counted_from_their_end():
     passes = {"target": lambda rows: 25.0, "middle": lambda rows: 10.0, "small": lambda rows: 3.0}
-    bottoms = {"target": Bottom(32.2, 7.2, 4.0), "middle": Bottom(17.2, 7.2, 4.2), "small": Bottom(4.0, 1.0, 3.0)}
+    alone = Bottom(32.2, 7.2, 4.0)
+    stages = {("target", "middle"): 17.2 / 4.2, ("target", "small"): 2.0, ("middle", "small"): 4 / 3}
     agreement = {("target", "middle"): 0.95, ("target", "small"): 0.6, ("middle", "small"): 0.8}
-    assert predict((), "target", passes, bottoms, agreement).seconds == pytest.approx(8.05)
-    one = predict(("middle",), "target", passes, bottoms, agreement)
+    assert predict((), "target", passes, alone, stages, agreement).seconds == pytest.approx(8.05)
+    one = predict(("middle",), "target", passes, alone, stages, agreement)
     assert one.buffers == (12,) and one.seconds == pytest.approx(7.62, abs=5e-3)
-    both = predict(("middle", "small"), "target", passes, bottoms, agreement, (12, 4))
+    both = predict(("middle", "small"), "target", passes, alone, stages, agreement, (12, 4))
     below = (10 + 4 * 4 / 3) / tokens_a_pass(0.8, 4)
     assert both.seconds == pytest.approx((25 + 12 * below) / tokens_a_pass(0.95, 12))
     assert all_chains(["middle", "small"], agreement) == [(), ("middle",), ("small",), ("middle", "small")]

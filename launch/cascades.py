@@ -1,0 +1,254 @@
+"""`draftsmith plan-cascade`: whether middle models pay between a target and a drafter, with which buffers, and whether
+the clock agrees.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from draftsmith.eval.cascade import CascadeDrafter
+from draftsmith.eval.measurement.cascades import (
+    Bottom,
+    Chain,
+    accepted_share,
+    all_chains,
+    exact_inserts,
+    paper_inserts,
+    predict,
+    row_seconds,
+)
+from draftsmith.eval.measurement.measure import Looped, Run, interleaved, tau
+from draftsmith.eval.sampling import Sampling
+from draftsmith.launch.drafters import ACCELERATOR_TREE, CPU_TREE, SAMPLED_RULE, Drafters, trained
+from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, write_json
+from draftsmith.launch.tables import WIDTH
+from draftsmith.models.drafters import NoDrafter
+from draftsmith.models.errors import UserError
+from draftsmith.models.targets.copies import seconds_per_pass
+
+WIDTHS = (1, 4, 8, 16)  # rows of timed passes
+PROBED = 8  # tokens of the buffers by which agreement is measured
+PLAIN, NOTHING = "plain", "no middle model"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `draftsmith plan-cascade` was asked. candidates: middle models, the slowest first."""
+
+    target: str
+    candidates: tuple[str, ...]
+    drafter: str
+    suite: str
+    output: Path
+    temperature: float = 0.0
+    max_new_tokens: int = 64
+    limit: int | None = 8
+    seed: int = 0
+    variables: Mapping | None = None
+
+
+def busy(run: Run, phases: tuple[str, ...]) -> float:
+    """Seconds of a batch's pass in some phases: the decoding thread's own, where it has them."""
+    passes = [one for seconds in run.seconds for one in seconds["passes"]]
+    return sum(getattr(one, phase) for one in passes for phase in phases) / max(1, len(passes))
+
+
+def seconds_a_token(run: Run) -> float:
+    passes = [one for seconds in run.seconds for one in seconds["passes"]]
+    return sum(one.draft + one.verify + one.overhead for one in passes) / max(
+        1, sum(sum(t.emitted) for t in run.traces)
+    )
+
+
+class Plan:
+    """Measures models and pairs of them on the same prompts, each at its turn."""
+
+    def __init__(self, asked: Asked, report=print):
+        if len({asked.target, *asked.candidates}) <= len(asked.candidates):
+            found = ", ".join(asked.candidates)
+            raise UserError(f"plan-cascade: found {found}, expected each candidate once, and not the target")
+        self.asked, self.report = asked, report
+        methods = Methods.open([asked.drafter], asked.target, ASSISTANT, report=report, variables=asked.variables or {})
+        self.methods, self.drafters = methods, {methods.target.name: methods.drafters}
+        for name in asked.candidates:
+            self.drafters[name] = methods.drafters.middle(name)
+        self.names, self.target = list(self.drafters), methods.target.name
+        prompts = methods.prompts(
+            asked.suite, asked.limit, asked.max_new_tokens, 4 * PROBED + methods.rows, False, report
+        )
+        self.prompts = [prompt.tokens for prompt in prompts]
+        self.sampling = Sampling(asked.temperature, seed=asked.seed)
+
+    def lowest(self, name: str):
+        """(drafter, rule) below a model: the asked one, where it drafts for that model."""
+        drafters: Drafters = self.drafters[name]
+        own = (
+            (CPU_TREE if drafters.target.device.type == "cpu" else ACCELERATOR_TREE)
+            if trained(self.asked.drafter)
+            else None
+        )
+        return drafters.drafter(self.asked.drafter, own), drafters.rule(self.asked.drafter)
+
+    def stacked(self, chain: tuple[str, ...], buffers: tuple[int, ...]):
+        """(drafter, rule) for the target."""
+        if not chain:
+            return self.lowest(self.target)
+        drafter, rule = self.lowest(chain[-1])
+        for name, buffer in zip(reversed(chain), reversed(buffers)):
+            model = self.drafters[name].target
+            drafter, rule = CascadeDrafter(model, drafter, rule, buffer, self.methods.target.vocab_size), SAMPLED_RULE
+        return drafter, rule
+
+    def run(self, decoders: dict[str, Looped], warm_up: bool = True) -> dict[str, Run]:
+        tokens, stops = self.asked.max_new_tokens, self.methods.stops
+        return interleaved(decoders, self.prompts, self.sampling, tokens, stops, warm_up=warm_up)
+
+    def measure(self) -> dict:
+        """Costs of all models, tokens a pass of the drafter under each, agreement of all pairs."""
+        timed = {
+            width: seconds_per_pass([self.drafters[name].target for name in self.names], width) for width in WIDTHS
+        }
+        alone = {}
+        for name in self.names:
+            drafter, rule = self.lowest(name)
+            model = self.drafters[name].target
+            alone[f"{name} "] = Looped(model, NoDrafter())
+            alone[name] = Looped(model, drafter, verifier=rule)
+        self.report(f"plan-cascade: {len(self.prompts)} prompts: {self.asked.drafter} under {', '.join(self.names)}")
+        runs = self.run(alone)
+        pairs = {}
+        for place, above in enumerate(self.names):
+            for below in self.names[place + 1 :]:
+                drafter, rule = self.lowest(below)
+                cascade = CascadeDrafter(
+                    self.drafters[below].target, drafter, rule, PROBED, self.methods.target.vocab_size
+                )
+                pairs[above, below] = Looped(self.drafters[above].target, cascade, verifier=SAMPLED_RULE)
+        self.report(f"plan-cascade: {len(pairs)} pairs of models, buffers of {PROBED}")
+        found = self.run(pairs, warm_up=False)  # a cascade counts what it decodes
+        passes, bottoms = {}, {}
+        for place, name in enumerate(self.names):
+            bare = [timed[width][place] for width in WIDTHS]
+            loop = busy(runs[f"{name} "], ("verify", "overhead", "draft"))  # a pass over one row, in the loop
+            passes[name] = row_seconds(WIDTHS, [loop * seconds / bare[0] for seconds in bare])
+            bottoms[name] = Bottom(
+                busy(runs[name], ("draft", "verify", "overhead")), busy(runs[name], ("draft",)), tau(runs[name].traces)
+            )
+        agreement = {
+            pair: accepted_share(
+                [n for t in run.traces for n in t.accepted], [n for t in run.traces for n in t.drafted]
+            )
+            for pair, run in found.items()
+        }
+        stages = {
+            pair: busy(run, ("draft",)) * run.cycles / pairs[pair].drafter.tally.tokens for pair, run in found.items()
+        }
+        return {"passes": passes, "bottoms": bottoms, "agreement": agreement, "stages": stages}
+
+
+def plan_cascade(asked: Asked, report=print) -> dict:
+    """Writes OUTPUT/cascade.json and prints one table: a row for each chain with at most one middle model, and for the
+    chain of least predicted time; predicted and measured. Raises UserError for what `Methods.open` and
+    `Drafters.middle` refuse.
+    """
+    check_writable(asked.output)
+    plan = Plan(asked, report)
+    found = plan.measure()
+    passes, bottoms, agreement = found["passes"], found["bottoms"], found["agreement"]
+    chains = [
+        predict(chain, plan.target, passes, bottoms[plan.target], found["stages"], agreement)
+        for chain in all_chains(plan.names[1:], agreement)
+    ]
+    best = min(chains, key=lambda chain: chain.seconds)
+    shown = [chain for chain in chains if len(chain.models) < 2 or chain is best]
+    decoders = {"": Looped(plan.methods.target, NoDrafter())}
+    for chain in shown:
+        drafter, rule = plan.stacked(chain.models, chain.buffers)
+        decoders[label(chain)] = Looped(plan.methods.target, drafter, verifier=rule)
+    report(f"plan-cascade: {len(shown)} chains by the clock")
+    runs = plan.run(decoders)
+    two, rows = bottoms[plan.target], []
+    for chain in shown:
+        run = runs[label(chain)]
+        row = {
+            "chain": label(chain),
+            "buffers": chain.buffers,
+            "predicted_ms": 1e3 * chain.seconds,
+            "measured_ms": 1e3 * seconds_a_token(run),
+            "predicted_tau": chain.length,
+            "tau": tau(run.traces),
+        }
+        if len(chain.models) == 1:
+            (name,), new = chain.models, bottoms[chain.models[0]]
+            times = new.seconds - new.drafting, two.seconds - two.drafting
+            row |= {
+                "agreement": agreement[plan.target, name],
+                "cost": times[0] / times[1],
+                "drafter_tau": new.length,
+                "paper": paper_inserts(*times, new.length, two.length, chain.length),
+                "exact": exact_inserts(*times, two.drafting, new.length, two.length, chain.length),
+            }
+        rows.append(row)
+    document = {
+        "target": asked.target,
+        "drafter": asked.drafter,
+        "recommended": label(best),
+        "plain_ms": 1e3 * seconds_a_token(runs[""]),
+        "rows": rows,
+        "agreement": {f"{above} | {below}": share for (above, below), share in agreement.items()},
+        "bottoms": {name: asdict(bottom) for name, bottom in bottoms.items()},
+        "prompts": len(plan.prompts),
+        "temperature": asked.temperature,
+    }
+    write_json(asked.output / "cascade.json", document)
+    Console(width=WIDTH).print(table_of(document))
+    fastest = min(rows, key=lambda row: row["measured_ms"])
+    report(
+        f"recommended: {method_of(best, asked.drafter)}; by the clock the fastest is "
+        f"{fastest['chain']} ({fastest['measured_ms']:.2f} ms a token, plain decoding {document['plain_ms']:.2f})"
+    )
+    return document
+
+
+def label(chain: Chain) -> str:
+    return " <- ".join(chain.models) or NOTHING
+
+
+def method_of(chain: Chain, drafter: str) -> str:
+    """As METHOD of other commands."""
+    return "".join(f"cascade:{n}:{name}+" for name, n in zip(chain.models, chain.buffers)) + drafter
+
+
+def table_of(document: dict) -> Table:
+    table = Table(title=f"{document['target']}, drafts of {document['drafter']}; milliseconds a token, thread's own")
+    for name in (
+        "middle model",
+        "buffer",
+        "cost",
+        "agreement",
+        "drafter's tau",
+        "paper",
+        "exact",
+        "tau predicted",
+        "tau",
+        "ms predicted",
+        "ms",
+        "predicted / measured",
+    ):
+        table.add_column(name, justify="left" if name == "middle model" else "right")
+    words = {True: "insert", False: "refuse", None: ""}
+    table.add_row(PLAIN, *[""] * 7, "1.00", "", f"{document['plain_ms']:.2f}", "")
+    for row in document["rows"]:
+        figure = lambda key: f"{row[key]:.2f}" if key in row else ""  # noqa: E731
+        table.add_row(
+            row["chain"],
+            " ".join(map(str, row["buffers"])),
+            *(figure(key) for key in ("cost", "agreement", "drafter_tau")),
+            *(words[row.get(key)] for key in ("paper", "exact")),
+            *(figure(key) for key in ("predicted_tau", "tau", "predicted_ms", "measured_ms")),
+            f"{row['predicted_ms'] / row['measured_ms']:.2f}",
+        )
+    return table
