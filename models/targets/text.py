@@ -220,7 +220,7 @@ class TextTarget:
     @property
     def masked(self) -> bool:
         """Whether the body takes masks: Mamba's has no attention to mask."""
-        return not self.mixers or hasattr(self.model.config.get_text_config(), "num_attention_heads")
+        return not self.mixers or hasattr(type(self.config), "num_attention_heads")
 
     def _masks(self, seen, positions, places):
         """What the body takes as `attention_mask`. A sliding layer also hides rows with position - place >= window; a
