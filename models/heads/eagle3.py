@@ -151,7 +151,7 @@ class Eagle3Head(nn.Module):
         (the embedding's half of the attention keeps its random start). Parts of another shape keep their own start.
         """
         self.lm_head.weight.copy_(target.head.weight[self.ids])
-        copy_norm(getattr(target.body, "norm", None), self.norm)
+        copy_norm(target.final_norm, self.norm)
         hidden, last = self.config.hidden_size, target.body.layers[-1]
         if self.embedding.size(1) == hidden:
             self.fc.weight.zero_()

@@ -75,17 +75,16 @@ class TextTarget:
         return cls(load_model(place, str(name), config, dtype, device), str(name), known)
 
     @classmethod
-    def check(cls, config, name: str) -> None:
+    def check(cls, config, name: str) -> "TextTarget | None":
         """Raises UserError for a config (transformers') of which `load` would refuse every model: a small random model
-        of its form goes through the checks of a loaded one.
+        of its form goes through the checks of a loaded one -> that one; None where no small model can be made.
         """
         check_figures(config, name)
         try:
             model = small_model(config.get_text_config())
         except ImportError as error:
             raise UserError(f"target {name}: cannot be run here: {one_line(error)}") from None
-        if model is not None:
-            cls(model, name)
+        return None if model is None else cls(model, name)
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +127,12 @@ class TextTarget:
         scale = getattr(self.config, "embedding_multiplier", None) or 1.0
         scale = getattr(self.model.get_input_embeddings(), "embed_scale", scale)
         return Shared(self.embedding, self.project, float(scale))
+
+    @property
+    def final_norm(self) -> torch.nn.Module | None:
+        """The norm behind the last layer, whatever a family calls it."""
+        names = ("norm", "norm_f", "final_layernorm", "embedding_norm")
+        return next((getattr(self.body, name) for name in names if hasattr(self.body, name)), None)
 
     @property
     def image_token(self) -> int | None:
@@ -216,6 +221,11 @@ class TextTarget:
         if self.masked:
             inputs["attention_mask"] = self._masks(seen, positions, places)
         return self._forward(spec, **self._cached(cache), **inputs)
+
+    @property
+    def by_level(self) -> bool:
+        """Whether a tree takes one step a level in some layers, instead of one for all of it."""
+        return any(mixer.scan is not None and mixer.scan.by_level for mixer in self.mixers.values())
 
     @property
     def masked(self) -> bool:
