@@ -145,7 +145,10 @@ class TextTarget:
         return () if self.image_token is None else (self.image_token,)
 
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`."""
+        """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`. Some
+        families keep their states in fp32 where their weights are not.
+        """
+        hidden = hidden.to(self.dtype)
         if ids is None:
             logits = self.head(hidden)
         else:
@@ -264,10 +267,10 @@ class TextTarget:
         """Runs the body: (final states [B, T, h], tapped states [B, T, taps * h])."""
         for index in set(spec.taps) - self._hooked - {"last"}:
             self._hook(index)
-        final = self.body(**inputs).last_hidden_state
+        final = self.body(**inputs).last_hidden_state.to(self.dtype)
         taps = [final if k == "last" else self._taps[k] for k in spec.taps]
         self._taps.clear()
-        return final, torch.cat(taps, -1) if taps else final[..., :0]
+        return final, torch.cat(taps, -1).to(self.dtype) if taps else final[..., :0]
 
     def _check_spec(self, spec: FeatureSpec):
         if spec.probe is not None and not self.takes_embeddings:
