@@ -198,8 +198,14 @@ class TextTarget:
     def shard(self, spread) -> None:
         """Lets `spread(layers)` partition the weights of this target's layers over processes. All else stays whole: how
         often the output head runs (once for so many rows) and the vision tower (once for each document with images)
-        differs between processes, and partitioned weights would wait for one another.
+        differs between processes, and partitioned weights would wait for one another. Raises UserError for layers with
+        a state: they read weights of modules that they do not run, which nobody would gather.
         """
+        if self.stateful:
+            raise UserError(
+                f"engine.target: found 'sharded' for {self.config.model_type}, whose layers have states, expected "
+                f"'replicated'"
+            )
         self.sharded = spread(self.body.layers)  # kept alive: its hooks gather the weights
 
     def whole(self, spec: FeatureSpec, reading: Reading, cache=None):
@@ -224,6 +230,11 @@ class TextTarget:
         if self.masked:
             inputs["attention_mask"] = self._masks(seen, positions, places)
         return self._forward(spec, **self._cached(cache), **inputs)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether some layers keep a state of all rows before, and not these rows."""
+        return bool(self.mixers)
 
     @property
     def by_level(self) -> bool:
