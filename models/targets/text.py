@@ -17,7 +17,7 @@ from draftsmith.models.targets.form import check_figures, completed, context_len
 from draftsmith.models.targets.packed import KeptCache
 from draftsmith.models.targets.place import read_config, read_generation
 from draftsmith.models.targets.reading import Reading
-from draftsmith.models.targets.recurrent import PackedCache, RecurrentSession, layout_of, mixers_of
+from draftsmith.models.targets.recurrent import Layout, PackedCache, RecurrentSession, layout_of, mixers_of
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
 from draftsmith.models.targets.vision import Vision
@@ -38,16 +38,16 @@ class TextTarget:
         self.config = completed(model.config.get_text_config())
         self.vision = Vision(model, name) if getattr(model.config, "vision_config", None) is not None else None
         self.window = getattr(self.config, "sliding_window", None)
+        self.mixers = mixers_of(model, name, self.config.model_type)
+        self.kinds = self._kinds()
+        if self.kinds:
+            self._check_attention()
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         if not hasattr(self.body, "layers") or self.head is None:
             raise UserError(
                 f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an "
                 f"output head"
             )
-        self.mixers = mixers_of(self.body, name, self.config.model_type)
-        self.kinds = self._kinds()
-        if self.kinds:
-            self._check_attention()
         grouped.use_grouped(self.body.config)
         self.vocab_size = self.head.weight.size(0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
@@ -59,7 +59,7 @@ class TextTarget:
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
         self._check_projection()
-        self.layout = layout_of(self) if self.mixers else None
+        self.layout = self._layout() if self.mixers else None
         self._check_session()
 
     @classmethod
@@ -382,6 +382,15 @@ class TextTarget:
             raise UserError(
                 f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported"
             )
+
+    def _layout(self) -> Layout:
+        try:
+            return layout_of(self)
+        except FAILURES as error:
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} is not supported: found a cache of another form "
+                f"({one_line(error)})"
+            ) from None
 
     @torch.no_grad()
     def _check_session(self):
