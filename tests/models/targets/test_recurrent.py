@@ -336,3 +336,23 @@ def test_steps_of_any_size_overflow_nowhere():
             want = want + (dt[0, j, :, None].double() * x[0, j].double())[..., None] * into[:, None]
         read = (want * C[0, i].repeat_interleave(2, 0).double()[:, None]).sum(-1)
         torch.testing.assert_close(found[0, i].double(), read, atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_5_text"])
+def test_in_half_precision_trees_differ_from_the_models_own_forward_by_rounding(family):
+    """bf16 has 8 bits: a step near the largest logit is a 256th of it. The model's own steps of one token differ from
+    its own forward over the text by as much.
+    """
+    target = TextTarget(model_of(FAMILIES[family]()).to(torch.bfloat16), family)
+    texts = prompts_of(9, 9)
+    session = target.open(FeatureSpec(()), 2, 32)
+    prefill, (logits, _) = session.prefill(texts), plain(target, texts)
+    torch.testing.assert_close(prefill.logits, logits[:, -1], atol=0, rtol=0.02, check_dtype=False)
+    tree = tree_of([-1, 0, 0, 1, 1, 3, 5, 2], 2)
+    found = session.verify(tree).logits
+    for b, text in enumerate(texts):
+        for node in (4, 6, 7):
+            path = tree.ancestors[b, node].nonzero().flatten()
+            want = plain(target, [text + tree.tokens[b, path].tolist()])[0][0, -1]
+            assert (found[b, node] - want).abs().max() < 0.03 * want.abs().max()
+    assert all(state.dtype == torch.float32 for _, state in session.cache.states if state is not None)
