@@ -53,6 +53,7 @@ def notes(target, reader, name: str, head=None) -> list[str]:
     """
     lines = [*Stops.of(target, reader).notes(), *rules_left_out(target.generation_config)]
     lines += [*ids_without_rows(target, reader), *shorter_context(target), *own_rope(target, head)]
+    lines += slow_trees(target)
     return [f"target {name}: {line}" for line in lines]
 
 
@@ -106,3 +107,9 @@ def own_rope(target, head) -> list[str]:
         return []
     found = rope_difference(target_rope(target.config))
     return [f"the head has a plain rope of its own, since none computes the target's ({found})"] if found else []
+
+
+def slow_trees(target) -> list[str]:
+    if not target.by_level:
+        return []
+    return ["its Mamba-1 layers take a tree one level after the other: a pass costs more the deeper the tree is"]

@@ -123,6 +123,12 @@ class Generate:
                 f"assistant {assistant.name}: vocab_size: found {assistant.vocab_size}, expected the target's "
                 f"{target.vocab_size}"
             )
+        drafted = assistant is not None or options
+        if drafted and (target.stateful or (assistant is not None and assistant.stateful)):
+            raise UserError(
+                f"target {target.name}: found layers with a state, which the loops of transformers cannot take back; "
+                f"expected a method of ours, such as lookup"
+            )
         self.target, self.assistant = target, assistant
         self.options = options if assistant is None else {"assistant_model": assistant.model, **options}
         self.one_at_a_time = bool(self.options)  # the library refuses batches with a draft

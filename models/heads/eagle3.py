@@ -83,7 +83,7 @@ class Eagle3Head(nn.Module):
             self.lm_head.weight.copy_(target.head.weight[self.ids])
         else:
             self.lm_head.start_from(target.head.weight)
-        copy_norm(getattr(target.body, "norm", None), self.norm)
+        copy_norm(target.final_norm, self.norm)
         hidden, last = self.config.hidden_size, target.body.layers[-1]
         if self.embedding.size(1) == hidden:
             self.fc.weight.zero_()

@@ -33,7 +33,8 @@ __all__ = [
 class Description:
     """What is known of a target without its weights. config: the text model's; generation_config: None where the target
     has none; image_token: the id that stands for pieces of images (None: it sees none); weights: what they are where
-    they are quantised, or were; stored: bytes of the checkpoint, of weights that stay quantised when they are loaded.
+    they are quantised, or were; stored: bytes of the checkpoint, of weights that stay quantised when they are loaded;
+    by_level: as of a loaded one.
     """
 
     config: object
@@ -41,6 +42,7 @@ class Description:
     image_token: int | None = None
     weights: Weights | None = None
     stored: int | None = None
+    by_level: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -57,7 +59,7 @@ def describe(name: str | Path) -> Description:
     """
     place, config = read_config(name)
     text = completed(config.get_text_config())
-    TextTarget.check(config, str(name))
+    small = TextTarget.check(config, str(name))
     generation = read_generation(place, str(name))
     quantizer = quantizer_for(config, str(name), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_checkpoint(place, str(name), config)
@@ -68,4 +70,5 @@ def describe(name: str | Path) -> Description:
     )
     packed = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
     stored = checkpoint_bytes(place) if packed else None
-    return Description(text, generation, seen, weights_of(place, config), stored)
+    by_level = small is not None and small.by_level
+    return Description(text, generation, seen, weights_of(place, config), stored, by_level)

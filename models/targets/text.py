@@ -17,7 +17,7 @@ from draftsmith.models.targets.form import check_figures, completed, context_len
 from draftsmith.models.targets.packed import KeptCache
 from draftsmith.models.targets.place import read_config, read_generation
 from draftsmith.models.targets.reading import Reading
-from draftsmith.models.targets.recurrent import PackedCache, RecurrentSession, layout_of, mixers_of
+from draftsmith.models.targets.recurrent import Layout, PackedCache, RecurrentSession, layout_of, mixers_of
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
 from draftsmith.models.targets.vision import Vision
@@ -38,16 +38,16 @@ class TextTarget:
         self.config = completed(model.config.get_text_config())
         self.vision = Vision(model, name) if getattr(model.config, "vision_config", None) is not None else None
         self.window = getattr(self.config, "sliding_window", None)
+        self.mixers = mixers_of(model, name, self.config.model_type)
+        self.kinds = self._kinds()
+        if self.kinds:
+            self._check_attention()
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         if not hasattr(self.body, "layers") or self.head is None:
             raise UserError(
                 f"target {name}: {self.config.model_type} is not supported; expected a decoder with `layers` and an "
                 f"output head"
             )
-        self.mixers = mixers_of(self.body, name, self.config.model_type)
-        self.kinds = self._kinds()
-        if self.kinds:
-            self._check_attention()
         grouped.use_grouped(self.body.config)
         self.vocab_size = self.head.weight.size(0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
@@ -59,7 +59,7 @@ class TextTarget:
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
         self._check_projection()
-        self.layout = layout_of(self) if self.mixers else None
+        self.layout = self._layout() if self.mixers else None
         self._check_session()
 
     @classmethod
@@ -75,17 +75,16 @@ class TextTarget:
         return cls(load_model(place, str(name), config, dtype, device), str(name), known)
 
     @classmethod
-    def check(cls, config, name: str) -> None:
+    def check(cls, config, name: str) -> "TextTarget | None":
         """Raises UserError for a config (transformers') of which `load` would refuse every model: a small random model
-        of its form goes through the checks of a loaded one.
+        of its form goes through the checks of a loaded one -> that one; None where no small model can be made.
         """
         check_figures(config, name)
         try:
             model = small_model(config.get_text_config())
         except ImportError as error:
             raise UserError(f"target {name}: cannot be run here: {one_line(error)}") from None
-        if model is not None:
-            cls(model, name)
+        return None if model is None else cls(model, name)
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +129,12 @@ class TextTarget:
         return Shared(self.embedding, self.project, float(scale))
 
     @property
+    def final_norm(self) -> torch.nn.Module | None:
+        """The norm behind the last layer, whatever a family calls it."""
+        names = ("norm", "norm_f", "final_layernorm", "embedding_norm")
+        return next((getattr(self.body, name) for name in names if hasattr(self.body, name)), None)
+
+    @property
     def image_token(self) -> int | None:
         """The id that stands for pieces of images; None where the target sees none."""
         return None if self.vision is None else self.vision.token
@@ -140,7 +145,10 @@ class TextTarget:
         return () if self.image_token is None else (self.image_token,)
 
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`."""
+        """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`. Some
+        families keep their states in fp32 where their weights are not.
+        """
+        hidden = hidden.to(self.dtype)
         if ids is None:
             logits = self.head(hidden)
         else:
@@ -190,8 +198,14 @@ class TextTarget:
     def shard(self, spread) -> None:
         """Lets `spread(layers)` partition the weights of this target's layers over processes. All else stays whole: how
         often the output head runs (once for so many rows) and the vision tower (once for each document with images)
-        differs between processes, and partitioned weights would wait for one another.
+        differs between processes, and partitioned weights would wait for one another. Raises UserError for layers with
+        a state: they read weights of modules that they do not run, which nobody would gather.
         """
+        if self.stateful:
+            raise UserError(
+                f"engine.target: found 'sharded' for {self.config.model_type}, whose layers have states, expected "
+                f"'replicated'"
+            )
         self.sharded = spread(self.body.layers)  # kept alive: its hooks gather the weights
 
     def whole(self, spec: FeatureSpec, reading: Reading, cache=None):
@@ -218,9 +232,19 @@ class TextTarget:
         return self._forward(spec, **self._cached(cache), **inputs)
 
     @property
+    def stateful(self) -> bool:
+        """Whether some layers keep a state of all rows before, and not these rows."""
+        return bool(self.mixers)
+
+    @property
+    def by_level(self) -> bool:
+        """Whether a tree takes one step a level in some layers, instead of one for all of it."""
+        return any(mixer.scan is not None and mixer.scan.by_level for mixer in self.mixers.values())
+
+    @property
     def masked(self) -> bool:
         """Whether the body takes masks: Mamba's has no attention to mask."""
-        return not self.mixers or hasattr(self.model.config.get_text_config(), "num_attention_heads")
+        return not self.mixers or hasattr(type(self.config), "num_attention_heads")
 
     def _masks(self, seen, positions, places):
         """What the body takes as `attention_mask`. A sliding layer also hides rows with position - place >= window; a
@@ -254,10 +278,10 @@ class TextTarget:
         """Runs the body: (final states [B, T, h], tapped states [B, T, taps * h])."""
         for index in set(spec.taps) - self._hooked - {"last"}:
             self._hook(index)
-        final = self.body(**inputs).last_hidden_state
+        final = self.body(**inputs).last_hidden_state.to(self.dtype)
         taps = [final if k == "last" else self._taps[k] for k in spec.taps]
         self._taps.clear()
-        return final, torch.cat(taps, -1) if taps else final[..., :0]
+        return final, torch.cat(taps, -1).to(self.dtype) if taps else final[..., :0]
 
     def _check_spec(self, spec: FeatureSpec):
         if spec.probe is not None and not self.takes_embeddings:
@@ -358,6 +382,15 @@ class TextTarget:
             raise UserError(
                 f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported"
             )
+
+    def _layout(self) -> Layout:
+        try:
+            return layout_of(self)
+        except FAILURES as error:
+            raise UserError(
+                f"target {self.name}: {self.config.model_type} is not supported: found a cache of another form "
+                f"({one_line(error)})"
+            ) from None
 
     @torch.no_grad()
     def _check_session(self):

@@ -10,12 +10,14 @@ import torch
 
 from draftsmith.eval.decode import generate, stream
 from draftsmith.eval.lossless import prove
+from draftsmith.eval.measurement.baselines import Generate
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.cli import main
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.drafters.stand import StandDrafter
 from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.errors import UserError
 from draftsmith.models.formats import save_drafter
 from draftsmith.models.grow import StaticTree, parse_tree
 from draftsmith.models.targets import TextTarget
@@ -85,6 +87,14 @@ def test_a_text_ends_inside_a_tree_and_others_go_on(family):
     found = dict(stream(target, drafter, take, 3, Sampling(), 10, {7, 11, 30}))
     assert [found[i].tokens for i in range(len(RAGGED))] == want
     assert len({len(tokens) for tokens in want}) > 1
+
+
+def test_the_loops_of_transformers_that_draft_are_refused():
+    """They would have to take rows back, which states do not give."""
+    target = target_of("mamba2")
+    with pytest.raises(UserError, match="found layers with a state, which the loops of transformers cannot take back"):
+        Generate(target, prompt_lookup_num_tokens=4)
+    assert Generate(target).target is target
 
 
 @pytest.mark.parametrize("family", ["mamba2", "qwen3_next"])

@@ -57,6 +57,7 @@ def test_rules_are_named_once_in_one_line(tokenizer):
 
 def test_a_tokenizer_of_more_ids_than_the_embedding_has_rows_is_told(tokenizer):
     described = SimpleNamespace(
+        by_level=False,
         generation_config=GenerationConfig(eos_token_id=2),
         config=SimpleNamespace(eos_token_id=2, max_position_embeddings=64),
         vocab_size=len(tokenizer) - 5,
@@ -134,3 +135,14 @@ def test_a_generation_config_that_cannot_be_read_is_refused(content, odd):
         with pytest.raises(UserError) as caught:
             look(odd)
         assert f"target {odd}: generation_config.json: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_target_whose_trees_go_level_by_level_is_told(tokenizer):
+    described = SimpleNamespace(
+        by_level=True,
+        vocab_size=len(tokenizer),
+        config=SimpleNamespace(eos_token_id=2, max_position_embeddings=64),
+        generation_config=None,
+        context_length=64,
+    )
+    assert notes(described, tokenizer, "here")[-1].startswith("target here: its Mamba-1 layers take a tree one level")

@@ -97,10 +97,10 @@ def grow(model, layers: int):
     if layers % old:
         raise ValueError(f"cannot grow {old} layers to {layers}: not a multiple")
     factor, config = layers // old, copy.deepcopy(model.config)
-    kinds = config.layer_types
+    kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = layers
-    if "layer_types" in vars(config):
-        config.layer_types = None if kinds is None else [kind for kind in kinds for _ in range(factor)]
+    if kinds is not None and "layer_types" in vars(config):
+        config.layer_types = [kind for kind in kinds for _ in range(factor)]
     grown = random_model(config)
     layered = tuple(f"{name}." for name, module in model.named_modules() if module is model.get_decoder().layers)
     grown.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(layered)}, strict=False)

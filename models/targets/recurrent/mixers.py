@@ -82,12 +82,12 @@ class Led:
         return True
 
 
-def mixers_of(body, name: str, family: str) -> dict[int, Mixer]:
-    """The recurrent layers of a decoder body, by the index of their layer; {} for a model of attention alone. Raises
+def mixers_of(model, name: str, family: str) -> dict[int, Mixer]:
+    """The recurrent layers of a model, by the index of their layer; {} for a model of attention alone. Raises
     UserError, which names the target and its family, for layers of another make.
     """
     found = {}
-    for module in body.modules():
+    for module in model.modules():
         own = inspect.unwrap(type(module).forward)
         called = getattr(getattr(own, "__code__", None), "co_names", ())
         if not any(state in called for state in STATES):

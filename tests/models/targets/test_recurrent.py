@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.targets import session as sessions
-from draftsmith.models.targets.recurrent import rows
+from draftsmith.models.targets.recurrent import rows, ssd
 from draftsmith.models.tree import DraftTree
+from tests.conftest import tiny_head
 from tests.models.targets.test_targets import model_of, prompts_of
 
 SHAPE = dict(vocab_size=61, hidden_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.15)
@@ -307,3 +308,51 @@ def test_the_order_of_siblings_changes_nothing(family, target_of):
     turned = DraftTree.of(tree.tokens[:, [0, 2, 1, 3, 4]], torch.tensor([[-1, 0, 0, 2, 1]]))
     first, second = session.verify(tree).logits, session.verify(turned).logits
     torch.testing.assert_close(first[:, [0, 2, 1, 3, 4]], second, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_starts_from_the_final_norm_whatever_it_is_called(family, target_of):
+    target = target_of(family)
+    head = tiny_head(target)
+    head.start_from(target)
+    less = 1 if family in ("qwen3_next", "qwen3_5_text") else 0
+    torch.testing.assert_close(head.norm.weight, target.final_norm.weight + less, atol=1e-5, rtol=1e-5)
+
+
+def test_steps_of_any_size_overflow_nowhere():
+    """Between siblings decays may be e^1000; only pairs on a path are computed."""
+    g = torch.Generator().manual_seed(0)
+    own = DraftTree.of(torch.zeros(1, 6, dtype=torch.int64), torch.tensor([BRANCHING])).ancestors
+    dt, A = 300 * torch.rand(1, 6, 4, generator=g), -5 * torch.rand(4, generator=g)
+    x, B, C = (torch.randn(1, 6, *shape, generator=g) for shape in ((4, 8), (2, 16), (2, 16)))
+    state = torch.randn(1, 4, 8, 16, generator=g)
+    found = ssd.scan(state, own, x, dt, A, B, C)
+    assert torch.isfinite(found).all()
+    for i in range(6):
+        want = state[0].double()
+        for j in own[0, i].nonzero().flatten().tolist():
+            into = B[0, j].repeat_interleave(2, 0).double()
+            want = (dt[0, j].double() * A.double()).exp()[:, None, None] * want
+            want = want + (dt[0, j, :, None].double() * x[0, j].double())[..., None] * into[:, None]
+        read = (want * C[0, i].repeat_interleave(2, 0).double()[:, None]).sum(-1)
+        torch.testing.assert_close(found[0, i].double(), read, atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_5_text"])
+def test_in_half_precision_trees_differ_from_the_models_own_forward_by_rounding(family):
+    """bf16 has 8 bits: a step near the largest logit is a 256th of it. The model's own steps of one token differ from
+    its own forward over the text by as much.
+    """
+    target = TextTarget(model_of(FAMILIES[family]()).to(torch.bfloat16), family)
+    texts = prompts_of(9, 9)
+    session = target.open(FeatureSpec(()), 2, 32)
+    prefill, (logits, _) = session.prefill(texts), plain(target, texts)
+    torch.testing.assert_close(prefill.logits, logits[:, -1], atol=0, rtol=0.02, check_dtype=False)
+    tree = tree_of([-1, 0, 0, 1, 1, 3, 5, 2], 2)
+    found = session.verify(tree).logits
+    for b, text in enumerate(texts):
+        for node in (4, 6, 7):
+            path = tree.ancestors[b, node].nonzero().flatten()
+            want = plain(target, [text + tree.tokens[b, path].tolist()])[0][0, -1]
+            assert (found[b, node] - want).abs().max() < 0.03 * want.abs().max()
+    assert all(state.dtype == torch.float32 for _, state in session.cache.states if state is not None)

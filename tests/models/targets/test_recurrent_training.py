@@ -103,3 +103,5 @@ def test_what_such_targets_cannot_give_is_refused_in_one_line():
     for spec in (FeatureSpec((), columns=True), FeatureSpec((), middle=Middle("token", (0, 2), "output"))):
         with pytest.raises(UserError, match="mamba2 has no attention statistics"):
             mamba2.features(tokens, packing, spec)
+    with pytest.raises(UserError, match="found 'sharded' for mamba2, whose layers have states, expected 'replicated'"):
+        mamba2.shard(lambda layers: layers)

@@ -47,7 +47,7 @@ def test_every_family_learns_and_grows_without_a_change(family):
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
     grown, tokens = grow(model, 8), rows[:1, :9]
     torch.testing.assert_close(grown(tokens).logits, model(tokens).logits, atol=1e-5, rtol=0)
