@@ -9,8 +9,8 @@ Lossless: greedy and position-keyed identity of drafted with plain decoding, one
 models with Mamba-2, gated delta rule or attention layers alone, one verify pass of N rows beside one of a single row,
 interleaved in one run, the least of several times; the share of a pass that is spent in the scan. Trees: where a target
 is at hand, tau of the best tree over that of the chain, both of 16 rows, at T = 1, by EAGLE-3 (without replacement, the
-traversal rule) where a drafter is given and by STAND (one-hot, sample-and-match). Ends with one JSON line (pass_over_step: of
-the gated delta rule); what was not measured is null.
+traversal rule) where a drafter is given and by STAND (one-hot, sample-and-match). Ends with one JSON line
+(pass_over_step: of the gated delta rule); what was not measured is null.
 """
 
 import argparse
