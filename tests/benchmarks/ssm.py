@@ -9,8 +9,8 @@ Lossless: greedy and position-keyed identity of drafted with plain decoding, one
 models with Mamba-2, gated delta rule or attention layers alone, one verify pass of N rows beside one of a single row,
 interleaved in one run, the least of several times; the share of a pass that is spent in the scan. Trees: where a target
 is at hand, tau of the best tree over that of the chain, both of 16 rows, at T = 1, by EAGLE-3 (without replacement, the
-traversal rule) where a drafter is given and by STAND (one-hot, sample-and-match). Ends with one JSON line; what was not
-measured is null.
+traversal rule) where a drafter is given and by STAND (one-hot, sample-and-match). Ends with one JSON line
+(pass_over_step: of the gated delta rule); what was not measured is null.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from draftsmith.eval.decode import generate
 from draftsmith.eval.lossless import prove
-from draftsmith.eval.measurement.measure import decode_batches, tau
+from draftsmith.eval.measurement.measure import tau
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.launch.methods import Methods
@@ -37,10 +38,10 @@ from draftsmith.models.drafters.stand import StandDrafter
 from draftsmith.models.drafters.suffix import SuffixDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
-from draftsmith.models.grow import StaticTree, parse_tree
+from draftsmith.models.grow import SampledTree, StaticTree, parse_tree
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.targets.recurrent.cache import Kept
-from draftsmith.models.tree import DraftTree
+from draftsmith.models.tree import DraftTree, Kind
 from tests.conftest import tiny_head
 from tests.models.targets.test_recurrent import FAMILIES, FIXED, decode_error
 from tests.models.targets.test_targets import model_of, prompts_of
@@ -157,13 +158,18 @@ def trees_over_chain(names: list[str], prompts: int, tokens: int, report) -> flo
     except UserError as error:
         report(f"{target_name}: not measured ({error})")
         return None
-    texts = [prompt.tokens for prompt in methods.prompts("code", prompts, tokens, 16, False, report)]
+    texts = [
+        prompt.tokens for prompt in methods.prompts("bundled:prompts/code.jsonl", prompts, tokens, 16, False, report)
+    ]
     found: dict[str, dict[str, float]] = {}
     for shape, tree in SIXTEEN.items():
         ways = {"stand": (StandDrafter(tree), "match")}
         if folder:
             place = next(iter(methods.folders.values()))
-            ways["eagle3"] = methods.drafters.drafter(place, parse_sampled(tree)), "traversal"
+            ways["eagle3"] = (
+                methods.drafters.drafter(place, SampledTree(tree, Kind.WITHOUT_REPLACEMENT, None)),
+                "traversal",
+            )
         for way, (drafter, rule) in ways.items():
             traces = decode_by(methods, drafter, texts, tokens, rule)
             found.setdefault(way, {})[shape] = tau(traces)
@@ -173,18 +179,9 @@ def trees_over_chain(names: list[str], prompts: int, tokens: int, report) -> flo
     return max(value for shape, value in best.items() if shape != "chain") / best["chain"]
 
 
-def parse_sampled(tree: StaticTree):
-    from draftsmith.models.grow import Kind, SampledTree
-
-    return SampledTree(tree, Kind.WITHOUT_REPLACEMENT, None)
-
-
 def decode_by(methods, drafter, texts, tokens, rule):
-    from draftsmith.eval.decode import generate
-
-    if rule == "match":
-        return decode_batches(methods.target, drafter, texts, Sampling(1.0, seed=1), tokens, methods.stops, 1)
-    return generate(methods.target, drafter, texts, Sampling(1.0, seed=1), tokens, methods.stops, verifier=RULES[rule])
+    sampling = Sampling(1.0, seed=1)
+    return generate(methods.target, drafter, texts, sampling, tokens, methods.stops, verifier=RULES[rule])
 
 
 def main():
@@ -201,7 +198,7 @@ def main():
         table.add_row(name, *(f"{value:.1e}" for value in found))
     console.print(table)
     proven = lossless(["mamba2", "qwen3_next"] if quick else list(FAMILIES))
-    measured = passes(cost_models(256, 2) if quick else cost_models(512, 4), 12 if quick else 40)
+    measured = passes(cost_models(256, 2) if quick else cost_models(512, 4), 12 if quick else 25)
     table = Table("layers", "rows", "ms", "passes over a step", "share of the scan")
     for line in measured:
         share = "" if line["layers"] == "attention" else f"{line['scan_share']:.0%}"

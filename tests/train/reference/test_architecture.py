@@ -7,11 +7,15 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from draftsmith.eval.decode import generate
+from draftsmith.eval.sampling import Sampling
+from draftsmith.models.drafters import NoDrafter
+from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.targets import TextTarget
 from draftsmith.train.optimizers import MuonAdamW
 from draftsmith.train.recipe import read_recipe
 from draftsmith.train.reference.architecture import Architecture, grow, random_model
-from draftsmith.train.reference.pretrain import TargetRecipe, language_loss
+from draftsmith.train.reference.pretrain import Stage, TargetRecipe, language_loss, pretrain
 from draftsmith.train.reference.pretraining_run import Optimizer, make_optimizer
 from tests.conftest import ROOT
 
@@ -76,3 +80,18 @@ def test_the_recipes_of_recurrent_targets_are_those_of_code(name, layers, most):
     assert model.config.num_hidden_layers == layers >= 7
     size = 2 * sum(p.numel() for p in model.parameters())
     assert size < most, size
+
+
+@pytest.mark.parametrize("name", ["code-hybrid", "code-mamba2"])
+def test_a_tiny_run_ends_in_a_target_that_is_loaded_and_decoded(name, tmp_path):
+    recipe = read_recipe(ROOT / "recipes" / "targets" / f"{name}.yaml", TargetRecipe, [f"output={tmp_path}/made"])
+    corpus = recipe.corpus.model_copy(update={"packages": ["pluggy"], "held_out": 0.4})
+    family = recipe.model.family
+    model = Architecture(family=family, vocab_size=400, hidden_size=32, **SHAPES[family])
+    stages = [Stage(layers=layers, length=32, batch=2, tokens=192) for layers in (4, 8)]
+    changes = {"corpus": corpus, "model": model, "stages": stages, "tokenizer": None}
+    place = pretrain(recipe.model_copy(update=changes), log=lambda line: None)
+    target = TextTarget.load(place)
+    assert target.layers == 8 and target.stateful and not target.by_level
+    (trace,) = generate(target, LookupDrafter(4), [[1, 3, 50, 60, 50]], Sampling(), 6)
+    assert trace.tokens == generate(target, NoDrafter(), [[1, 3, 50, 60, 50]], Sampling(), 6)[0].tokens
