@@ -17,6 +17,7 @@ from draftsmith.eval.measurement.cascades import (
     all_chains,
     exact_inserts,
     paper_inserts,
+    paper_time,
     predict,
     row_seconds,
 )
@@ -188,6 +189,7 @@ def plan_cascade(asked: Asked, report=print) -> dict:
                 "agreement": agreement[plan.target, name],
                 "cost": times[0] / times[1],
                 "drafter_tau": new.length,
+                "paper_ms": 1e3 * paper_time(times[::-1], (chain.length, new.length), new.drafting),
                 "paper": paper_inserts(*times, new.length, two.length, chain.length),
                 "exact": exact_inserts(*times, two.drafting, new.length, two.length, chain.length),
             }

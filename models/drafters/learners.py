@@ -218,9 +218,3 @@ def length_of_rao_blackwell(gammas: np.ndarray, hits: np.ndarray) -> float:
 def loss_of(length: float, most: int) -> float:
     """In [0, 1]; most: drafted tokens of the deepest drafter."""
     return 1 - length / (most + 1)
-
-
-def lasting_regret(losses: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """losses [T, N], chosen [T] -> [T]: the cumulative regret to the best fixed drafter in hindsight."""
-    own = losses[np.arange(len(losses)), chosen].cumsum()
-    return own - losses.cumsum(0).min(1)

@@ -43,6 +43,29 @@ def test_verify(folder, place, tmp_path):
     assert document["lossless"] and {c["method"] for c in document["comparisons"]} >= set(methods)
 
 
+def test_eval_beside_a_choice(place, tmp_path):
+    """Both kinds through the whole measurement: their trees are their own, greedy texts are the plain ones."""
+    methods = [f"head={place}/drafter", "stack=cascade:2:skip:3+suffix", f"choice=select:{place}/drafter,suffix,stand"]
+    found = run(
+        "eval", *methods, "--suite", place / "suite.jsonl", "--max-new-tokens", 8, "--tree", "chain:2",
+        "--temperature", 0, "--temperature", 1, "--time-at", 0, "--limit", 2, "--output", tmp_path,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    document = json.loads((tmp_path / "result.json").read_text())
+    cells = {(cell["method"], cell["temperature"]): cell for cell in document["cells"]}
+    assert all(cells[name, 0.0]["lossless"] for name in ("stack", "choice")) and document["lossless"]
+
+
+def test_verify_a_choice(place, tmp_path):
+    """Rules by name; the drafter in it says which target it is for."""
+    methods = [f"select:{place}/drafter,suffix,recycling:ucb1", f"select:{place}/drafter,lookup:hedge:lasting"]
+    found = run(
+        "verify", *methods, "--suite", place / "suite.jsonl", "--output", tmp_path, "--tree", "chain:2", "--batch", 2,
+        "--temperature", 0, "--temperature", 0.9, "--max-new-tokens", 10,
+    )  # fmt: skip
+    assert found.exit_code == 0 and json.loads((tmp_path / "lossless.json").read_text())["lossless"], found.output
+
+
 def test_generate(folder, place):
     found = run(
         "generate", f"cascade:{folder}/target+plain", "fox", "--target", folder / "target", "--max-new-tokens", 9

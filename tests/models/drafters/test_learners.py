@@ -9,7 +9,6 @@ from draftsmith.models.drafters.learners import (
     Hedge,
     NormalHedge,
     Ucb1,
-    lasting_regret,
     learner,
     length_of_product,
     length_of_rao_blackwell,
@@ -118,9 +117,7 @@ def test_bandits_read_the_chosen_loss_alone():
             assert one.weights() == pytest.approx(other.weights())
 
 
-def test_regret_and_names():
-    losses = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    assert lasting_regret(losses, np.array([1, 1, 1])) == pytest.approx([1, 0, 1])
+def test_names():
     assert learner("fixed=1", 2).weights().tolist() == [0, 1]
     with pytest.raises(UserError, match="select: found the rule best, expected hedge, normalhedge"):
         learner("best", 2)
