@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from draftsmith.eval.cascade import CascadeDrafter, common, ended
-from draftsmith.eval.decode import generate
+from draftsmith.eval.decode import generate, stream
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH
@@ -255,6 +255,18 @@ def sampled(rule: str, inner: str, count: int) -> float:
     drafter = StandDrafter(chain(2), lasting=True) if inner != "match" else LookupDrafter(2, (2, 1))
     cascade = CascadeDrafter(middle, drafter, RULES[inner], 2)
     return g_over_bound(target, cascade, RULES[rule], [0, 1], count, 4, batch=500)
+
+
+@pytest.mark.parametrize("name", ["head", "cascade"])
+def test_requests_may_join_a_running_batch(models, name):
+    """Continuous batching: rows end, others take their places, in the caches of all models."""
+    target, found = models
+    prompts = [*PROMPTS, [7, 7, 3], [2, 40, 9, 9]]
+    want = [t.tokens for t in generate(target, NoDrafter(), prompts, Sampling(), 9, {7})]
+    waiting = list(enumerate(prompts))
+    take = lambda count: [waiting.pop(0) for _ in range(min(count, len(waiting)))]  # noqa: E731
+    traces = dict(stream(target, found[name], take, 3, Sampling(), 9, {7}))
+    assert [traces[i].tokens for i in range(len(prompts))] == want
 
 
 @pytest.mark.parametrize("vocab", [50, 70])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.eval.decode import generate
+from draftsmith.eval.decode import generate, stream
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.selecting import HORIZON, SelectingDrafter
 from draftsmith.eval.verification.rules import RULES
@@ -70,6 +70,16 @@ def test_texts_are_those_of_plain_decoding_while_drafters_switch(pair, options):
         want = [t.tokens for t in generate(target, NoDrafter(), prompts, sampling, 30, {7})]
         assert [t.tokens for t in generate(target, drafter, prompts, sampling, 30, {7})] == want
         assert sum(drafter.choices.values()) >= 10 and len([n for n in drafter.choices.values() if n]) >= 3
+
+
+def test_requests_may_join_a_running_batch(pair):
+    target, head = pair
+    prompts = [*PROMPTS, [7, 7, 3], [2, 40, 9, 9]]
+    want = [t.tokens for t in generate(target, NoDrafter(), prompts, Sampling(), 9, {7})]
+    waiting = list(enumerate(prompts))
+    take = lambda count: [waiting.pop(0) for _ in range(min(count, len(waiting)))]  # noqa: E731
+    traces = dict(stream(target, pool(target, head, learner=Watching), take, 3, Sampling(), 9, {7}))
+    assert [traces[i].tokens for i in range(len(prompts))] == want
 
 
 class Chosen(SelectingDrafter):
