@@ -16,6 +16,8 @@ as many as `base` takes in that time. What stands in the folder is not trained o
 64 new tokens; 95 % intervals resample prompts, of gains over `base` of the same seed prompts are paired. Prints a
 Markdown table.
 
+--cost instead times a step of each arm, all in turn: processor time depends on what else a machine does.
+
 --quick decodes the shipped drafters of `code` (60 nodes, T = 0: `base` is the one trained on without GTO) and the
 shipped EAGLE-3 head of `code-long` with and without a window, behind 1K and 8K tokens of the same documents; it ends
 with one JSON line.
@@ -24,7 +26,11 @@ with one JSON line.
 import argparse
 import hashlib
 import json
+import statistics
 import sys
+import time
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -39,10 +45,13 @@ from draftsmith.eval.sampling import Sampling  # noqa: E402
 from draftsmith.launch.measurement import bundled  # noqa: E402
 from draftsmith.models.chat import load_tokenizer, stop_ids  # noqa: E402
 from draftsmith.models.drafters import HeadDrafter  # noqa: E402
+from draftsmith.models.features import Packing  # noqa: E402
 from draftsmith.models.formats import load_drafter  # noqa: E402
 from draftsmith.models.grow import parse_tree  # noqa: E402
 from draftsmith.models.targets import TextTarget  # noqa: E402
 from draftsmith.train.recipe import DrafterRecipe, read_recipe  # noqa: E402
+from draftsmith.train.start import tree_objectives  # noqa: E402
+from draftsmith.train.step import TrainingStep  # noqa: E402
 from tests.benchmarks import long_context  # noqa: E402
 from tests.benchmarks.gto_training import RECIPES, timed, trained  # noqa: E402
 
@@ -229,6 +238,39 @@ class Arena:
         return rows
 
 
+def costs(arena: Arena, repeats: int = 4) -> dict[str, float]:
+    """Milliseconds of the thread for one step of each arm (features, loss and gradient; not the optimizer), all arms in
+    turn on one batch of the answers from the shipped drafter: medians, the first round left out.
+    """
+    start, target = f"bundled:drafters/{arena.recipe}", arena.target
+    rows, used = [], 0
+    with open(arena.a.answers) as file:
+        for row in map(json.loads, file):
+            if used + len(row["tokens"]) > arena.spec.optimization.batch_tokens:
+                break
+            rows.append(row)
+            used += len(row["tokens"])
+    mask = torch.cat([torch.arange(len(row["tokens"])) >= row["prompt_length"] for row in rows])
+    packing = Packing((0, *accumulate(len(row["tokens"]) for row in rows)), mask)
+    tokens = torch.tensor([token for row in rows for token in row["tokens"]])
+    head, steps, times = load_drafter(start, target.shared, target.layers).train(), {}, {}
+    for arm in arena.a.arm or list(ARMS):
+        recipe = read_recipe(
+            RECIPES / f"{arena.recipe}.yaml",
+            DrafterRecipe,
+            [f"head.start_from={start}", "data.features=online", *ARMS[arm]],
+        )
+        step = TrainingStep(head, recipe.goal, tree_objectives(recipe, target, arena.stops))
+        steps[arm], times[arm] = (step, replace(head.feature_spec, trees=recipe.on_trees)), []
+    for _ in range(repeats + 1):
+        for arm, (step, spec) in steps.items():
+            before = time.thread_time()
+            loss, _ = step(target.features(tokens, packing, spec), packing.counts(step.objective.steps))
+            loss.backward()
+            times[arm].append(1e3 * (time.thread_time() - before))
+    return {arm: round(statistics.median(found[1:]), 1) for arm, found in times.items()}
+
+
 def shown(row: dict, keys: list[str]) -> str:
     cells = [row["arm"], row["equal"], str(row["seed"]), f"{row['steps']} ({row['seconds']:.0f})"]
     for key in keys:
@@ -288,6 +330,7 @@ def windows(arguments) -> tuple[dict, dict]:
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="shipped drafters, decoding only (under 10 minutes)")
+    parser.add_argument("--cost", action="store_true", help="time a step of each arm instead")
     parser.add_argument("--windows", action="store_true", help="only the part of --quick that has windows")
     parser.add_argument("--package", nargs="*", default=["torch", "transformers"], help="where its documents are from")
     parser.add_argument("--documents", type=int, default=4)
@@ -315,6 +358,9 @@ def main():
         parser.error("--answers and --prompts are needed without --quick")
     if len(arguments.rates) > 1 and not arguments.development:
         parser.error("--development is needed to choose between --rates")
+    if arguments.cost:
+        print(json.dumps(costs(Arena(arguments))))
+        return
     rows = Arena(arguments).run()
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=1))
