@@ -20,6 +20,12 @@ def texts(message: dict) -> str:
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
+def pieces(message: dict) -> list[str]:
+    """The texts of a message: something else may stand between parts, such as a picture."""
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+
+
 def tools_missing(tools: list[dict] | None, prompt: str) -> bool:
     """Whether none of the tools' names stands in a prompt."""
     functions = [function for tool in tools or () if isinstance(function := tool.get("function", tool), dict)]
@@ -31,9 +37,8 @@ def answer_missing(message: dict, shown: str) -> bool:
     """Whether anything of an answer does not stand in what the template makes of it (the end of the prompt included,
     which may open a thought).
     """
-    parts = (THOUGHT_TAG.sub("", texts(message)), THOUGHT_TAG.sub("", reasoning_of(message)))
     shown = bare(THOUGHT_TAG.sub("", shown))
-    return any(bare(part) not in shown for part in parts)
+    return any(bare(THOUGHT_TAG.sub("", part)) not in shown for part in (*pieces(message), reasoning_of(message)))
 
 
 def roles_missing(messages: list[dict], shown: str) -> set[str]:
@@ -42,5 +47,5 @@ def roles_missing(messages: list[dict], shown: str) -> set[str]:
     """
     asked = [m for m in messages if m["role"] not in ("assistant", "tool")]
     whole = bare(shown) if asked else ""
-    hidden = {m["role"] for m in asked if bare(texts(m)) not in whole}
+    hidden = {m["role"] for m in asked if any(bare(piece) not in whole for piece in pieces(m))}
     return {role if role in ("user", "system", "developer") else "other roles" for role in hidden}

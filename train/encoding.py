@@ -110,6 +110,7 @@ def _spread(records: Iterator, file: str, encoder: Encoder, processes: int) -> I
                 chunk = list(islice(records, CHUNK))
             numbers, future = waiting.popleft()
             yield from zip(numbers, future.result())
+        workers.shutdown()
     except BrokenProcessPool:
         raise UserError(
             f"{file}: a process that prepared rows died (of memory?); data.processes=1 prepares them in this one"

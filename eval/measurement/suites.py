@@ -62,7 +62,7 @@ def turns_of(messages: list[dict]) -> Read:
 def _messages(row: dict, every: bool, key: str = "messages") -> Read:
     messages = messages_of(row, key)
     before, turns = turns_of(messages)
-    if every or type(row.get("turn")) is not int:
+    if every or key != "messages" or type(row.get("turn")) is not int:  # WildChat's `turn` is how many there are
         return before, turns
     while messages[-1]["role"] == "assistant":
         messages = messages[:-1]

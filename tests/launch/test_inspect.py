@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from draftsmith.launch.inspect import inspect
+from draftsmith.launch.inspect import inspect, spans
 from draftsmith.launch.program import template_variables
 from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
@@ -89,3 +89,15 @@ def test_brackets_in_what_is_told_are_no_markup(folder, tmp_path):
     """Keys and templates of Mistral's kind hold `[/INST]`, which rich would take for the end of a style."""
     rows = [{"[/x]": 1}] + [{"messages": TALK}] * 9
     assert "row 1: found keys ['[/x]']" in inspected(folder, tmp_path, rows, "data.max_bad_rows=0.5")
+
+
+def test_inspect_shows_the_mask(folder):
+    console = Console(record=True, width=200, file=io.StringIO())
+    inspect(read_recipe(folder / "recipe.yaml", DrafterRecipe), 1, console)
+    text, html = console.export_text(clear=False), console.export_html()
+    assert text.startswith("24 rows") and "a draft vocabulary of 200 covers 100.00%" in text
+    assert "return" in re.search(r"<span class=\"r\d\">(\s*return[^<]*)</span>", html).group(1)
+
+
+def test_spans_cut_where_the_mask_changes():
+    assert spans([1, 1, 0, 1]) == [(0, 2, 1), (2, 3, 0), (3, 4, 1)] and spans([0]) == [(0, 1, 0)]

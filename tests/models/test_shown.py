@@ -4,7 +4,7 @@ import pytest
 
 from draftsmith.models.messages import WEIGHT
 from draftsmith.models.rendering import EMPTY_ANSWER, WEIGHTLESS
-from draftsmith.models.shown import ANSWER, CALLS, GIVEN, TOOLS
+from draftsmith.models.shown import ANSWER, CALLS, GIVEN, TOOLS, roles_missing
 from tests import templates
 from tests.models.test_rendering import END, PLAIN, of, said, shown, user
 from tests.models.test_rendering import TOOLS as CALC
@@ -75,3 +75,12 @@ def test_what_prompts_have_that_is_not_shown_is_counted(tokenizer):
     for _ in range(2):
         silent.prompt([{"role": "system", "content": "be terse"}, user("a")])
     assert silent.passed_over() == [f"2 {GIVEN.format('system')}"]
+
+
+def test_parts_are_looked_for_one_by_one():
+    """A picture stands between them in what is shown."""
+    message = {"role": "user", "content": [{"text": "what is "}, {"type": "image"}, {"text": "this?"}]}
+    assert roles_missing([message], "<|user|>what is <image>this?<|end|>") == set()
+    assert roles_missing([message], "<|user|>what is <image><|end|>") == {"user"}
+    critic = message | {"role": "critic"}
+    assert roles_missing([critic, said("never looked at")], "") == {"other roles"}

@@ -20,8 +20,9 @@ from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
-from draftsmith.train.reference.pretrain_vision import Rows, right_answers, share
+from draftsmith.train.reference.pretrain_vision import right_answers, share
 from draftsmith.train.reference.scenes import questions, scenes
+from draftsmith.train.reference.vision_rows import Rows
 
 NAME = "bundled:targets/shapes-vlm"
 DRAFTERS = sorted(place.name for place in (Path(locate("bundled:targets")).parent / "drafters").glob("*-shapes*"))

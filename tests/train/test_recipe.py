@@ -6,6 +6,7 @@ import yaml
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets import locate
 from draftsmith.train.recipe import DrafterRecipe, Yaml, read_recipe
+from draftsmith.train.reference.pretrain import TargetRecipe, pretrain
 from tests.conftest import ROOT
 
 PLAIN = (ROOT / "recipes" / "eagle3-code.yaml").read_text()
@@ -110,3 +111,44 @@ def test_the_home_is_expanded_wherever_a_place_stands(tmp_path, monkeypatch):
     assert (recipe.target, recipe.output) == (f"{tmp_path}/target", f"{tmp_path}/out")
     assert (recipe.head.start_from, recipe.engine.config) == (f"{tmp_path}/drafter", f"{tmp_path}/engine.json")
     assert locate("~/target") == f"{tmp_path}/target"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("head.nme=eagle3", "head.nme: unknown key"),
+        ("head.name=medusa", "head.name: found .medusa.; .*expected one of eagle3"),
+        ("seed=abc", "seed: found 'abc'"),
+        ("optimization.lr=-1", "optimization.lr: found -1"),
+        ("engine.zero_stage=7", "engine.zero_stage: found 7"),
+        ("nonsense", "expected section.key=value"),
+        ("data=3", "data"),
+    ],
+)
+def test_bad_recipe_values_name_the_key(override, message):
+    with pytest.raises(UserError, match=message):
+        read_recipe(ROOT / "recipes" / "eagle3-code.yaml", DrafterRecipe, [override])
+
+
+def test_recipe_files(tmp_path):
+    recipe = read_recipe(
+        ROOT / "recipes" / "eagle3-code.yaml", DrafterRecipe, ["optimization.epochs=2.5", "data.files=[a.jsonl]"]
+    )
+    assert recipe.data.files == ["a.jsonl"] and recipe.optimization.epochs == 2.5
+    bad = tmp_path / "bad.yaml"
+    for text, message in (("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("seed: 0", "missing")):
+        bad.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_recipe(bad, DrafterRecipe)
+    with pytest.raises(UserError, match="no such recipe"):
+        read_recipe(tmp_path / "none.yaml", DrafterRecipe)
+
+
+def test_target_recipe_is_checked_before_anything_runs(tmp_path):
+    recipe = ROOT / "recipes" / "targets" / "code.yaml"
+    assert read_recipe(recipe, TargetRecipe).stages[-1].layers >= 20
+    with pytest.raises(UserError, match="found 4 layers before 6, expected a multiple"):
+        one = "length: 8, batch: 1, tokens: 8"
+        read_recipe(recipe, TargetRecipe, [f"stages=[{{layers: 4, {one}}}, {{layers: 6, {one}}}]"])
+    with pytest.raises(UserError, match="exists; expected a new place"):
+        pretrain(read_recipe(recipe, TargetRecipe, [f"output={tmp_path}"]))

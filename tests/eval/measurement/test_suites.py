@@ -64,7 +64,7 @@ ROWS = {
     ),
     "CNN/DM": ({"article": "news", "highlights": "n", "id": "f0"}, [], ["Summarize: news"]),
     "Chatbot Arena": ({"question_id": "q", "conversation_a": SAID, "conversation_b": SAID}, [], ["a"]),
-    "WildChat": ({"conversation": SAID, "language": "English"}, [], ["a"]),
+    "WildChat": ({"conversation": [*SAID, *SAID], "language": "English", "turn": 2}, [], ["a", "a"]),
     "preferences with messages as prompt": ({"prompt": SAID[:1], "chosen": SAID[1:], "rejected": SAID[1:]}, [], ["a"]),
     "preferences without a prompt": ({"chosen": SAID, "rejected": SAID}, [], ["a"]),
 }

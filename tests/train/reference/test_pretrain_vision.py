@@ -14,8 +14,6 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from draftsmith.models.errors import UserError
 from draftsmith.train.recipe import has_section, read_recipe
 from draftsmith.train.reference.pretrain_vision import (
-    Question,
-    Rows,
     VisionRecipe,
     deepen,
     first_model,
@@ -24,9 +22,18 @@ from draftsmith.train.reference.pretrain_vision import (
     make_processor,
     pretrain_vision,
     right_answers,
-    talk,
 )
-from draftsmith.train.reference.scenes import GRID, SHAPES, SLOTS, describe, draw_scene, picture, questions, scenes
+from draftsmith.train.reference.scenes import (
+    GRID,
+    SHAPES,
+    SLOTS,
+    Question,
+    describe,
+    draw_scene,
+    picture,
+    questions,
+    scenes,
+)
 from draftsmith.train.reference.vision_encoder import (
     FACTS,
     PATCHES,
@@ -36,6 +43,7 @@ from draftsmith.train.reference.vision_encoder import (
     pixels,
     train_vision_encoder,
 )
+from draftsmith.train.reference.vision_rows import Rows, talk
 from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes" / "targets" / "shapes-vlm.yaml"
