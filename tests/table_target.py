@@ -47,6 +47,10 @@ class TableSession:
         return torch.tensor([len(text) for text in self.texts])
 
     @property
+    def known_lengths(self):
+        return [len(text) for text in self.texts]
+
+    @property
     def last(self):
         return torch.tensor([text[-1] for text in self.texts])
 
