@@ -26,6 +26,7 @@ with one JSON line.
 import argparse
 import hashlib
 import json
+import random
 import statistics
 import sys
 import time
@@ -245,11 +246,13 @@ def costs(arena: Arena, repeats: int = 4) -> dict[str, float]:
     start, target = f"bundled:drafters/{arena.recipe}", arena.target
     rows, used = [], 0
     with open(arena.a.answers) as file:
-        for row in map(json.loads, file):
-            if used + len(row["tokens"]) > arena.spec.optimization.batch_tokens:
-                break
-            rows.append(row)
-            used += len(row["tokens"])
+        found = list(map(json.loads, file))
+    random.Random(0).shuffle(found)  # the first answers of a file are those that were short
+    for row in found:
+        if used + len(row["tokens"]) > arena.spec.optimization.batch_tokens:
+            break
+        rows.append(row)
+        used += len(row["tokens"])
     mask = torch.cat([torch.arange(len(row["tokens"])) >= row["prompt_length"] for row in rows])
     packing = Packing((0, *accumulate(len(row["tokens"]) for row in rows)), mask)
     tokens = torch.tensor([token for row in rows for token in row["tokens"]])
