@@ -17,7 +17,7 @@ TALK = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "re
 
 
 def inspected(folder, tmp_path, records, *overrides) -> str:
-    file, console = tmp_path / "rows.jsonl", Console(width=250, file=io.StringIO())
+    file, console = tmp_path / "rows.jsonl", Console(width=500, file=io.StringIO())
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     recipe = read_recipe(folder / "recipe.yaml", DrafterRecipe, [f"data.files=[{file}]", *overrides])
     inspect(recipe, 1, console)

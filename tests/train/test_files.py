@@ -9,8 +9,9 @@ import pytest
 from huggingface_hub import constants
 
 from draftsmith.models.errors import UserError
-from draftsmith.train import data, files
+from draftsmith.train import files
 from draftsmith.train.files import HubSet, pinned, read_records
+from draftsmith.train.records import encode_record
 from tests.hub_server import Hub, Store, revision_id
 
 ROWS = [{"text": "a"}, {"text": "b"}]
@@ -71,7 +72,7 @@ def test_what_cannot_be_read_is_named(tmp_path, name):
 def test_answers_of_two_models_side_by_side_are_named(tokenizer):
     for key in ("conversation_a", "chosen"):
         with pytest.raises(UserError, match=f"found {key}: answers of other models, expected tokens, messages"):
-            data.encode_record({"question_id": 1, key: [{"role": "user", "content": "a"}]}, tokenizer, {2}, 300)
+            encode_record({"question_id": 1, key: [{"role": "user", "content": "a"}]}, tokenizer, {2}, 300)
 
 
 PARSED = {
