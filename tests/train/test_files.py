@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from draftsmith.models.errors import UserError
-from draftsmith.train import files
+from draftsmith.train import data, files
 from draftsmith.train.files import HubSet, pinned, read_records
 from draftsmith.train.records import encode_record
 from tests.hub_server import Hub, Store, revision_id
