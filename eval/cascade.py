@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from draftsmith.eval.decode import observed
+from draftsmith.eval.decode import cut, observed
 from draftsmith.eval.sampling import Noise, Sampling, process
 from draftsmith.eval.verification.verifier import MATCH, Accepted, Verifier
 from draftsmith.models.drafters import Rewindable
@@ -125,7 +125,7 @@ class CascadeDrafter:
                 self.tally.passes += 1
                 self.tally.tokens += count
                 self.cycle.valid[row] = processed[row]
-                kept = ended(emitted[:count], draw.stops)
+                kept = cut(emitted, count, draw.stops)
                 buffers[row] += kept
                 full[row] = len(buffers[row]) >= limits[row] or kept[-1] in draw.stops
             if q is not None:
@@ -242,11 +242,6 @@ class CascadeDrafter:
 
     def __str__(self):
         return f"cascade:{self.buffer}:{self.middle.name}+{self.drafter}"
-
-
-def ended(tokens: list[int], stops: frozenset[int]) -> list[int]:
-    """Up to the first of `stops`, which stays."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))]
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:

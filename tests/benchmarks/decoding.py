@@ -43,7 +43,7 @@ TARGETS = {
 TREE = "dynamic:3x4x10"
 TREES = (chain(2), chain(4), DynamicTree(3, 2, 6), DynamicTree(3, 4, 10), DynamicTree(6, 4, 16), DynamicTree(8, 6, 40))
 READS = {"item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"}
-SIZES = {"nonzero", "masked_select", "_local_scalar_dense"}  # operators whose result the host must wait for
+SIZES = {"nonzero", "masked_select"}  # operators whose result the host must wait for
 
 
 class Reads:
@@ -64,7 +64,7 @@ class Reads:
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 name = function.overloadpacket.__name__
                 by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-                if by_mask or name in SIZES - {"_local_scalar_dense"}:
+                if by_mask or name in SIZES:
                     counted.append(name)
                 return function(*args, **(kwargs or {}))
 

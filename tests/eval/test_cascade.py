@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from draftsmith.eval.cascade import CascadeDrafter, common, ended
-from draftsmith.eval.decode import generate, stream
+from draftsmith.eval.cascade import CascadeDrafter, common
+from draftsmith.eval.decode import cut, generate, stream
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH
@@ -283,4 +283,4 @@ def test_a_middle_model_may_have_other_rows_of_padding(vocab):
 
 def test_helpers_by_hand():
     assert common([1, 2, 3], [1, 2, 4, 5]) == 2 and common([], [1]) == 0 and common([1], [1, 2]) == 1
-    assert ended([3, 4, 5], frozenset({4})) == [3, 4] and ended([3], frozenset()) == [3]
+    assert cut([3, 4, 5], 3, {4}) == [3, 4] and cut([3], 1, frozenset()) == [3]

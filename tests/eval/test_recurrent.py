@@ -23,7 +23,7 @@ from draftsmith.models.grow import StaticTree, parse_tree
 from draftsmith.models.targets import TextTarget
 from tests.conftest import tiny_head
 from tests.models.targets.test_recurrent import FAMILIES, every_family
-from tests.models.targets.test_targets import model_of, prompts_of
+from tests.models.targets.test_targets import generates_as_transformers, model_of, prompts_of
 
 DECODED = ["mamba2", "qwen3_next"]
 RAGGED = prompts_of(5, 3, 9, 1, 7, 2, 4, 6)
@@ -40,20 +40,7 @@ def target_of(family, **changes):
 @every_family
 def test_greedy_decoding_equals_generate_of_transformers(family):
     """Families whose step of one token leaves out a limit of the step size (Zamba2, Nemotron-H) have none here."""
-    target, prompts = target_of(family), prompts_of(5, 9)
-    want = [
-        target.model.generate(
-            torch.tensor([p]),
-            max_new_tokens=12,
-            do_sample=False,
-            eos_token_id=7,
-            pad_token_id=0,
-            attention_mask=torch.ones(1, len(p), dtype=torch.long),
-        )[0, len(p) :].tolist()
-        for p in prompts
-    ]
-    for drafter in (NoDrafter(), HeadDrafter(tiny_head(target, 40), parse_tree("dynamic:4x3x10"))):
-        assert [t.tokens for t in generate(target, drafter, prompts, Sampling(), 12, {7})] == want
+    generates_as_transformers(target_of(family), prompts_of(5, 9), 12)
 
 
 @pytest.mark.parametrize("family", DECODED)

@@ -1,14 +1,11 @@
 """Directories of HiViS, DREAM and OWL heads from elsewhere: mended, told, or refused, as those of EAGLE are."""
 
-import json
-import random
-
 import pytest
 import torch
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.formats import load_drafter, open_head, read_files, save_drafter
-from tests.models.formats.test_elsewhere import FORTY, VALUES, both, opened, same
+from draftsmith.models.formats import load_drafter, save_drafter
+from tests.models.formats.test_elsewhere import FORTY, both, heads_of_changed_configs, opened, same
 from tests.models.formats.test_formats import change_config, change_tensors
 from tests.models.heads.test_dream import dream_head
 from tests.models.heads.test_hivis import hivis_head
@@ -106,18 +103,8 @@ def test_an_owl_head_is_what_its_tensors_are(change, expected, saved, target):
 @pytest.mark.parametrize("name", HEADS)
 def test_configs_with_any_value_anywhere_are_read_or_refused_in_one_line(name, saved, target):
     """As those of EAGLE heads; what is read computes with the widths of its tensors."""
-    config, rng = json.loads((saved / name / "config.json").read_text()), random.Random(0)
-    whole, read = read_files(saved / name), 0
-    for _ in range(300):
-        changed = dict(config)
-        for key in rng.sample(sorted(config), rng.choice([1, 2])):
-            changed[key] = rng.choice(VALUES)
-        stored = type(whole)(whole.folder, changed, whole.tensors, whole.about)
-        try:
-            head = open_head(stored, target.shared, target.layers, tell=lambda line: None)
-        except UserError as error:
-            assert "\n" not in str(error)
-            continue
+    read = 0
+    for head, _ in heads_of_changed_configs(saved / name, target, 300, 0.0):
         read += 1
         assert all(value.dtype == torch.float32 for value in head.state_dict().values())
     assert 10 < read < 290

@@ -199,13 +199,12 @@ def test_windows_matter_here(family, monkeypatch):
     assert rounds_error(target) > 0.1
 
 
-@every_family
-def test_greedy_decoding_equals_generate_of_transformers(family):
-    target, prompts = target_of(family), prompts_of(5, 19)
+def generates_as_transformers(target, prompts, count):
+    """Greedy texts of `count` tokens, plain and drafted, are those of the library's own `generate`."""
     want = [
         target.model.generate(
             torch.tensor([p]),
-            max_new_tokens=20,
+            max_new_tokens=count,
             do_sample=False,
             eos_token_id=7,
             pad_token_id=0,
@@ -214,7 +213,12 @@ def test_greedy_decoding_equals_generate_of_transformers(family):
         for p in prompts
     ]
     for drafter in (NoDrafter(), HeadDrafter(tiny_head(target, 40), parse_tree("dynamic:4x3x10"))):
-        assert [t.tokens for t in generate(target, drafter, prompts, Sampling(), 20, {7})] == want
+        assert [t.tokens for t in generate(target, drafter, prompts, Sampling(), count, {7})] == want
+
+
+@every_family
+def test_greedy_decoding_equals_generate_of_transformers(family):
+    generates_as_transformers(target_of(family), prompts_of(5, 19), 20)
 
 
 @every_family
