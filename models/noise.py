@@ -23,13 +23,17 @@ def seed_of(*key) -> int:
 
 def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
     """Four words for each counter of four words (int64 tensors that broadcast to one shape)."""
-    a, b, c, d = counter
+    a, b, c, d = (word.clone(memory_format=torch.contiguous_format) for word in torch.broadcast_tensors(*counter))
+    low, high = torch.empty_like(a), torch.empty_like(a)
     first, second = key
-    for _ in range(ROUNDS):
-        low, high = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
-        a, b, c, d = (high >> 32 & WORD) ^ b ^ first, high & WORD, (low >> 32 & WORD) ^ d ^ second, low & WORD
+    for _ in range(ROUNDS):  # in place: ten rounds of new tensors take half as long again
+        torch.mul(a, MULTIPLIERS[0], out=low)
+        torch.mul(c, MULTIPLIERS[1], out=high)
+        torch.bitwise_right_shift(high, 32, out=a).bitwise_xor_(b).bitwise_xor_(first).bitwise_and_(WORD)
+        torch.bitwise_right_shift(low, 32, out=c).bitwise_xor_(d).bitwise_xor_(second).bitwise_and_(WORD)
+        b, d, low, high = high, low, d, b  # of these only the lower 32 bits count
         first, second = first + WEYL[0] & WORD, second + WEYL[1] & WORD
-    return a, b, c, d
+    return a, b.bitwise_and_(WORD), c, d.bitwise_and_(WORD)
 
 
 def random_words(seed: int, requests: list[int], positions: torch.Tensor, count: int, stream: str) -> torch.Tensor:
@@ -54,6 +58,12 @@ def gumbel(seed: int, requests: list[int], positions: torch.Tensor, count: int, 
     The largest values, which decide an argmax, come from uniform numbers near 0, where fp32 is finest. None is
     infinite.
     """
+    if positions.device.type == "cpu" and positions.numel() > 1:  # one row fits a core's cache, a batch does not
+        noise = torch.empty(*positions.shape, count)
+        for row, request in enumerate(requests):
+            for cell in range(positions.size(1)):
+                noise[row, cell] = gumbel(seed, [request], positions[row, cell].view(1, 1), count, stream)[0, 0]
+        return noise
     words = random_words(seed, requests, positions, count, stream)
     return words.float().clamp_(max=BELOW_ONE).add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().log_().neg_()
 
