@@ -1,9 +1,9 @@
-"""Optimizers that skip a step whose gradients are not finite: AdamW, and Muon (Jordan et al., 2024) in fp32 for
-matrices beside it.
+"""Optimizers that skip a step whose gradients are not finite: AdamW, and Muon (Jordan et al., 2024) for matrices beside
+it.
 
-Muon: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz iteration. `torch.optim.Muon` casts to bf16
-inside, which a CPU without bf16 instructions runs many times slower. Matrices of one shape are orthogonalised in one
-batched product, since a deep and thin model has hundreds of small ones.
+Muon: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz iteration. `torch.optim.Muon` iterates in bf16
+everywhere, which a CPU without instructions for it runs many times slower. Matrices of one shape are orthogonalised in
+one batched product, since a deep and thin model has hundreds of small ones.
 """
 
 from collections import defaultdict
@@ -14,16 +14,23 @@ import torch.distributed
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the reference implementation
 
 
-def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Approximate U V^T of each matrix's SVD. matrices [N, rows, cols] fp32 -> the same shape."""
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies such matrices faster than fp32, else fp32."""
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Approximate U V^T of each matrix's SVD. matrices [N, rows, cols] fp32 -> the same; dtype: of the iteration."""
     a, b, c = NEWTON_SCHULZ
     wide = matrices.size(1) <= matrices.size(2)
     x = matrices if wide else matrices.mT
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    x = (x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 class FiniteSteps:
@@ -95,8 +102,8 @@ class _MuonAdamW(torch.optim.Optimizer):
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(buffer, group["momentum"]))
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for p, update in zip(params, orthogonalise(torch.stack(updates))):
+            scale, stacked = max(1.0, shape[0] / shape[1]) ** 0.5, torch.stack(updates)
+            for p, update in zip(params, orthogonalise(stacked, dtype=iteration_dtype(stacked.device))):
                 p.add_(update, alpha=-group["lr"] * scale)
 
     def _adam(self, group):

@@ -23,8 +23,10 @@ from draftsmith.train.reference.pretrain import grow
 from tests.conftest import ROOT, tiny_target, train_killed_at
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one():
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0))))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalised_matrices_have_singular_values_near_one(dtype):
+    matrices = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices, dtype=dtype))
     assert values.min() > 0.5 and values.max() < 1.4
 
 
