@@ -65,7 +65,7 @@ def estimate(
         head_parameters = sum(p.numel() for p in head.parameters())
         if recipe.lora is not None:
             Adapter(head, recipe.lora, recipe.head.start_from, recipe.seed)
-    item = 4 if device.type == "cpu" else 2  # a target runs in fp32 on a CPU, in its own half precision elsewhere
+    item = BYTES[engine.dtype] if device.type == "cpu" else 2  # elsewhere a target has its own half precision
     target_parameters, spread = (
         sum(p.numel() for p in part.parameters()) for part in (model, model.get_decoder().layers)
     )

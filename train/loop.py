@@ -34,7 +34,7 @@ from draftsmith.train.optimizers import AdamW, MuonAdamW
 from draftsmith.train.preparation import Prepared, prepared
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
-from draftsmith.train.start import build_head, regress, tree_objectives
+from draftsmith.train.start import build_head, regress, target_dtype, tree_objectives
 from draftsmith.train.step import TrainingStep
 from draftsmith.train.telemetry import Log, Progress, Stopwatch, Wandb, figures
 
@@ -180,7 +180,7 @@ class Run:
                 f"{world * spec.accumulation} x "
                 f"{spec.batch_tokens} tokens (optimization.batch_tokens)"
             )
-        self.target = TextTarget.load(recipe.target, device=device)
+        self.target = TextTarget.load(recipe.target, target_dtype(recipe.engine.dtype, device), device)
         self.head = build_head(recipe, self.target, rows.counts, stops).to(device)
         self.adapter = Adapter(self.head, recipe.lora, recipe.head.start_from, recipe.seed) if recipe.lora else None
         self.coverage = float(rows.counts[self.head.ids.cpu()].sum() / rows.counts.sum())

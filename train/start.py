@@ -19,6 +19,13 @@ from draftsmith.train.soft_budget import SoftBudget
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def target_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Of the target, for an `engine.dtype`: that one on a CPU, which without it computes in fp32; elsewhere what its
+    checkpoint has (None).
+    """
+    return DTYPES[name] if device.type == "cpu" else None
+
+
 def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, stops: set[int]) -> nn.Module:
     """The head with its draft vocabulary (the most frequent ids of the data), fresh or from a drafter directory."""
     spec, kind = recipe.head, recipe.kind

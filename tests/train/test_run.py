@@ -39,6 +39,16 @@ def test_cached_features_give_the_same_run_and_a_damaged_shard_is_found(folder, 
     assert "header.json: taps: found [1, 2, 3], expected [2, 3, 4]" in capsys.readouterr().err
 
 
+def test_on_a_cpu_the_target_has_the_precision_of_the_engine(folder, tmp_path):
+    arguments = [str(folder / "recipe.yaml"), "optimization.epochs=1", "data.features=cached", "engine.dtype=bf16"]
+    assert main([*arguments, f"output={tmp_path}/half"]) == 0
+    assert json.loads((tmp_path / "half" / "features" / "header.json").read_text())["dtype"] == "bfloat16"
+    full = main([str(folder / "recipe.yaml"), "optimization.epochs=1", f"output={tmp_path}/full"])
+    assert full == 0 and len(log_of(tmp_path / "half")) == len(log_of(tmp_path / "full"))
+    for half, whole in zip(log_of(tmp_path / "half"), log_of(tmp_path / "full")):
+        assert half["loss"] == pytest.approx(whole["loss"], rel=0.05)
+
+
 def test_the_best_measured_drafter_is_kept(folder, tmp_path, monkeypatch, capsys):
     """The evaluator sees the held-out prompts; its best drafter, not the last one, becomes the drafter directory."""
     from draftsmith.launch import training
