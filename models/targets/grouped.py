@@ -1,9 +1,9 @@
-"""Attention of queries that share keys (grouped-query attention) without repeated keys: the query heads of a group
-stand as more rows of one head. The usual kernel then reads every key once, where the library first writes each as often
-as it is shared, at every layer of every pass.
+"""Attention of queries that share keys (grouped-query attention) without repeated keys: every key is read once, where
+the library, behind a mask, first writes each as often as it is shared, at every layer of every pass. The CPU's kernel
+can do so; for others the query heads of a group stand as more rows of one head.
 """
 
-import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "draftsmith_grouped"
@@ -13,17 +13,28 @@ def attend(module, query, key, value, attention_mask, scaling=None, **options):
     """As transformers' `sdpa`: query [B, H, T, D], key and value [B, H_kv, K, D], additive mask [B, 1, T, K] or None
     (then that is what runs) -> [B, T, H, D] and no weights.
     """
+    if attention_mask is None or query.size(1) == key.size(1):
+        return SDPA(module, query, key, value, attention_mask, scaling=scaling, **options)
+    form = shared_by_kernel if query.device.type == "cpu" else folded
+    return form(query, key, value, attention_mask[..., : key.size(2)], scaling), None
+
+
+def shared_by_kernel(query, key, value, mask, scale):
+    """-> [B, T, H, D]: the kernel for CPUs shares keys itself, also behind a mask; others then repeat them."""
+    out = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).contiguous()
+
+
+def folded(query, key, value, mask, scale):
+    """-> [B, T, H, D]: the query heads of a group are more rows of one head."""
     (batch, heads, rows, width), shared = query.shape, key.size(1)
-    if attention_mask is None or heads == shared:
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
     group = heads // shared
-    mask = attention_mask[..., : key.size(2)].expand(batch, 1, rows, key.size(2))
-    mask = mask.repeat(1, 1, group, 1)
-    grouped = query.reshape(batch, shared, group * rows, width)
-    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
-    return out.view(batch, heads, rows, width).transpose(1, 2).contiguous(), None
+    mask = mask.expand(batch, 1, rows, key.size(2)).repeat(1, 1, group, 1)
+    out = scaled_dot_product_attention(query.reshape(batch, shared, group * rows, width), key, value, mask, scale=scale)
+    return out.view(batch, heads, rows, width).transpose(1, 2).contiguous()
 
 
+SDPA = AttentionInterface()["sdpa"]
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 

@@ -25,6 +25,8 @@ def test_attention_equals_the_library_with_repeated_keys(rows, kind):
     want, _ = AttentionInterface()["sdpa"](Module(), query, key, value, mask, scaling=0.3)
     got, _ = grouped.attend(Module(), query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    for form in (grouped.shared_by_kernel, grouped.folded) if mask is not None else ():
+        torch.testing.assert_close(form(query, key, value, mask, 0.3), want, atol=1e-6, rtol=1e-6)
 
 
 def test_a_target_whose_queries_share_keys_attends_so():
