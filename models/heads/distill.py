@@ -11,6 +11,7 @@ tensor is kept.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -25,13 +26,19 @@ from draftsmith.models.heads.divergences import (
     variation_slope,
 )
 
-CHUNK = 2**20  # elements of one [rows, Vd] chunk: it stays in a processor's cache
+CHUNK = 2**20  # elements of one [rows, Vd] chunk on a CPU: it stays in the cache
+PRODUCT = 2**24  # of one product with the output matrix there, which is rearranged for each
 CHUNK_OF_ACCELERATOR = 2**26  # there few large products are what counts: 256 MB in fp32
 
 
 def chunk_rows(width: int, device: torch.device) -> int:
     """How many rows of this width are computed at a time."""
     return max(64, (CHUNK if device.type == "cpu" else CHUNK_OF_ACCELERATOR) // width)
+
+
+def product_rows(width: int, device: torch.device) -> int:
+    """How many rows of this width are multiplied at a time, at least `chunk_rows`."""
+    return max(chunk_rows(width, device), PRODUCT // width)
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,13 @@ def teacher_distribution(teacher: Teacher, ids: torch.Tensor, goal: Distillation
     parts, heat = [], goal.teacher_temperature
     for part in teacher.final.split(512):
         logits = teacher.project(part, None)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        drafted = logits if len(ids) == logits.size(-1) else logits.index_select(-1, ids)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        drafted = (logits if len(ids) == logits.size(-1) else logits.index_select(-1, ids)).to(wide)
         best = drafted.argmax(-1)
         covered = drafted.gather(-1, best[:, None])[:, 0] >= logits.amax(-1)
-        mass = covered.to(logits.dtype)  # at temperature 0, and where nobody asks
+        mass = covered.to(wide)  # at temperature 0, and where nobody asks
         if goal.reach == "overlap" and heat > 0:
-            mass = ((drafted / heat).logsumexp(-1) - (logits / heat).logsumexp(-1)).exp()
+            mass = ((drafted / heat).logsumexp(-1) - (logits.to(wide) / heat).logsumexp(-1)).exp()
         parts.append((soften(drafted, heat), best, covered, mass))
     probs, choice, covered, mass = map(torch.cat, zip(*parts))
     return TeacherDistribution(probs, choice, covered, mass if goal.reach == "overlap" else None)
@@ -78,7 +85,7 @@ class Dense:
     @staticmethod
     def pull(x, slope, share, probs, kept, weights, grads) -> torch.Tensor:
         """Gradient of the states [N, h] for slope [N, Vd], rows weighed by share [N, 1]; that of the weights is added
-        to grads (None: a weight that is not trained)."""
+        to grads (None: a weight that is not trained). probs(): the teacher's probabilities [N, Vd]."""
         if grads[0] is not None:
             add_product(grads[0], slope.T, x * share)
         return (slope @ weights[0]).mul_(share)
@@ -87,7 +94,7 @@ class Dense:
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, distribution: TeacherDistribution, here, scale, goal: Distillation, output, *weights):
-        size = chunk_rows(len(weights[0]), states.device)
+        size, wide = chunk_rows(len(weights[0]), states.device), product_rows(len(weights[0]), states.device)
         losses, right = torch.zeros_like(scale), torch.zeros_like(scale, dtype=torch.bool)
         grad_states = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         grads = [
@@ -97,30 +104,35 @@ class _SoftCrossEntropy(torch.autograd.Function):
         weighed, reach = torch.zeros_like(scale), scale.new_ones(len(distribution.choice))
         borders = [0, *accumulate(map(len, here))]
         for k, rows in enumerate(here):
-            for first in range(0, len(rows), size):
-                mine = rows[first : first + size]
-                cut = slice(borders[k] + first, borders[k] + first + len(mine))
-                x, at = states[cut], mine + k
-                probs, covered = distribution.probs[at], distribution.covered[at]
-                logits, kept = output.logits(x, weights)
-                logits = logits.to(losses.dtype)
-                top, student = logits.amax(-1), logits.softmax(-1)
-                right[cut] = (logits.gather(-1, distribution.choice[at, None])[:, 0] >= top) & covered
-                losses[cut] = top - student.amax(-1).log() - torch.linalg.vecdot(probs, logits)
-                weighed[cut] = scale[cut] * reach[mine] * covered
-                if goal.reach != "none":
-                    whole = probs if distribution.mass is None else probs * distribution.mass[at, None]
-                    reach[mine] *= accepted(goal.reach, right[cut], whole, student)
-                slope = None
-                if goal.total_variation > 0:
-                    losses[cut] = torch.lerp(losses[cut], 1 - overlap(probs, student), goal.total_variation)
-                    slope = variation_slope(probs, student).mul_(goal.total_variation)
-                losses[cut] *= covered
+            for start in range(0, len(rows), wide):
+                block = slice(borders[k] + start, borders[k] + min(start + wide, len(rows)))
+                products, kept = output.logits(states[block], weights)
+                for first in range(block.start, block.stop, size):
+                    cut = slice(first, min(first + size, block.stop))
+                    mine = rows[cut.start - borders[k] : cut.stop - borders[k]]
+                    at = mine + k
+                    probs, covered = distribution.probs[at], distribution.covered[at]
+                    own = products[cut.start - block.start : cut.stop - block.start]
+                    logits = own.to(losses.dtype)
+                    top, student = logits.amax(-1), logits.softmax(-1)
+                    right[cut] = (logits.gather(-1, distribution.choice[at, None])[:, 0] >= top) & covered
+                    losses[cut] = top - student.amax(-1).log() - torch.linalg.vecdot(probs, logits)
+                    weighed[cut] = scale[cut] * reach[mine] * covered
+                    if goal.reach != "none":
+                        whole = probs if distribution.mass is None else probs * distribution.mass[at, None]
+                        reach[mine] *= accepted(goal.reach, right[cut], whole, student)
+                    slope = None
+                    if goal.total_variation > 0:
+                        losses[cut] = torch.lerp(losses[cut], 1 - overlap(probs, student), goal.total_variation)
+                        slope = variation_slope(probs, student).mul_(goal.total_variation)
+                    losses[cut] *= covered
+                    if grad_states is not None:
+                        plain = student.sub_(probs)
+                        own.copy_(plain if slope is None else slope.add_(plain, alpha=1 - goal.total_variation))
                 if grad_states is not None:
-                    plain = student.sub_(probs)
-                    slope = plain if slope is None else slope.add_(plain, alpha=1 - goal.total_variation)
-                    share = weighed[cut, None].to(states.dtype)
-                    grad_states[cut] = output.pull(x, slope.to(states.dtype), share, probs, kept, weights, grads)
+                    teacher = partial(distribution.probs.index_select, 0, rows[start : start + wide] + k)
+                    share = weighed[block, None].to(states.dtype)
+                    grad_states[block] = output.pull(states[block], products, share, teacher, kept, weights, grads)
         ctx.save_for_backward(grad_states, *(g if g is None else g.to(w.dtype) for g, w in zip(grads, weights)))
         ctx.mark_non_differentiable(losses, right)
         return (losses * weighed).sum(), losses, right

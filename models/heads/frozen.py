@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from draftsmith.models.features import Teacher
-from draftsmith.models.heads.distill import chunk_rows
+from draftsmith.models.heads.distill import chunk_rows, product_rows
 from draftsmith.models.heads.divergences import PLAIN, Distillation, accepted, overlap, soften, variation_slope
 
 
@@ -38,14 +38,15 @@ class Weights(NamedTuple):
 class _TeacherLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, teacher: Teacher, project, vocab: int, weights: Weights, goal: Distillation):
-        (steps, count, _), size = states.shape, chunk_rows(vocab, states.device)
-        losses = torch.zeros(steps, count, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
-        rank, goes_on = torch.full((steps, count), vocab, device=states.device), torch.zeros_like(losses)
+        (steps, count, _), device = states.shape, states.device
+        size, wide = chunk_rows(vocab, device), product_rows(vocab, device)
+        losses = torch.zeros(steps, count, dtype=torch.promote_types(states.dtype, torch.float32), device=device)
+        rank, goes_on = torch.full((steps, count), vocab, device=device), torch.zeros_like(losses)
         varied = weights.ce * goal.total_variation
         weights = weights._replace(ce=weights.ce - varied)
         grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
-        for start in range(0, count, size):
-            logits = teacher.project(teacher.final[start : start + size], None).to(losses.dtype)
+        for start in range(0, count, wide):
+            logits = teacher.project(teacher.final[start : start + wide], None).to(losses.dtype)
             choice, probs = logits.argmax(-1, keepdim=True), soften(logits, goal.teacher_temperature)
             constant = weights.ce * torch.xlogy(probs, probs).sum(-1) if weights.kl else torch.zeros_like(logits[:, 0])
             apart = goal.reach == "overlap" or varied > 0  # `_weighted` works in place
@@ -54,27 +55,30 @@ class _TeacherLosses(torch.autograd.Function):
                 first, stop = max(start - k, 0), start + len(logits) - k  # row i of step k is supervised at token i + k
                 if stop <= first:
                     continue
-                mine = slice(first + k - start, None)
                 with torch.enable_grad():
                     x = states[k, first:stop].detach().to(teacher.final.dtype).requires_grad_()
                     out = project(x)
-                z = out.detach().to(losses.dtype)
-                top, student = z.amax(-1), z.softmax(-1)
-                rank[k, first:stop] = (z > z.gather(-1, choice[mine])).sum(-1)
-                losses[k, first:stop] = (
-                    total[mine] * (top - student.amax(-1).log())
-                    - torch.linalg.vecdot(supervised[mine], z)
-                    + constant[mine]
-                )
-                right = rank[k, first:stop] == 0
-                goes_on[k, first:stop] = accepted(goal.reach, right, probs[mine], student)
-                slope = 0.0
-                if varied > 0:
-                    losses[k, first:stop] += varied * (1 - overlap(probs[mine], student))
-                    slope = variation_slope(probs[mine], student).mul_(varied)
-                if grads is not None:
-                    slope = student.mul_(total[mine, None]).sub_(supervised[mine]).add_(slope).to(out.dtype)
-                    grads[k, first:stop] = torch.autograd.grad(out, x, slope)[0]
+                slopes = None if grads is None else torch.empty_like(out)
+                for begin in range(0, stop - first, size):
+                    own = slice(begin, min(begin + size, stop - first))
+                    cut, mine = (slice(own.start + by, own.stop + by) for by in (first, first + k - start))
+                    z = out.detach()[own].to(losses.dtype)
+                    top, student = z.amax(-1), z.softmax(-1)
+                    rank[k, cut] = (z > z.gather(-1, choice[mine])).sum(-1)
+                    losses[k, cut] = (
+                        total[mine] * (top - student.amax(-1).log())
+                        - torch.linalg.vecdot(supervised[mine], z)
+                        + constant[mine]
+                    )
+                    goes_on[k, cut] = accepted(goal.reach, rank[k, cut] == 0, probs[mine], student)
+                    slope = 0.0
+                    if varied > 0:
+                        losses[k, cut] += varied * (1 - overlap(probs[mine], student))
+                        slope = variation_slope(probs[mine], student).mul_(varied)
+                    if slopes is not None:
+                        slopes[own] = student.mul_(total[mine, None]).sub_(supervised[mine]).add_(slope)
+                if slopes is not None:
+                    grads[k, first:stop] = torch.autograd.grad(out, x, slopes)[0]
         ctx.save_for_backward(grads)
         ctx.mark_non_differentiable(rank, goes_on)
         return losses, rank, goes_on

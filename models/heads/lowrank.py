@@ -76,6 +76,7 @@ class LowRank:
         rest = slope.scatter(-1, best, 0.0)
         grad = ((rest @ up) @ down).add_(torch.einsum("nc,nch->nh", chosen, rows))
         if grads[0] is not None or grads[1] is not None:
+            probs = probs()
             own = scores.to(probs.dtype).softmax(-1).sub_(probs).to(x.dtype).mul_(share)
             if grads[0] is not None:
                 add_product(grads[0], own.T, inner)
