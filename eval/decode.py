@@ -234,7 +234,7 @@ class Begun:
         last = DraftTree.root_only(torch.tensor([p[-1] for p in prompts], device=prefill.logits.device))
         noise = Noise(sampling, requests, [len(p) - 1 for p in prompts])
         logits = processed(prefill.logits[:, None], last, sampling, requests, dict(zip(requests, prompts)))
-        return cls(requests, prompts, prefill.features, noise.perturb(logits, last)[:, 0].argmax(-1))
+        return cls(requests, prompts, prefill.features, noise.chosen(logits, last)[:, 0])
 
 
 def passes(

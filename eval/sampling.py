@@ -8,8 +8,10 @@ that sample-and-match reproduces plain sampling token for token.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from draftsmith.models.argmax import argmax
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Distribution
 from draftsmith.models.noise import column, gumbel, uniform
@@ -121,6 +123,24 @@ class Noise:
     def gumbel(self, vocab_size: int, device) -> torch.Tensor:
         """[B, V] fp32."""
         return gumbel(self.sampling.seed, self.requests, self._next(device), vocab_size, "choose")[:, 0]
+
+    def chosen(self, logits: torch.Tensor, tree: DraftTree) -> torch.Tensor:
+        """Processed logits [B, N, V] -> [B, N] int64, the token that plain decoding emits behind each node. On a CPU,
+        where noise is dear, -1 behind nodes that are not reached along such tokens.
+        """
+        if self.sampling.temperature == 0 or logits.device.type != "cpu":
+            return argmax(self.perturb(logits, tree))
+        chosen = torch.full_like(tree.tokens, -1)
+        tokens, parents, found = tree.tokens.numpy(), tree.parents.numpy(), chosen.numpy()
+        for row, (request, root) in enumerate(zip(self.requests, self.positions)):
+            level, place = [0], root + 1
+            while level:
+                noise = gumbel(self.sampling.seed, [request], column([place]), logits.size(-1), "choose")[0]
+                found[row, level] = argmax(logits[row, level] + noise)
+                above = parents[row, 1:]
+                goes_on = np.isin(above, level) & (tokens[row, 1:] == found[row, above])
+                level, place = (1 + goes_on.nonzero()[0]).tolist(), place + 1
+        return chosen
 
     def _next(self, device) -> torch.Tensor:
         return column(self.positions, device) + 1

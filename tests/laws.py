@@ -233,6 +233,9 @@ class Bulk:
         )
         return logits + levels[torch.arange(self.batch)[:, None], tree.depths]
 
+    def chosen(self, logits: torch.Tensor, tree: DraftTree) -> torch.Tensor:
+        return self.perturb(logits, tree).argmax(-1)
+
 
 class TableHead:
     """A learned head's interface over a table: a beam is the texts it stands behind, ids are the draft vocabulary."""

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from draftsmith.eval.decode import Trace
+from draftsmith.models.argmax import argmax
 from draftsmith.models.features import Packing
 from draftsmith.models.heads.distill import chain_walk
 from draftsmith.models.targets import TextTarget
@@ -28,7 +29,7 @@ def predicted_chain_tau(
         features = target.features(ids, packing, head.feature_spec, [getattr(text, "images", {}) for text in texts])
         leading = torch.zeros_like(features.tokens)  # of the rows that feed the head
         for k, (rows, output) in enumerate(head.unroll(features, depth)):
-            hit = head.ids[head.logits(output).argmax(-1)] == features.tokens[rows + 2 + k]
+            hit = head.ids[argmax(head.logits(output))] == features.tokens[rows + 2 + k]
             leading[rows] += hit & (leading[rows] == k)
         walked = chain_walk(features.packing, leading.tolist())
         tokens, passes = tokens + walked[0], passes + walked[1]

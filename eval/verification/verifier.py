@@ -13,6 +13,7 @@ import torch
 
 from draftsmith.eval.sampling import Noise
 from draftsmith.eval.verification.schedule import schedule
+from draftsmith.models.argmax import argmax
 from draftsmith.models.errors import UserError
 from draftsmith.models.tree import DraftTree, Form, Kind
 
@@ -127,7 +128,7 @@ def refusal(rule: Verifier, form: Form, rows: int) -> str:
 def accept(tree: DraftTree, last: torch.Tensor, weights: torch.Tensor, noise: Noise) -> Accepted:
     """The path to last [B] and a token drawn from weights [B, V] by Gumbel-max."""
     plan, rows = schedule(tree), torch.arange(len(last), device=last.device)
-    token = (weights.log() + noise.gumbel(weights.size(1), weights.device)).argmax(-1)
+    token = argmax(weights.log() + noise.gumbel(weights.size(1), weights.device))
     return Accepted(plan.paths[rows, last], plan.depths[rows, last] + 1, token)
 
 
@@ -177,7 +178,7 @@ class SampleAndMatch(Verifier):
         return Law((reach - taken).clamp(min=0), following, plan.depths)
 
     def __call__(self, tree, logits, noise):
-        return follow(tree, noise.perturb(logits, tree).argmax(-1))
+        return follow(tree, noise.chosen(logits, tree))
 
 
 MATCH = SampleAndMatch()

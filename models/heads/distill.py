@@ -16,6 +16,7 @@ from itertools import accumulate
 
 import torch
 
+from draftsmith.models.argmax import argmax
 from draftsmith.models.features import Packing, Teacher
 from draftsmith.models.heads.divergences import (
     PLAIN,
@@ -64,7 +65,7 @@ def teacher_distribution(teacher: Teacher, ids: torch.Tensor, goal: Distillation
         logits = teacher.project(part, None)
         wide = torch.promote_types(logits.dtype, torch.float32)
         drafted = (logits if len(ids) == logits.size(-1) else logits.index_select(-1, ids)).to(wide)
-        best = drafted.argmax(-1)
+        best = argmax(drafted)
         covered = drafted.gather(-1, best[:, None])[:, 0] >= logits.amax(-1)
         mass = covered.to(wide)  # at temperature 0, and where nobody asks
         if goal.reach == "overlap" and heat > 0:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from draftsmith.models.argmax import argmax
 from draftsmith.models.features import Teacher
 from draftsmith.models.heads.distill import chunk_rows, product_rows
 from draftsmith.models.heads.divergences import PLAIN, Distillation, accepted, overlap, soften, variation_slope
@@ -47,7 +48,7 @@ class _TeacherLosses(torch.autograd.Function):
         grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, count, wide):
             logits = teacher.project(teacher.final[start : start + wide], None).to(losses.dtype)
-            choice, probs = logits.argmax(-1, keepdim=True), soften(logits, goal.teacher_temperature)
+            choice, probs = argmax(logits)[:, None], soften(logits, goal.teacher_temperature)
             constant = weights.ce * torch.xlogy(probs, probs).sum(-1) if weights.kl else torch.zeros_like(logits[:, 0])
             apart = goal.reach == "overlap" or varied > 0  # `_weighted` works in place
             supervised, total = _weighted(probs.clone() if apart else probs, weights)

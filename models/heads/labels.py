@@ -7,6 +7,7 @@ As in `distill` the forward pass computes the gradient chunk by chunk, so that n
 
 import torch
 
+from draftsmith.models.argmax import argmax
 from draftsmith.models.features import Teacher
 from draftsmith.models.heads.distill import add_product, chunk_rows
 
@@ -16,7 +17,7 @@ def choices(teacher: Teacher) -> torch.Tensor:
     """[P] int64: the target's most probable token behind each supervised one. The [P, V] logits are never held
     whole.
     """
-    return torch.cat([teacher.project(part, None).argmax(-1) for part in teacher.final.split(512)])
+    return torch.cat([argmax(teacher.project(part, None)) for part in teacher.final.split(512)])
 
 
 class _HardCrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ one another; they never change it, and what they leave is dropped. Probes (`[SPE
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from draftsmith.models.argmax import argmax
 from draftsmith.models.features import FeatureSpec, Packing
 from draftsmith.models.tree import DraftTree
 
@@ -140,7 +141,7 @@ class PackedPrefix:
             tree, node = inner[group].nonzero(as_tuple=True)
             tree = group[tree]
             logits = self.target.project(self._states(trees, at, tree, node)).float()
-            best[tree, node] = logits.argmax(-1)
+            best[tree, node] = argmax(logits)
             rows[tree, node] = torch.arange(len(tree), device=at.device)
             above, child = edges[group].nonzero(as_tuple=True)
             above = group[above]

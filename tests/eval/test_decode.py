@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from draftsmith.eval.decode import generate
-from draftsmith.eval.sampling import Sampling, perturb, process, seen_tokens
+from draftsmith.eval.sampling import Noise, Sampling, perturb, process, seen_tokens
 from draftsmith.eval.verification.verifier import follow
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
@@ -188,6 +188,23 @@ def test_perturbed_argmax_samples_the_distribution_and_depends_on_its_key_alone(
     again = perturb(logits[:, :7].repeat(2, 1, 1), Sampling(1.0, seed=1), [5, 0], torch.arange(7).repeat(2, 1))
     assert torch.equal(again[1].argmax(-1), got[:7]) and not torch.equal(again[0], again[1])
     assert torch.equal(perturb(logits, Sampling(), [0], torch.arange(2000)[None]), logits)
+
+
+def test_noise_only_along_the_walk_chooses_what_noise_everywhere_does():
+    """Trees with siblings of one token, padding, and rows of several requests; the walk itself is `follow`'s."""
+    generator, long = torch.Generator().manual_seed(0), 0
+    for seed in range(200):
+        parents = torch.tensor([[-1] + [int(torch.randint(0, n, (), generator=generator)) for n in range(1, 9)]] * 2)
+        parents[1, 7:] = -1
+        tree = DraftTree.of(torch.randint(0, 3, (2, 9), generator=generator), parents)
+        logits = torch.randn(2, 9, 3, generator=generator)
+        noise = Noise(Sampling(1.0, seed=seed), [4, 9], [11, 3])
+        whole, walked = noise.perturb(logits, tree).argmax(-1), noise.chosen(logits, tree)
+        assert torch.equal(torch.where(walked < 0, whole, walked), whole) and bool((walked[:, 0] >= 0).all())
+        for a, b in zip(vars(follow(tree, whole)).values(), vars(follow(tree, walked)).values()):
+            assert torch.equal(a, b)
+        long += int(follow(tree, whole).counts.max()) > 2
+    assert long > 50  # walks of several tokens were among them
 
 
 def test_prompts_that_do_not_fit_are_refused(target, head):
