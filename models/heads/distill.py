@@ -42,6 +42,13 @@ def product_rows(width: int, device: torch.device) -> int:
     return max(chunk_rows(width, device), PRODUCT // width)
 
 
+def pieces(rows: torch.Tensor, start: int, size: int):
+    """rows [n] in parts of at most `size`, with the places that each has where they stand from `start` on."""
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        yield slice(start + first, start + first + len(part)), part
+
+
 @dataclass(frozen=True)
 class TeacherDistribution:
     """The teacher at P tokens: probs [P, Vd] over the draft vocabulary (renormalised), choice [P] its most probable
@@ -105,15 +112,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
         weighed, reach = torch.zeros_like(scale), scale.new_ones(len(distribution.choice))
         borders = [0, *accumulate(map(len, here))]
         for k, rows in enumerate(here):
-            for start in range(0, len(rows), wide):
-                block = slice(borders[k] + start, borders[k] + min(start + wide, len(rows)))
+            for block, some in pieces(rows, borders[k], wide):
                 products, kept = output.logits(states[block], weights)
-                for first in range(block.start, block.stop, size):
-                    cut = slice(first, min(first + size, block.stop))
-                    mine = rows[cut.start - borders[k] : cut.stop - borders[k]]
+                for (cut, mine), own in zip(pieces(some, block.start, size), products.split(size)):
                     at = mine + k
                     probs, covered = distribution.probs[at], distribution.covered[at]
-                    own = products[cut.start - block.start : cut.stop - block.start]
                     logits = own.to(losses.dtype)
                     top, student = logits.amax(-1), logits.softmax(-1)
                     right[cut] = (logits.gather(-1, distribution.choice[at, None])[:, 0] >= top) & covered
@@ -131,7 +134,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
                         plain = student.sub_(probs)
                         own.copy_(plain if slope is None else slope.add_(plain, alpha=1 - goal.total_variation))
                 if grad_states is not None:
-                    teacher = partial(distribution.probs.index_select, 0, rows[start : start + wide] + k)
+                    teacher = partial(distribution.probs.index_select, 0, some + k)
                     share = weighed[block, None].to(states.dtype)
                     grad_states[block] = output.pull(states[block], products, share, teacher, kept, weights, grads)
         ctx.save_for_backward(grad_states, *(g if g is None else g.to(w.dtype) for g, w in zip(grads, weights)))

@@ -57,6 +57,7 @@ def plain_losses(logits, teacher, goal, covered=None, mass=None):
 def test_the_fused_loss_and_its_gradients_are_the_definition(goal, monkeypatch):
     monkeypatch.setattr("draftsmith.models.heads.distill.CHUNK", 1)  # 64 rows at a time would be all of them
     monkeypatch.setattr("draftsmith.models.heads.distill.chunk_rows", lambda width, device: 4)
+    monkeypatch.setattr("draftsmith.models.heads.distill.product_rows", lambda width, device: 10)
     weight, teacher = draw(VOCAB, WIDTH).requires_grad_(), 2 * draw(ROWS, VOCAB, seed=1)
     states = draw(STEPS, ROWS, WIDTH, seed=2).requires_grad_()
     covered = torch.rand(ROWS, generator=torch.Generator().manual_seed(3)) < 0.8
@@ -90,6 +91,7 @@ def test_the_fused_loss_and_its_gradients_are_the_definition(goal, monkeypatch):
 @pytest.mark.parametrize("weights", [Weights(1.0, 0.0, 3), Weights(0.1, 1.0, 3), Weights(1.0, 0.0, 1, kl=True)])
 def test_the_same_behind_a_frozen_output_head(goal, weights, monkeypatch):
     monkeypatch.setattr("draftsmith.models.heads.frozen.chunk_rows", lambda width, device: 4)
+    monkeypatch.setattr("draftsmith.models.heads.frozen.product_rows", lambda width, device: 10)
     matrix, final = draw(VOCAB, WIDTH), draw(ROWS, WIDTH, seed=1)
     states = draw(STEPS, ROWS, WIDTH, seed=2).requires_grad_()
     project = lambda x, ids=None: x @ matrix.T  # noqa: E731
