@@ -9,7 +9,7 @@ import torch
 
 from draftsmith.models.argmax import argmax
 from draftsmith.models.features import Teacher
-from draftsmith.models.heads.distill import add_product, chunk_rows
+from draftsmith.models.heads.distill import add_product, chunk_rows, product_rows
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def choices(teacher: Teacher) -> torch.Tensor:
 class _HardCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, labels, choice, scale):
-        size = chunk_rows(weight.size(0), states.device)
+        size, wide = chunk_rows(weight.size(0), states.device), product_rows(weight.size(0), states.device)
         losses, right = torch.zeros_like(scale), torch.zeros_like(labels, dtype=torch.bool)
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         grad_weight = (
@@ -31,21 +31,24 @@ class _HardCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[1]
             else None
         )
-        for start in range(0, len(states), size):
-            cut = slice(start, start + size)
-            x, label = states[cut], labels[cut, None]
-            logits = (x @ weight.T).to(scale.dtype)
-            top, wanted = logits.amax(-1, keepdim=True), logits.gather(-1, label)
-            right[cut] = logits.gather(-1, choice[cut, None])[:, 0] >= top[:, 0]
-            student = logits.sub_(top).exp_()
-            total = student.sum(-1, keepdim=True)
-            losses[cut] = (total.log() + top - wanted)[:, 0]
-            if grad_states is not None:
+        for start in range(0, len(states), wide):
+            block = slice(start, min(start + wide, len(states)))
+            products = states[block] @ weight.T
+            for first in range(block.start, block.stop, size):
+                cut = slice(first, min(first + size, block.stop))
+                own, label = products[cut.start - start : cut.stop - start], labels[cut, None]
+                logits = own.to(scale.dtype)
+                top, wanted = logits.amax(-1, keepdim=True), logits.gather(-1, label)
+                right[cut] = logits.gather(-1, choice[cut, None])[:, 0] >= top[:, 0]
+                student = logits.sub_(top).exp_()
+                total = student.sum(-1, keepdim=True)
+                losses[cut] = (total.log() + top - wanted)[:, 0]
                 share = scale[cut, None]
-                slope = student.mul_(share / total).scatter_add_(-1, label, -share).to(states.dtype)
-                torch.mm(slope, weight, out=grad_states[cut])
+                own.copy_(student.mul_(share / total).scatter_add_(-1, label, -share))
+            if grad_states is not None:
+                torch.mm(products, weight, out=grad_states[block])
                 if grad_weight is not None:
-                    add_product(grad_weight, slope.T, x)
+                    add_product(grad_weight, products.T, states[block])
         ctx.save_for_backward(grad_states, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(losses, right)
         return (losses * scale).sum(), losses, right

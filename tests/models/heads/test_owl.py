@@ -195,10 +195,11 @@ def test_trees_hung_into_a_packed_row_equal_drafting_behind_its_documents_cut_th
 # The loss
 
 
-@pytest.mark.parametrize("chunk", [1, 2**20])
-def test_loss_and_gradients_equal_the_plain_definition(chunk, monkeypatch):
-    """fp64: a mean of cross-entropies for each step, added up; rows in chunks of 64 and all at once."""
+@pytest.mark.parametrize(("chunk", "product"), [(1, 1), (1, 2**24), (2**20, 2**24)])
+def test_loss_and_gradients_equal_the_plain_definition(chunk, product, monkeypatch):
+    """fp64: a mean of cross-entropies for each step, added up; rows in chunks of 64 and all at once, multiplied so too."""
     monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr(distill, "PRODUCT", product)
     target = tiny_target()
     target.model.double()
     head = tiny_owl(target).double()
