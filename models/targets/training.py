@@ -14,6 +14,28 @@ from draftsmith.models.targets.attention import Watch
 from draftsmith.models.targets.packed import PackedPrefix
 from draftsmith.models.targets.reading import kept_rows
 
+ALIKE = 0.8  # share of the longest document's length that the others read with it have at least
+
+
+def by_length(target, spec: FeatureSpec, padded: torch.Tensor, sizes: torch.Tensor):
+    """What `target.whole` gives for right-padded texts padded [D, S] of sizes [D], those of like lengths at a time:
+    padding to the longest of all may cost more than the texts themselves.
+    """
+    order, groups = sizes.argsort(descending=True).tolist(), []
+    for number in order:
+        if not groups or sizes[number] < ALIKE * sizes[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(number)
+    found = None
+    for group in groups:
+        tokens = padded[group, : int(sizes[group[0]])]
+        parts = target.whole(spec, target.read(tokens, sizes[group].to(padded.device), [{}] * len(group)))
+        if found is None:
+            found = tuple(part.new_zeros(*padded.shape, part.size(-1)) for part in parts)
+        for whole, part in zip(found, parts):
+            whole[group, : part.size(1)] = part
+    return found
+
 
 def training_features(
     target, tokens: torch.Tensor, packing: Packing, spec: FeatureSpec, images: list[dict]
@@ -36,8 +58,11 @@ def training_features(
     prompts, every = packing.prompts.to(device)[:, None], torch.arange(padded.size(1), device=device)
     watch = Watch(target.body, every < prompts if spec.columns else None, spec.middle, every < reading.lengths[:, None])
     cache = target.keep() if spec.probe is not None or spec.trees else None
-    with watch if spec.columns or spec.middle else nullcontext():
-        final, hidden = target.whole(spec, reading, cache)
+    if spec.columns or spec.middle or cache is not None or any(images) or target.sharded is not None:
+        with watch if spec.columns or spec.middle else nullcontext():
+            final, hidden = target.whole(spec, reading, cache)
+    else:
+        final, hidden = by_length(target, spec, padded, sizes)
     kept = fed.nonzero().flatten()
     probe = score = None
     if cache is not None:

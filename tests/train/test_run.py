@@ -150,7 +150,7 @@ def test_dry_run_estimates_a_large_target_on_the_meta_device(folder, tmp_path, c
         recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"target": "sharded"})}),
     )
     held = estimate(spread, describe(recipe.target), 8, torch.device("cpu"), None, timed=False).memory["target"]
-    assert found.memory["target"] == 8_030_261_248 * 4 and held == (8_030_261_248 - layers + layers // 8) * 4
+    assert found.memory["target"] == 8_030_261_248 * 2 and held == (8_030_261_248 - layers + layers // 8) * 2
     assert main([str(folder / "recipe.yaml"), "--dry-run", f"output={tmp_path}/never"]) == 0
     shown = capsys.readouterr().out
     assert (

@@ -197,7 +197,7 @@ def test_trees_hung_into_a_packed_row_equal_drafting_behind_its_documents_cut_th
 
 @pytest.mark.parametrize(("chunk", "product"), [(1, 1), (1, 2**24), (2**20, 2**24)])
 def test_loss_and_gradients_equal_the_plain_definition(chunk, product, monkeypatch):
-    """fp64: a mean of cross-entropies for each step, added up; rows in chunks of 64 and all at once, multiplied so too."""
+    """fp64: a mean of cross-entropies for each step, added up; rows, and products, of 64 and all at once."""
     monkeypatch.setattr(distill, "CHUNK", chunk)
     monkeypatch.setattr(distill, "PRODUCT", product)
     target = tiny_target()
