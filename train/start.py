@@ -8,7 +8,7 @@ from torch import nn
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import TrainingFeatures
 from draftsmith.models.formats import load_drafter
-from draftsmith.models.heads.regression import ROWS
+from draftsmith.models.heads.regression import FEWEST, wanted_rows
 from draftsmith.models.heads.vocabulary import most_frequent
 from draftsmith.models.targets import TextTarget
 from draftsmith.train.gto import Gto
@@ -68,11 +68,11 @@ def regress(
     """Lets a head that can start in closed form do so, over rows of the first steps (the same in every process)."""
     if getattr(head, "regress", None) is None:
         return
-    samples, rows, wanted = [], 0, ROWS * head.regressors
+    samples, rows, wanted = [], 0, wanted_rows(head.regressors)
     parts = (part for _, epoch, bins in schedule.after(0) if epoch == 0 for part in bins)
     while rows < wanted and (part := next(parts, None)):
         samples.append(features(part))
         rows += len(samples[-1].packing.rows)
-    if 4 * rows >= wanted:
+    if rows >= FEWEST * head.regressors:
         head.regress(samples)
         say(f"the head starts from a regression over {rows:,} rows")

@@ -9,7 +9,15 @@ import torch
 from draftsmith.models.features import TrainingFeatures
 
 STRENGTH = 0.01  # of the ridge, in units of the regressors' mean square
-ROWS = 8  # wanted for each regressor; below a quarter of them a head keeps its other start
+FEWEST = 2  # rows for each regressor below which a head keeps its other start
+ROWS = (8, 40)  # wanted for each: fewer for wide targets, so that a matrix of the regressors keeps within `SIZE`
+SIZE = 2**29  # elements
+
+
+def wanted_rows(regressors: int) -> int:
+    """Rows of training data for so many inputs of a regression."""
+    least, most = ROWS
+    return regressors * min(most, max(least, SIZE // regressors**2))
 
 
 def ridge(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
