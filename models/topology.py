@@ -14,6 +14,34 @@ import numpy as np
 from draftsmith.models.errors import UserError
 
 Slot = tuple[int, ...]
+# 25 drafted nodes of EAGLE-1, as child ranks level by level.
+EAGLE_PATHS = [
+    (0,),
+    (1,),
+    (2,),
+    (3,),
+    (0, 0),
+    (0, 1),
+    (0, 2),
+    (1, 0),
+    (1, 1),
+    (2, 0),
+    (2, 1),
+    (3, 0),
+    (0, 0, 0),
+    (0, 0, 1),
+    (0, 0, 2),
+    (0, 1, 0),
+    (0, 1, 1),
+    (0, 2, 0),
+    (0, 2, 1),
+    (1, 0, 0),
+    (0, 0, 0, 0),
+    (0, 0, 0, 1),
+    (0, 0, 0, 2),
+    (0, 0, 0, 0, 0),
+    (0, 0, 0, 0, 1),
+]
 # Drafted nodes on each level of the tree of Token Recycling (Luo et al., 2024): 80 in all.
 RECYCLING_LEVELS = (8, 21, 25, 15, 8, 3)
 # How likely the child of each rank is to be accepted, as long as nothing is known.

@@ -34,7 +34,7 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
         head = load_drafter(spec.start_from, target.shared, target.layers)
         if type(head) is not kind:
             raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
-        if hasattr(head, "grow"):
+        if head.grow is not None:
             head.grow(config)
         for key in spec.shape:
             if getattr(head.config, key) != getattr(config, key):
@@ -66,7 +66,7 @@ def regress(
     head: nn.Module, schedule: Schedule, features: Callable[[list[int]], TrainingFeatures], say: Callable[[str], None]
 ) -> None:
     """Lets a head that can start in closed form do so, over rows of the first steps (the same in every process)."""
-    if getattr(head, "regress", None) is None:
+    if head.regress is None:
         return
     samples, rows, wanted = [], 0, wanted_rows(head.regressors)
     parts = (part for _, epoch, bins in schedule.after(0) if epoch == 0 for part in bins)

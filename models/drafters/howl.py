@@ -56,9 +56,15 @@ class HowlDrafter:
     in order.
     """
 
+    idle = None
+
     def __init__(self, head: HeadDrafter, suffix: SuffixDrafter, threshold: float | None = None):
         self.head, self.suffix, self.threshold = head, suffix, threshold
         self.feature_spec, self.size = head.feature_spec, max(head.size, suffix.size * (1 + head.probes))
+
+    @property
+    def nbytes(self):
+        return self.suffix.nbytes
 
     def begin(self, features, root):
         self.head.begin(features, root)

@@ -14,7 +14,7 @@ from draftsmith.models.tree import DraftTree
 class LookupDrafter:
     """depth: drafted tokens of a pass; grams: lengths of the n-grams, the longest first."""
 
-    feature_spec = FeatureSpec(taps=())
+    feature_spec, idle, nbytes = FeatureSpec(taps=()), "propose", 0
 
     def __init__(self, depth: int = 10, grams: tuple[int, ...] = (3, 2)):
         self.depth, self.grams, self.size = depth, grams, depth + 1

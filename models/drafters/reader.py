@@ -33,6 +33,8 @@ class ReaderDrafter:
     together, so that trees (and, where they are sampled, texts) do so too; their law does not.
     """
 
+    idle = None
+
     def __init__(
         self,
         base: Drafter | None = None,
@@ -50,7 +52,7 @@ class ReaderDrafter:
     @property
     def nbytes(self) -> int:
         """Bytes of what was learned, the base's included."""
-        return self.shared[0].nbytes + getattr(self.base, "nbytes", 0)
+        return self.shared[0].nbytes + self.base.nbytes
 
     def begin(self, features: Features, root: torch.Tensor) -> None:
         self.base.begin(features, root)

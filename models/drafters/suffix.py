@@ -302,7 +302,7 @@ class SuffixDrafter:
     max_tokens: of each index. steps: all trees that it proposed since the last `begin`, in order.
     """
 
-    feature_spec = FeatureSpec(taps=())
+    feature_spec, idle = FeatureSpec(taps=()), "propose"
 
     def __init__(
         self, size: int = 32, rule: SuffixRule = SuffixRule(), cached_requests: int = 0, max_tokens: int = 1_000_000
@@ -310,6 +310,10 @@ class SuffixDrafter:
         self.size, self.rule, self.cached_requests, self.max_tokens = size, rule, cached_requests, max_tokens
         self.shared, self.cached = SuffixIndex(max_tokens), deque()
         self.started = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.shared.nbytes if self.cached_requests else 0
 
     def begin(self, features: Features, root: torch.Tensor) -> None:
         self.own: list[SuffixIndex] = []

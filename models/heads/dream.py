@@ -45,6 +45,7 @@ from draftsmith.models.heads.dream_config import DreamConfig, DreamObjective, Dr
 from draftsmith.models.heads.dream_rows import Rows, appended, kept_rows
 from draftsmith.models.heads.eagle import noisy
 from draftsmith.models.heads.frozen import Weights, teacher_losses
+from draftsmith.models.heads.head import DraftHead
 from draftsmith.models.heads.layer import Layer, angles, frequencies
 from draftsmith.models.heads.rooted import RootedTrees, spans_of
 from draftsmith.models.slots import SlotCache
@@ -125,13 +126,12 @@ class RootedBlocks:
     hidden: torch.Tensor
 
 
-class DreamHead(nn.Module):
+class DreamHead(DraftHead):
     """shared: the target's embedding and output head (neither trained nor saved); ids [V] int64 is all of its
     vocabulary.
     """
 
     name, Shape, Objective, Config = "dream", DreamShape, DreamObjective, DreamConfig
-    tables = ()
 
     def __init__(self, config: DreamConfig, shared: Shared, ids: torch.Tensor | None = None):
         super().__init__()

@@ -28,6 +28,7 @@ from draftsmith.models.heads.decoding import Beam, Context
 from draftsmith.models.heads.distill import tally
 from draftsmith.models.heads.divergences import Distillation
 from draftsmith.models.heads.frozen import Weights, teacher_losses
+from draftsmith.models.heads.head import DraftHead
 from draftsmith.models.heads.layer import Layer, angles, frequencies, rope_of
 from draftsmith.models.heads.rooted import RootedTrees
 
@@ -120,13 +121,13 @@ class EagleConfig:
         )
 
 
-class EagleHead(nn.Module):
+class EagleHead(DraftHead):
     """shared: the target's embedding and output head (neither trained nor saved); ids [V] int64 is all of its
     vocabulary.
     """
 
     name, Shape, Objective, Config = "eagle", EagleShape, EagleObjective, EagleConfig
-    tables, window = (), None
+    window = None
     inputs = 2  # vectors that `fc` joins
 
     def __init__(self, config: EagleConfig, shared: Shared, ids: torch.Tensor | None = None):

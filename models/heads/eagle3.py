@@ -21,6 +21,7 @@ from draftsmith.models.heads.attention import kernel_for
 from draftsmith.models.heads.decoding import Beam, Context
 from draftsmith.models.heads.distill import Dense, soft_cross_entropy, tally, teacher_distribution
 from draftsmith.models.heads.eagle3_config import Eagle3Config, Eagle3Objective, Eagle3Shape
+from draftsmith.models.heads.head import DraftHead
 from draftsmith.models.heads.layer import Layer, angles, copy_matrix, copy_norm, frequencies
 from draftsmith.models.heads.lowrank import LowRankHead, low_rank
 from draftsmith.models.heads.rooted import RootedTrees
@@ -44,7 +45,7 @@ class WideLayer(Layer):
         return torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], -1)
 
 
-class Eagle3Head(nn.Module):
+class Eagle3Head(DraftHead):
     """embedding [V, h] is the target's (not trained, not saved); ids [Vd] int64 is the draft vocabulary."""
 
     name, Shape, Objective, Config = "eagle3", Eagle3Shape, Eagle3Objective, Eagle3Config

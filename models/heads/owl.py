@@ -25,6 +25,7 @@ from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFe
 from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.distill import soft_cross_entropy, tally, teacher_distribution
 from draftsmith.models.heads.divergences import Distillation
+from draftsmith.models.heads.head import DraftHead
 from draftsmith.models.heads.labels import choices, hard_cross_entropy
 
 EPS = 1e-6  # of all norms
@@ -141,7 +142,7 @@ class Beam:
     cell: torch.Tensor | None = None
 
 
-class OwlHead(nn.Module):
+class OwlHead(DraftHead):
     """Shares nothing with the target but its hidden states. Its draft vocabulary is the target's."""
 
     name, Shape, Objective, Config = "owl", OwlShape, OwlObjective, OwlConfig
