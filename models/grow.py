@@ -9,7 +9,6 @@ root has at most.
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ class DynamicTree:
     top_k: int
     depth: int
     size: int
-    draws: ClassVar = False
+    draws = False
 
     def __str__(self) -> str:
         return f"dynamic:{self.top_k}x{self.depth}x{self.size}"
@@ -91,7 +90,7 @@ class StaticTree:
 
     paths: tuple[tuple[int, ...], ...]
     label: str
-    draws: ClassVar = False
+    draws = False
 
     def __str__(self) -> str:
         return self.label
@@ -168,7 +167,7 @@ class SampledTree:
     shape: StaticTree
     kind: Kind
     temperature: float | None = None
-    draws: ClassVar = True
+    draws = True
 
     def __str__(self) -> str:
         return (
@@ -237,7 +236,7 @@ class AdaptiveTree:
     width: int
     depth: int
     temperature: float | None = None
-    draws: ClassVar = True
+    draws = True
 
     def __str__(self) -> str:
         return f"sampled:adaptive:{self.width}x{self.depth}" + (f"@{self.temperature:g}" if self.temperature else "")

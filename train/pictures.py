@@ -61,7 +61,7 @@ def answers_apart(ids: list[int], mask: list[int], pictures: list[Path | bytes],
 
 def cut_for(config) -> Cut:
     """How conversations become rows for a head of this config (`Config.for_target`)."""
-    return answers_apart if getattr(config, "columns", False) else whole
+    return answers_apart if config.columns else whole
 
 
 class Pictures:

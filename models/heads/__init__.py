@@ -6,7 +6,9 @@ A head's class has
                                drafted steps that are trained; Objective.weights: the weight of each step in the loss;
                                beside its own keys it has those of `divergences.Distillation`
     Config                     its shapes; Config.for_target(text config, **Shape) raises UserError for targets it
-                               cannot draft for
+                               cannot draft for. Of all: vocab_size, draft_vocab_size, saved_per_row,
+                               max_position_embeddings (None: it has no positions), n_predict and columns (see
+                               `config.LayerConfig`)
     tables                     parts of the names of matrices with one row a token (embeddings, output heads)
     (config, shared, ids)      its constructor: `Shared` of the target, the draft vocabulary (None = all)
     start_from(target)         starts from the target's weights where that helps

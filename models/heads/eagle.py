@@ -24,12 +24,13 @@ from torch import nn
 from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
 from draftsmith.models.heads import decoding, regression
 from draftsmith.models.heads.attention import kernel_for, merged_attention, query_blocks
+from draftsmith.models.heads.config import LayerConfig, of_target
 from draftsmith.models.heads.decoding import Beam, Context
 from draftsmith.models.heads.distill import tally
 from draftsmith.models.heads.divergences import Distillation
 from draftsmith.models.heads.frozen import Weights, teacher_losses
 from draftsmith.models.heads.head import DraftHead
-from draftsmith.models.heads.layer import Layer, angles, frequencies, rope_of
+from draftsmith.models.heads.layer import Layer, angles, frequencies
 from draftsmith.models.heads.rooted import RootedTrees
 
 NOISE_LENGTH = 512  # tokens of the document whose noise is as wide as the objective says (EAGLE-1's code)
@@ -66,35 +67,15 @@ class EagleObjective(Distillation):
 
 
 @dataclass(frozen=True)
-class EagleConfig:
+class EagleConfig(LayerConfig):
     """Shapes of a head; it drafts all of the target's vocabulary."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: dict
-    max_position_embeddings: int
-    vocab_size: int
     bias: bool
 
     @classmethod
     def for_target(cls, config, intermediate_size: int | None = None, bias: bool = True) -> "EagleConfig":
         """A head for a target's text config: its widths and its rope. Raises UserError for a target without rope."""
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=intermediate_size or config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-            rope_parameters=rope_of(config, "eagle"),
-            max_position_embeddings=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
-            bias=bias,
-        )
+        return cls(**of_target(config, "eagle", intermediate_size), bias=bias)
 
     @property
     def draft_vocab_size(self) -> int:

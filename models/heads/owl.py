@@ -63,7 +63,9 @@ class OwlObjective(Distillation):
 
 @dataclass(frozen=True)
 class OwlConfig:
-    """Shapes of a head; n_predict is one of them, since the embedding's scale follows from it."""
+    """Shapes of a head; n_predict is one of them, since the embedding's scale follows from it. It has no positions."""
+
+    max_position_embeddings, columns = None, False  # no fields
 
     input_hidden_dim: int
     inner_dim: int
