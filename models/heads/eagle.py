@@ -21,17 +21,15 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt
 from torch import nn
 
-from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
-from draftsmith.models.heads import decoding, regression
+from draftsmith.models.features import FeatureSpec, Shared, TrainingFeatures
+from draftsmith.models.heads import regression
 from draftsmith.models.heads.attention import kernel_for, merged_attention, query_blocks
 from draftsmith.models.heads.config import LayerConfig, of_target
-from draftsmith.models.heads.decoding import Beam, Context
+from draftsmith.models.heads.decoding import LayerHead
 from draftsmith.models.heads.distill import tally
 from draftsmith.models.heads.divergences import Distillation
 from draftsmith.models.heads.frozen import Weights, teacher_losses
-from draftsmith.models.heads.head import DraftHead
 from draftsmith.models.heads.layer import Layer, angles, frequencies
-from draftsmith.models.heads.rooted import RootedTrees
 
 NOISE_LENGTH = 512  # tokens of the document whose noise is as wide as the objective says (EAGLE-1's code)
 
@@ -102,13 +100,12 @@ class EagleConfig(LayerConfig):
         )
 
 
-class EagleHead(DraftHead):
+class EagleHead(LayerHead):
     """shared: the target's embedding and output head (neither trained nor saved); ids [V] int64 is all of its
     vocabulary.
     """
 
     name, Shape, Objective, Config = "eagle", EagleShape, EagleObjective, EagleConfig
-    window = None
     inputs = 2  # vectors that `fc` joins
 
     def __init__(self, config: EagleConfig, shared: Shared, ids: torch.Tensor | None = None):
@@ -265,40 +262,6 @@ class EagleHead(DraftHead):
     def alive(self, parts: torch.Tensor, rank: torch.Tensor, objective: EagleObjective) -> torch.Tensor:
         """Which of the rows that take part (parts [K, P] bool) are trained on; a step's loss is the mean over them."""
         return parts
-
-    # Decoding
-
-    def prefill(self, features: Features) -> Context:
-        """Keys and values of all rows whose next token is known; the last row of each request stays pending."""
-        return decoding.prefill(self, features)
-
-    def extend(self, context: Context, features: Features) -> None:
-        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root."""
-        context.pending = decoding.pending_rows(context.pending, features)
-
-    def roots(self, context: Context) -> Beam:
-        """A beam that waits for the root tokens."""
-        return Beam(context)
-
-    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedTrees:
-        """A beam of P roots at the packed indices `at` [P] (each at least 1 inside its document), with the features of
-        its document's rows before.
-        """
-        return decoding.root_at(self, features, at)
-
-    def follow(self, context: Context, root: torch.Tensor) -> tuple[torch.Tensor, Beam]:
-        """root [B] -> log-probs [B, M, Vd] fp32 behind each of the M pending rows and the token that follows it, the
-        root behind the last; and the beam that the first `expand` would give. The rows are complete then.
-        """
-        output, beam = decoding.follow(self, context, root)
-        return torch.log_softmax(self.logits(output).float(), -1), beam
-
-    def expand(self, beam, tokens: torch.Tensor, parents: torch.Tensor):
-        """tokens [B, k], parents [B, k] (rows of the last expand) -> log-probs [B, k, V] fp32, beam. The first call
-        consumes the roots [B, 1].
-        """
-        output, beam = decoding.expand(self, beam, tokens, parents)
-        return torch.log_softmax(self.logits(output).float(), -1), beam
 
 
 def noisy(features: TrainingFeatures, width: float) -> TrainingFeatures:

@@ -58,7 +58,7 @@ def cut(features, start, count) -> Features:
 
 def states_of(head, embedded, states, kept):
     """The head's states [n, h] at all kept rows of one document."""
-    rows = head._rows(embedded, states, kept)
+    rows = head.rows(embedded, states, kept)
     return head.norm(head._self_block(head.layers[2], rows.x2, head.angles(rows.positions))[0])
 
 
@@ -154,7 +154,7 @@ def test_the_blocks_are_the_written_out_formulas(target):
     head = dream_head(target)
     embedded, states, kept = rows_of(head)
     for got, want in zip(
-        (states_of(head, embedded, states, kept), head._rows(embedded, states, kept).x1),
+        (states_of(head, embedded, states, kept), head.rows(embedded, states, kept).x1),
         by_formula(head, embedded, states),
     ):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -191,7 +191,7 @@ def test_the_gradients_of_training_rows_are_those_of_whole_documents(family):
     head = dream_head(target)
     training = packed(family, target, head.feature_spec)[0]
     plain, numbers = [], training.packing.rows + 1
-    for rows in head._documents(training):
+    for rows in head.documents(training):
         whole = rows.x1.new_zeros(len(rows.kept), H)
         plain.append(
             whole.index_copy(
@@ -322,7 +322,7 @@ def test_only_the_pieces_of_images_are_dropped_in_prompts_and_training_alike(fam
     assert context.skipped.tolist() == [n - n // 2 for n in pieces] and context.cross.lengths.tolist() == [
         len(p) - 1 for p in prompts
     ]
-    for b, kept in enumerate(rows.kept for rows in head._documents(training)):
+    for b, kept in enumerate(rows.kept for rows in head.documents(training)):
         n = len(prompts[b])
         mine = kept_rows(torch.ones(n).bool(), prompt.visual[b, :n], prompt.columns[b, :n], 0.5)
         assert torch.equal(kept[:n], mine) and kept[n:].all()
@@ -344,14 +344,14 @@ def test_each_answer_is_trained_on_the_visual_rows_that_its_prompt_drafts_with(f
         for row, supervised, seen in rows
     ]
     assert [(len(row), start) for row, _, start in documents] == [(first - 2, first - 6), (len(ids), len(ids) - 6)]
-    training = head._documents(pack_images(target, head, documents))
+    training = head.documents(pack_images(target, head, documents))
     for (row, seen, start), kept in zip(documents, (rows.kept for rows in training), strict=True):
         prompt = target.open(head.feature_spec, 1, 8).prefill([ImagePrompt(row[:start], seen)]).features
         want = kept_rows(torch.ones(start).bool(), prompt.visual[0], prompt.columns[0], 0.75)
         assert torch.equal(kept[:start], want) and kept[start:].all()
         assert head.prefill(prompt).skipped == start - want.sum() == row.count(IMAGE) // 4
     packing = Packing((0, len(ids)), torch.tensor(mask).bool())
-    one = head._documents(target.features(torch.tensor(ids), packing, head.feature_spec, [images]))[0].kept
+    one = head.documents(target.features(torch.tensor(ids), packing, head.feature_spec, [images]))[0].kept
     assert not torch.equal(one[:start], want)
 
 
