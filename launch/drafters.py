@@ -24,7 +24,8 @@ from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.drafters.reader import ReaderDrafter
 from draftsmith.models.drafters.recycling import TEMPLATE, RecyclingDrafter
 from draftsmith.models.drafters.stand import HEURISTIC, StandDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.formats.adapter import base_of, with_adapter

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
-from draftsmith.train.reference.scenes import describe, picture, questions, request, scenes
+from draftsmith.train.reference.scene_texts import describe, questions, request
+from draftsmith.train.reference.scenes import picture, scenes
 
 
 def write_scenes(output: str, count: int, seed: int, held_out: bool, share: float = 0.03) -> Path:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from draftsmith.models.drafters import HeadDrafter
-from draftsmith.models.drafters.suffix import Draft, Step, SuffixDrafter
+from draftsmith.models.drafters.suffix import Step, SuffixDrafter
+from draftsmith.models.drafters.suffix_index import Draft
 from draftsmith.models.tree import DraftTree
 
 INITIAL = 3.0  # accepted drafted tokens of a head step before the first one is known

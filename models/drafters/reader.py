@@ -15,7 +15,7 @@ from draftsmith.models.drafters.datastore import LONGEST, Datastore
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.plain import NoDrafter
 from draftsmith.models.drafters.retrieval import Estimates, Sketch, extend, matches
-from draftsmith.models.drafters.suffix import SuffixIndex
+from draftsmith.models.drafters.suffix_index import SuffixIndex
 from draftsmith.models.features import Features
 from draftsmith.models.noise import Draw
 from draftsmith.models.tree import DraftTree, Form

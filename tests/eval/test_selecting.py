@@ -15,7 +15,8 @@ from draftsmith.models.drafters.learners import AdaNormalHedge, Exp3, Hedge, Nor
 from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.drafters.recycling import RecyclingDrafter
 from draftsmith.models.drafters.stand import StandDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features
 from draftsmith.models.grow import StaticTree, chain, parse_tree

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftsmith.models.drafters.suffix import Draft, SuffixDrafter, SuffixIndex, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import Draft, SuffixIndex, SuffixRule
 from draftsmith.models.features import Features
 from draftsmith.models.noise import Draw
 

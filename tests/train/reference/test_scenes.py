@@ -10,14 +10,11 @@ from PIL import Image
 
 from draftsmith.launch.scenes import write_scenes
 from draftsmith.models.errors import UserError
+from draftsmith.train.reference.scene_texts import DIRECTIONS, LONG, NUMBERS, ORDINALS, count_words, describe, questions
 from draftsmith.train.reference.scenes import (
     BACKGROUNDS,
     COLOURS,
-    DIRECTIONS,
     GRID,
-    LONG,
-    NUMBERS,
-    ORDINALS,
     SHAPES,
     SIDE,
     SIZES,
@@ -25,12 +22,9 @@ from draftsmith.train.reference.scenes import (
     WORDS,
     Shape,
     Text,
-    count_words,
-    describe,
     draw_scene,
     is_held_out,
     picture,
-    questions,
     scenes,
 )
 
