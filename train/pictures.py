@@ -29,7 +29,8 @@ from draftsmith.models.pictures import (
     open_pictures,
     picture_sources,
 )
-from draftsmith.models.rendering import Renderer, check_ids
+from draftsmith.models.rendering import Renderer
+from draftsmith.models.row_encoder import check_ids
 from draftsmith.models.targets import Description, ImagePrompt
 from draftsmith.train.records import encode_record, is_conversation
 
