@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from draftsmith.models.features import Packing, Shared, Teacher, TrainingFeatures
 from draftsmith.models.targets import Description
-from draftsmith.train.loop import build_optimizer, muon_parts
 from draftsmith.train.lora import Adapter
 from draftsmith.train.recipe import DrafterRecipe
+from draftsmith.train.start import build_optimizer, muon_parts
 
 PROBE = 1024  # tokens of the timed layer and step, at most
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

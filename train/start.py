@@ -1,4 +1,4 @@
-"""What a run starts from: its head and, before the first step, the head's own start in closed form."""
+"""What a run starts from: its head, the head's own start in closed form before the first step, and its optimizer."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from draftsmith.models.heads.regression import FEWEST, wanted_rows
 from draftsmith.models.heads.vocabulary import most_frequent
 from draftsmith.models.targets import TextTarget
 from draftsmith.train.gto import Gto
+from draftsmith.train.optimizers import AdamW, MuonAdamW
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule
 from draftsmith.train.soft_budget import SoftBudget
@@ -76,3 +77,19 @@ def regress(
     if rows >= FEWEST * head.regressors:
         head.regress(samples)
         say(f"the head starts from a regression over {rows:,} rows")
+
+
+def build_optimizer(recipe: DrafterRecipe, head: nn.Module):
+    spec = recipe.optimization
+    if spec.name == "adamw":
+        return AdamW([p for p in head.parameters() if p.requires_grad], lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    matrices, rest = muon_parts(head)
+    return MuonAdamW(matrices, rest, spec.muon_lr, spec.lr)
+
+
+def muon_parts(head: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What Muon trains and what it leaves to AdamW: vectors, and matrices with one row a token."""
+    parts = ([], [])
+    for name, parameter in head.named_parameters():
+        parts[parameter.ndim != 2 or any(table in name for table in head.tables)].append(parameter)
+    return parts
