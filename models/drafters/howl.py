@@ -91,9 +91,8 @@ class HowlDrafter:
             self.steps.append(Step(source, score, length - 1))
             if source == "head":
                 self.means[row] = KEPT * self.means[row] + (1 - KEPT) * (length - 1)
-        texts = zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())
-        for calibration, draft, (tokens, length, last) in zip(self.calibrations, self.drafts, texts):
-            calibration.note(draft, [*tokens[1:length], last])
+        for calibration, draft, text in zip(self.calibrations, self.drafts, features.texts(root)):
+            calibration.note(draft, text[1:])
         self.head.observe(features, root)
         self.suffix.observe(features, root)
 

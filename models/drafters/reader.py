@@ -66,22 +66,19 @@ class ReaderDrafter:
         self._join(features, root)
 
     def _join(self, features: Features, root: torch.Tensor) -> None:
-        for tokens, length, last in zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist()):
+        for text in features.texts(root):
             self.learned.append(self.shared if self.lasting else (SuffixIndex(self.max_tokens), Estimates()))
             self.numbers.append(self.started)
             self.tails.append([])
             self.started += 1
-            self._append(-1, [*tokens[:length], last])
+            self._append(-1, text)
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         """The old root is known already."""
         self.base.observe(features, root)
-        for row, (tokens, length, last) in enumerate(
-            zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())
-        ):
-            emitted = [*tokens[1:length], last]
-            self.sketches[row].learn(emitted, self.learned[row][1])
-            self._append(row, emitted)
+        for row, text in enumerate(features.texts(root)):
+            self.sketches[row].learn(text[1:], self.learned[row][1])
+            self._append(row, text[1:])
 
     def _append(self, row: int, tokens: list[int]) -> None:
         self.learned[row][0].append(self.numbers[row], tokens)

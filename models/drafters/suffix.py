@@ -54,12 +54,12 @@ class SuffixDrafter:
 
     def join(self, features: Features, root: torch.Tensor) -> None:
         self.root = torch.cat([self.root, root])
-        for tokens, length, last in zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist()):
+        for text in features.texts(root):
             self.own.append(SuffixIndex(self.max_tokens))
             self.tails.append([])
             self.numbers.append(self.started)
             self.started += 1
-            self._commit(-1, [*tokens[:length], last], [last])
+            self._commit(-1, text, text[-1:])
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         """The old root is known already."""
@@ -67,11 +67,8 @@ class SuffixDrafter:
             Step("suffix", score, length - 1) for score, length in zip(self.scores, features.lengths.tolist())
         ]
         self.root = root
-        for row, (tokens, length, last) in enumerate(
-            zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())
-        ):
-            committed = [*tokens[1:length], last]
-            self._commit(row, committed, committed)
+        for row, text in enumerate(features.texts(root)):
+            self._commit(row, text[1:], text[1:])
 
     def _commit(self, row: int, tokens: list[int], generated: list[int]) -> None:
         self.tails[row] = (self.tails[row] + tokens)[-self.rule.depth :]

@@ -222,7 +222,7 @@ class DreamHead(DraftHead):
         """
         packing, teacher, device, steps = features.packing, features.teacher, features.tokens.device, objective.steps
         rows = packing.rows.to(device)
-        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        parts = packing.parts(steps).to(device)
         if len(rows) == 0:
             none = torch.zeros(steps, device=device)
             sums = tally(packing, parts, parts, torch.zeros(steps, 0, device=device)) | {
@@ -230,7 +230,7 @@ class DreamHead(DraftHead):
                 "middle": none[:1],
                 "kl": none,
             }
-            return sum(p.sum() * 0.0 for p in self.parameters()), sums
+            return self.nothing(), sums
         states, first = self._unroll(self._noisy(features, objective.noise), steps)
         wide = torch.promote_types(states.dtype, torch.float32)
         feature = F.smooth_l1_loss(states[0].to(wide), teacher.final.to(wide), reduction="none").mean(-1)

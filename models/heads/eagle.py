@@ -233,12 +233,10 @@ class EagleHead(LayerHead):
         """
         packing, teacher, steps = features.packing, features.teacher, objective.steps
         device, rows = features.tokens.device, packing.rows
-        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        parts = packing.parts(steps).to(device)
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
-            return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, parts, parts, none) | {
-                "feature": none.sum(1)
-            }
+            return self.nothing(), tally(packing, parts, parts, none) | {"feature": none.sum(1)}
         outputs = self._unroll(noisy(features, objective.noise), steps)
         supervised = (torch.arange(len(rows), device=device) + torch.arange(steps, device=device)[:, None]).clamp(
             max=len(rows) - 1

@@ -252,11 +252,11 @@ class Eagle3Head(LayerHead):
         rows, counts = packing.rows, counts or packing.counts(steps)
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
-            return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, none.bool(), none.bool(), none)
+            return self.nothing(), tally(packing, none.bool(), none.bool(), none)
         distribution = teacher_distribution(features.teacher, self.ids, objective)
         choose = chooser(objective.rows, packing, distribution, self.logits, features.seed)
         output, here = self._unroll(features, steps, choose)
-        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        parts = packing.parts(steps).to(device)
         supervised = torch.cat([part[places] for part, places in zip(parts, here)])
         here = [places[part[places]] for part, places in zip(parts, here)]
         factors = [1.0] * steps if choose is None else choose.factors

@@ -252,11 +252,9 @@ class OwlHead(DraftHead):
                 f"scale follows from it)"
             )
         rows = packing.rows.to(device)
-        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        parts = packing.parts(steps).to(device)
         if len(rows) == 0:
-            return sum(p.sum() * 0.0 for p in self.parameters()), tally(
-                packing, parts, parts, torch.zeros(steps, 0, device=device)
-            )
+            return self.nothing(), tally(packing, parts, parts, torch.zeros(steps, 0, device=device))
         at, step = rows.expand(steps, -1)[parts], torch.arange(steps, device=device)[:, None].expand_as(parts)[parts]
         states = self._unroll(features, self._starts(features, objective.spec_dropout), steps)[parts]
         scale = torch.tensor(

@@ -135,11 +135,6 @@ class TextTarget:
         """The id that stands for pieces of images; None where the target sees none."""
         return None if self.vision is None else self.vision.token
 
-    @property
-    def visual_ids(self) -> tuple[int, ...]:
-        """The ids of visual tokens, each of which stands for a piece of an image."""
-        return () if self.image_token is None else (self.image_token,)
-
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`. Some
         families keep their states in fp32 where their weights are not.
