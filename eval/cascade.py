@@ -67,6 +67,8 @@ class CascadeDrafter:
     drafters that cannot go back.
     """
 
+    idle, nbytes = None, 0
+
     def __init__(
         self,
         middle: TextTarget,
@@ -78,7 +80,7 @@ class CascadeDrafter:
         if not isinstance(drafter, Rewindable):
             raise UserError(
                 f"cascade: found {drafter} as drafter of the middle model, expected one whose text can be given up "
-                f"(a trained head, cascade, stand, suffix, lookup or plain)"
+                f"(such as a trained head, cascade, stand or suffix)"
             )
         if not rule.lossless:
             raise UserError(f"cascade: found {rule.name} between models, expected a lossless rule")

@@ -185,7 +185,6 @@ def stream(
     sampling: Sampling,
     max_new_tokens: int,
     eos: set[int] = frozenset(),
-    verifier: Verifier = MATCH,
 ) -> Iterator[tuple[int, Trace]]:
     """Continuous batching: decodes any number of requests, at most `batch` at a time. Those that end give their places
     to others. Yields (request, trace) as they end, each trace being the one that `generate` gives.
@@ -215,9 +214,7 @@ def stream(
         check_prompts(target, prompts, max_new_tokens, drafter.size)
         return Begun.of(session.admit(prompts), requests, prompts, sampling)
 
-    yield from passes(
-        session, drafter, more, sampling, max_new_tokens, eos, Clock(target.device), margins=False, verifier=verifier
-    )
+    yield from passes(session, drafter, more, sampling, max_new_tokens, eos, Clock(target.device), False, MATCH)
 
 
 @dataclass(frozen=True)

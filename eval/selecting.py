@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from draftsmith.eval.measurement.shared_prefill import Tapped, shared_spec
-from draftsmith.models.drafters import Drafter, HeadDrafter
+from draftsmith.models.drafters import Drafter
 from draftsmith.models.drafters.learners import (
     Learner,
     NormalHedge,
@@ -27,18 +27,12 @@ from draftsmith.models.drafters.learners import (
     length_of_realised,
     loss_of,
 )
-from draftsmith.models.drafters.lookup import LookupDrafter
-from draftsmith.models.drafters.recycling import RecyclingDrafter
-from draftsmith.models.drafters.stand import StandDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Distribution, DistributionSpec, Features, FeatureSpec
-from draftsmith.models.grow import AdaptiveTree, DynamicTree, SampledTree
 from draftsmith.models.noise import column, uniform
 from draftsmith.models.transfer import on_host
 from draftsmith.models.tree import DraftTree, Kind
 
-FREE = (LookupDrafter, SuffixDrafter, StandDrafter, RecyclingDrafter)  # their drafts cost next to nothing
 TOP = 32  # ids of the target's distributions that are looked at; the rest counts as nobody's
 HORIZON = 10  # positions of a loss: a drafter that goes deeper is scored up to here
 RESOLVED = 1e-3  # what is left of a product that further positions no longer change
@@ -100,7 +94,7 @@ class Ledger:
 
 
 class SelectingDrafter:
-    """drafters {name: drafter}: trained heads, suffix, lookup, stand, recycling. learner(count) -> a learner, one a
+    """drafters {name: drafter}, which can be idle (`Drafter.idle`). learner(count) -> a learner, one a
     request. estimator of the acceptance length: `product` for heads (chances behind every row; trees that were really
     proposed are scored by `rb`), `rb` or `realised`. every: heads that are not chosen predict in every so many passes,
     behind all rows since then at once. replay: heads propose in every pass too, instead (exact, at the price of
@@ -111,6 +105,8 @@ class SelectingDrafter:
     while it was idle}; seconds: of this thread, for all that the chosen drafter alone would not have needed. Raises
     UserError for drafters that cannot be idle.
     """
+
+    idle = None
 
     def __init__(
         self,
@@ -123,10 +119,10 @@ class SelectingDrafter:
         lasting: bool = False,
     ):
         for name, drafter in drafters.items():
-            if not isinstance(drafter, (*FREE, HeadDrafter)):
+            if drafter.idle is None:
                 raise UserError(
-                    f"select: found {name}, expected trained drafters, suffix, lookup, stand or recycling: they go on "
-                    f"while another one drafts"
+                    f"select: found {name}, expected trained drafters, suffix, lookup or others that go on while "
+                    f"another one drafts"
                 )
         self.names, self.drafters = list(drafters), list(drafters.values())
         self.shared = learner(len(drafters)) if lasting else None
@@ -142,6 +138,10 @@ class SelectingDrafter:
         self.choices = dict.fromkeys(self.names, 0)
         self.caught_up = dict.fromkeys(self.names, 0)
         self.seconds, self.passes = 0.0, 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(drafter.nbytes for drafter in self.drafters)
 
     def __str__(self):
         return f"select:{','.join(self.names)}"
@@ -172,7 +172,7 @@ class SelectingDrafter:
         """The drafters that predict behind rows."""
         if self.bandit or self.replay:
             return []
-        return [i for i, d in enumerate(self.drafters) if isinstance(d, HeadDrafter) and hasattr(d.head, "follow")]
+        return [i for i, d in enumerate(self.drafters) if d.idle == "predict"]
 
     def propose(self, draw) -> DraftTree:
         clock = time.thread_time()
@@ -209,11 +209,11 @@ class SelectingDrafter:
         drafter = self.drafters[number]
         predicted, counts, first = drafter.follow()
         policy, ids = drafter.policy, drafter.head.ids
-        drawn = temperature > 0 and isinstance(policy, SampledTree | AdaptiveTree)
+        drawn = temperature > 0 and policy.draws
         if drawn:
             scores, picks = (predicted / (policy.temperature or temperature)).softmax(-1).topk(min(TOP, len(ids)))
         else:
-            scores, picks = predicted.topk(first_children(policy, len(ids)))
+            scores, picks = predicted.topk(min(policy.branches, len(ids)))
         tokens, values, lengths = on_host(ids[picks], scores, counts)
         for b, ledger in enumerate(self.ledgers):
             first_place = ledger.place - int(lengths[b]) + 1  # the last row is the one before the root
@@ -335,14 +335,6 @@ class SelectingDrafter:
 
 def likely(ids: np.ndarray, probs: np.ndarray) -> dict[int, float]:
     return {int(t): float(p) for t, p in zip(ids, probs) if p > 0}
-
-
-def first_children(policy, most: int) -> int:
-    """How many tokens a head's tree has behind the root."""
-    if isinstance(policy, DynamicTree | AdaptiveTree):
-        return min(most, policy.top_k if isinstance(policy, DynamicTree) else policy.width)
-    shape = policy.shape if isinstance(policy, SampledTree) else policy
-    return min(most, sum(len(path) == 1 for path in shape.paths))
 
 
 def merged(trees: dict[int, DraftTree], chosen: list[int], root: torch.Tensor) -> DraftTree:

@@ -24,7 +24,8 @@ from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.drafters.reader import ReaderDrafter
 from draftsmith.models.drafters.recycling import TEMPLATE, RecyclingDrafter
 from draftsmith.models.drafters.stand import HEURISTIC, StandDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.formats.adapter import base_of, with_adapter
@@ -51,9 +52,9 @@ class Kind:
     argument, tree) -> drafter; tree: what a head in it grows, None = the kind's own choice. methods(argument) -> the
     methods in it that draft for the same target. grows: whether it takes a tree; shaped: whether it takes a static one,
     and has one of its own; widens: whether it takes what the method in it takes, and is compared with that one on the
-    same tree. retrieves: whether it reads a datastore. samples(argument): whether its trees carry the distributions
-    they were drawn from. lasting: as `make`, a drafter that keeps what it learns as long as it lives; None where
-    nothing is learned.
+    same tree; widened: whether `reader` widens its trees. retrieves: whether it reads a datastore. samples(argument):
+    whether its trees carry the distributions they were drawn from. lasting: as `make`, a drafter that keeps what it
+    learns as long as it lives; None where nothing is learned.
     """
 
     form: str
@@ -62,6 +63,7 @@ class Kind:
     grows: bool = False
     shaped: bool = False
     widens: bool = False
+    widened: bool = False
     retrieves: bool = False
     samples: Callable[[str], bool] = lambda argument: False
     lasting: Callable[["Drafters", str, TreePolicy | None], Drafter] | None = None
@@ -156,8 +158,9 @@ def recycling(drafters: Drafters, argument: str, tree: TreePolicy | None, lastin
 
 def under_reader(method: str) -> list[str]:
     """Raises UserError for methods whose trees READER does not widen."""
-    if method and not trained(method) and method.partition(":")[0] != "stand":
-        raise UserError(f"reader: found {method} behind it, expected a drafter, stand or nothing")
+    if method and not trained(method) and (method in LIBRARY or not parse(method)[0].widened):
+        known = ", ".join(word for word, kind in KINDS.items() if kind.widened)
+        raise UserError(f"reader: found {method} behind it, expected a drafter, {known} or nothing")
     return [method] if method else []
 
 
@@ -237,6 +240,7 @@ KINDS = {
         "stand[:MODE]",
         stand,
         shaped=True,
+        widened=True,
         samples=lambda mode: mode != "deterministic",
         lasting=partial(stand, lasting=True),
     ),

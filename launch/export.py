@@ -34,7 +34,7 @@ def export_drafter(
     target = target or stored.target
     head = open_head(stored, stored.shared())
     layout, serving = layout_for(head, to), None
-    context = getattr(head.config, "max_position_embeddings", None)
+    context = head.config.max_position_embeddings
     if target is None:
         raise UserError(f"{stored.folder}: names no target; expected --target")
     if layout.described:
@@ -48,7 +48,7 @@ def export_drafter(
         f"{len(tensors)} tensors in {out}, read back and "
         f"equal\n{command(layout, to, config, out, locate(target), depth)}"
     )
-    for line in trained.exceeded(getattr(head.config, "n_predict", depth), context):
+    for line in trained.exceeded(head.config.n_predict or depth, context):
         report(line)
     return out
 
@@ -65,7 +65,7 @@ def import_drafter(
     stored = read_files(fetch(source, (*SAFE_FILES, "*.bin") if pickle else SAFE_FILES), pickle)
     config, _, embedding = read_target(target)
     head = open_head(stored, Shared(embedding), config.num_hidden_layers, taps, report)
-    trained, wanted = getattr(head.config, "max_position_embeddings", None), config.max_position_embeddings
+    trained, wanted = head.config.max_position_embeddings, config.max_position_embeddings
     if trained is not None and trained < wanted:
         rope = {"original_max_position_embeddings": trained, **head.config.rope_parameters}
         rope = rope if rope.get("rope_type") == "yarn" else head.config.rope_parameters

@@ -57,7 +57,7 @@ def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:
 
 def suspicions(rows: Rows, renderer: Renderer, stops: set[int]) -> list[str]:
     """One line for everything in the first rows that data should not have: it is supervised all the same."""
-    tokenizer, special = renderer.tokenizer, np.array(sorted(renderer.markers - stops), dtype=np.uint32)
+    tokenizer, special = renderer.tokenizer, np.array(sorted(renderer.encoder.markers - stops), dtype=np.uint32)
     found, markers = Counter(), Counter()
     for number in range(min(READ, len(rows))):
         tokens, mask = rows.row(number)

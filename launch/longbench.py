@@ -25,7 +25,6 @@ from draftsmith.models.rendering import Renderer
 from draftsmith.train.reference import corpus
 from draftsmith.train.reference.repository import open_file, question
 
-EDGES = (4096, 8192, 16384, 32768, 65536)
 QUESTION = "Summarize the text above."  # of documents that bring none of their own
 KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")  # of a message; logs have much beside
 HASHED = 1000  # tokens that tell whether two prompts are the same

@@ -8,6 +8,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.files import write_new
 from draftsmith.train.reference import corpus
 
+LEAST = 24  # tokens of an answer: shorter functions are trivial
 HELD_OUT = 0.03  # share of module paths that no training of the bundled models sees
 
 
@@ -19,7 +20,6 @@ def write_prompts(
     tokenizer,
     held_out: bool,
     tests: bool = False,
-    min_answer: int = 24,
     max_question: int = 128,
     max_answer: int = 224,
 ) -> Path:
@@ -43,7 +43,7 @@ def write_prompts(
         asked.add(function.question)
         if (
             len(tokenizer(function.question)["input_ids"]) <= max_question
-            and min_answer <= len(tokenizer(function.answer)["input_ids"]) <= max_answer
+            and LEAST <= len(tokenizer(function.answer)["input_ids"]) <= max_answer
         ):
             rows.append(
                 {

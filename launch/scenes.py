@@ -8,14 +8,15 @@ from itertools import islice
 from pathlib import Path
 
 from draftsmith.models.errors import UserError
-from draftsmith.train.reference.scenes import describe, picture, questions, request, scenes
+from draftsmith.train.reference.scene_texts import describe, questions, request
+from draftsmith.train.reference.scenes import picture, scenes
+
+SHARE = 0.03  # held out, as in the target's recipe
 
 
-def write_scenes(output: str, count: int, seed: int, held_out: bool, share: float = 0.03) -> Path:
+def write_scenes(output: str, count: int, seed: int, held_out: bool) -> Path:
     """`output`/scenes.json and `output`/pictures: for each scene a description, and a conversation of all kinds of
-    questions.
-
-    share: the held-out share of the target's recipe. Raises UserError when `output` exists.
+    questions. Raises UserError when `output` exists.
     """
     folder = Path(output)
     if folder.exists():
@@ -23,7 +24,7 @@ def write_scenes(output: str, count: int, seed: int, held_out: bool, share: floa
     partial = folder.with_name(f".{folder.name}.partial")
     (partial / "pictures").mkdir(parents=True, exist_ok=True)
     rng, rows = random.Random(f"{seed} {held_out}"), []
-    for number, scene in enumerate(islice(scenes(1000 + seed, held_out, share), count)):
+    for number, scene in enumerate(islice(scenes(1000 + seed, held_out, SHARE), count)):
         image = f"pictures/{number:06d}.png"
         picture(scene).save(partial / image)
         rows.append(_row(f"{number} describe", image, [(request(rng), describe(scene, rng))]))

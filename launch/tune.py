@@ -7,7 +7,7 @@ from draftsmith.eval.measurement.tune import tune
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH
-from draftsmith.launch.drafters import inner, shaped, trained
+from draftsmith.launch.drafters import KINDS, inner, shaped, trained
 from draftsmith.launch.finished import clock_of, made_once
 from draftsmith.launch.measurement import digest, timely
 from draftsmith.launch.methods import ASSISTANT, Methods, labels
@@ -37,7 +37,8 @@ def tune_tree(
     """
     ((name, asked),) = labels([method]).items()
     if inner(asked) != asked or not trained(asked) and not shaped(asked):
-        raise UserError(f"method: found {method}, expected stand, recycling or a drafter: others draft no static tree")
+        known = ", ".join(word for word, kind in KINDS.items() if kind.shaped)
+        raise UserError(f"method: found {method}, expected {known} or a drafter: others draft no static tree")
     if output.suffix != ".json":
         raise UserError(f"--output: found {output}, expected a name that ends with .json: --tree knows files by it")
     if not depth <= large or not size <= large:

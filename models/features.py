@@ -106,6 +106,11 @@ class Features:
     columns: torch.Tensor | None = None
     distribution: Distribution | None = None
 
+    def texts(self, root: torch.Tensor) -> list[list[int]]:
+        """The tokens of each request's rows, and behind them its root [B]."""
+        rows = zip(self.tokens.tolist(), self.lengths.tolist(), root.tolist())
+        return [[*tokens[:length], last] for tokens, length, last in rows]
+
     def joined(self, other: "Features") -> "Features":
         """The requests of `other` behind these: their tokens, hidden states and lengths, nothing else."""
         width = max(self.tokens.size(1), other.tokens.size(1))
@@ -196,11 +201,15 @@ class Packing:
         """[P] bool: which of `rows` take part in a step."""
         return self.reach[self.rows] > step
 
+    def parts(self, steps: int) -> torch.Tensor:
+        """[K, P] bool: `takes_part` of every step."""
+        return torch.stack([self.takes_part(k) for k in range(steps)])
+
     def rounds(self, outputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """outputs [K, P, ...] of `rows` at K steps -> for each step (rows [P_k], outputs [P_k, ...]) of those that take
         part in it.
         """
-        parts = [self.takes_part(k) for k in range(len(outputs))]
+        parts = self.parts(len(outputs))
         return [
             (self.rows[part].to(output.device), output[part.to(output.device)]) for part, output in zip(parts, outputs)
         ]

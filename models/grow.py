@@ -1,7 +1,9 @@
 """Growing a draft tree from a learned head: the EAGLE-2 dynamic tree, static shapes (a chain is one of them), and
 shapes whose nodes are sampled.
 
-A policy sees the head only through `roots` and `expand`. All scores are fp32 log-probabilities at temperature 1.
+A policy sees the head only through `roots` and `expand`. All scores are fp32 log-probabilities at temperature 1. One
+that draws has `sample(head, beam, root, draw)`, the others `grow(head, beam, root)`. branches: how many children the
+root has at most.
 """
 
 from dataclasses import dataclass, replace
@@ -13,37 +15,8 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.noise import Draw
-from draftsmith.models.topology import ordered, read_slots
+from draftsmith.models.topology import EAGLE_PATHS, ordered, read_slots
 from draftsmith.models.tree import DraftTree, Form, Kind
-
-# 25 drafted nodes of EAGLE-1, as child ranks level by level.
-EAGLE_PATHS = [
-    (0,),
-    (1,),
-    (2,),
-    (3,),
-    (0, 0),
-    (0, 1),
-    (0, 2),
-    (1, 0),
-    (1, 1),
-    (2, 0),
-    (2, 1),
-    (3, 0),
-    (0, 0, 0),
-    (0, 0, 1),
-    (0, 0, 2),
-    (0, 1, 0),
-    (0, 1, 1),
-    (0, 2, 0),
-    (0, 2, 1),
-    (1, 0, 0),
-    (0, 0, 0, 0),
-    (0, 0, 0, 1),
-    (0, 0, 0, 2),
-    (0, 0, 0, 0, 0),
-    (0, 0, 0, 0, 1),
-]
 
 
 @dataclass(frozen=True)
@@ -67,9 +40,14 @@ class DynamicTree:
     top_k: int
     depth: int
     size: int
+    draws = False
 
     def __str__(self) -> str:
         return f"dynamic:{self.top_k}x{self.depth}x{self.size}"
+
+    @property
+    def branches(self) -> int:
+        return self.top_k
 
     def candidates(self, head, beam, root: torch.Tensor) -> "Candidates":
         """root [B] -> every node that the beam search meets, level by level, before the best are kept."""
@@ -112,6 +90,7 @@ class StaticTree:
 
     paths: tuple[tuple[int, ...], ...]
     label: str
+    draws = False
 
     def __str__(self) -> str:
         return self.label
@@ -123,6 +102,10 @@ class StaticTree:
     @property
     def depth(self) -> int:
         return max(map(len, self.paths), default=0)
+
+    @property
+    def branches(self) -> int:
+        return sum(len(path) == 1 for path in self.paths)
 
     @cached_property
     def children(self) -> tuple[np.ndarray, np.ndarray]:
@@ -184,6 +167,7 @@ class SampledTree:
     shape: StaticTree
     kind: Kind
     temperature: float | None = None
+    draws = True
 
     def __str__(self) -> str:
         return (
@@ -199,6 +183,10 @@ class SampledTree:
     @property
     def depth(self) -> int:
         return self.shape.depth
+
+    @property
+    def branches(self) -> int:
+        return self.shape.branches
 
     @cached_property
     def form(self) -> Form:
@@ -248,6 +236,7 @@ class AdaptiveTree:
     width: int
     depth: int
     temperature: float | None = None
+    draws = True
 
     def __str__(self) -> str:
         return f"sampled:adaptive:{self.width}x{self.depth}" + (f"@{self.temperature:g}" if self.temperature else "")
@@ -255,6 +244,10 @@ class AdaptiveTree:
     @property
     def size(self) -> int:
         return 1 + self.width * self.depth
+
+    @property
+    def branches(self) -> int:
+        return self.width
 
     def sample(self, head, beam, root: torch.Tensor, draw: Draw) -> DraftTree:
         """root [B] -> trees of `size` nodes that carry q. At temperature 0: the dynamic tree of the same width, depth

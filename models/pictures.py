@@ -8,7 +8,6 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -236,6 +235,6 @@ def load_reader(name: str | Path, described):
     return load_tokenizer(name) if described.image_token is None else Reader(load_processor(name))
 
 
-def load_renderer(name: str | Path, described, variables: Mapping = {}, now: datetime | None = None) -> Renderer:
+def load_renderer(name: str | Path, described, variables: Mapping = {}) -> Renderer:
     """The chat template of a target with these variables, over the `load_reader` of it."""
-    return Renderer(load_reader(name, described), variables, now, str(name), described.vocab_size)
+    return Renderer(load_reader(name, described), variables, None, str(name), described.vocab_size)

@@ -17,6 +17,7 @@ from functools import cached_property
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.messages import REASONING, WEIGHT, as_text, reasoning_of, says_something
+from draftsmith.models.row_encoder import RowEncoder, check_ids
 from draftsmith.models.shown import (
     ANSWER,
     CALLS,
@@ -52,17 +53,6 @@ class Encoded:
     notes: Counter = field(default_factory=Counter)
 
 
-@dataclass
-class Row:
-    """A row while its conversation goes on. text: what its first `told` ids say, up to an end marker."""
-
-    ids: list[int]
-    mask: list[int]
-    text: str = ""
-    told: int = 0
-    joined: bool = False  # parts were encoded by themselves
-
-
 class Renderer:
     """The chat template of a target, with the values that its variables have and one clock.
 
@@ -82,7 +72,8 @@ class Renderer:
     ):
         self.reader, self.now = reader, now or datetime.now()
         self.target, self.vocab_size = target, vocab_size
-        self.tokenizer = getattr(reader, "tokenizer", reader)
+        self.encoder = RowEncoder(reader)
+        self.tokenizer = self.encoder.tokenizer
         self.hidden: Counter = Counter()
         self.variables = {name: value for name, value in variables.items() if name != CLOCK}
         self.fixed = variables.get(CLOCK) is not None  # the clock is given
@@ -149,7 +140,7 @@ class Renderer:
         self.hidden[CALLS] += any(self._hidden_call(messages[: n + 1], tools) for n in range(len(messages)))
         self.hidden[TOOLS] += tools_missing(tools, text)
         self.hidden.update(GIVEN.format(role) for role in roles_missing(messages, text))
-        ids = self._ids(text)
+        ids = self.encoder.ids(text)
         if self.vocab_size is not None:
             check_ids(ids, self.tokenizer, self.vocab_size)
         return ids
@@ -166,7 +157,7 @@ class Renderer:
         for number, message in enumerate(messages[: turns[-1] + 1]):
             if message["role"] == "assistant" and "tool_calls" in message:
                 self._check_calls(messages[: number + 1], tools)
-        ends, pieces = self._ends(stops), []
+        ends, pieces = self.encoder.ends(stops), []
         for turn in turns:
             if not says_something(messages[turn]):
                 notes[EMPTY_ANSWER] += 1
@@ -186,10 +177,8 @@ class Renderer:
         if pieces:
             notes[TOOLS] += tools_missing(tools, pieces[-1][0])
             notes.update(GIVEN.format(role) for role in roles_missing(messages[: turns[-1]], "".join(pieces[-1][:2])))
-        rows = self._rows(pieces, stops, shared=True)
+        rows = self.encoder.rows(pieces, stops)
         return Encoded([(row.ids, row.mask) for row in rows], +notes)
-
-    # ---------------------------------------------------------------------------------------- texts
 
     def _ready(self, messages: list[dict]) -> list[dict]:
         """With reasoning under all the names that templates know; a target of text gets texts alone."""
@@ -316,77 +305,6 @@ class Renderer:
 
     def _content(self, text: str):
         return text if self.reader is self.tokenizer else [{"type": "text", "text": text}]
-
-    # ------------------------------------------------------------------------------------------ ids
-
-    def _ids(self, text: str) -> list[int]:
-        """Without special tokens beside those of the text; a processor adds the first one where the text has none."""
-        bos = self.tokenizer.bos_token
-        adds = self.reader is not self.tokenizer and not (bos and text.startswith(bos))
-        return list(self.tokenizer(text, add_special_tokens=adds)["input_ids"])
-
-    def _piece(self, text: str) -> list[int]:
-        """Of a text that stands behind another one."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-    def _ends(self, stops: set[int]) -> list[str]:
-        """The texts of those stop ids that a text is split at, whatever stands around them."""
-        return [self._added[stop].content for stop in sorted(stops) if stop in self._added]
-
-    @cached_property
-    def _added(self) -> dict:
-        return self.tokenizer.added_tokens_decoder
-
-    @cached_property
-    def markers(self) -> frozenset[int]:
-        """The ids of special tokens: what templates are built of."""
-        return frozenset({*self.tokenizer.all_special_ids, *(i for i, token in self._added.items() if token.special)})
-
-    def _rows(self, pieces: list[tuple[str, str, str, bool]], stops: set[int], shared: bool) -> list[Row]:
-        """pieces: (prompt, given, answer, whether it ends with an end marker) of each answer in order.
-
-        shared: the ids of a prompt that goes on behind a row are those of the row and of the rest, since texts are
-        split at end markers. That is checked at the end, and where it does not hold each prompt is encoded by itself.
-        """
-        rows = []
-        for asked, given, answer, ended in pieces:
-            row = rows[-1] if rows else Row([], [])
-            if shared and row.told and row.told == len(row.ids) and asked.startswith(row.text):
-                prompt, written = self._continued(asked[len(row.text) :] + given, answer, self._piece)
-                row.joined = True
-            else:
-                prompt, written = self._continued(asked + given, answer, self._ids)
-                if not rows or prompt[: len(row.ids)] != row.ids:
-                    row = Row([], [])
-                    rows.append(row)
-                prompt = prompt[len(row.ids) :]
-            stop = next((at for at, token in enumerate(written, 1) if token in stops), len(written))
-            row.ids += prompt + written[:stop]
-            row.mask += [0] * len(prompt) + [1] * stop
-            if ended and stop == len(written):
-                row.text, row.told = asked + given + answer, len(row.ids)
-        if shared and any(self._ids(row.text) != row.ids[: row.told] for row in rows if row.joined):
-            return self._rows(pieces, stops, shared=False)
-        return rows
-
-    def _continued(self, prompt: str, answer: str, encode) -> tuple[list[int], list[int]]:
-        """The ids of a prompt, and those that stand behind it: cut there, even where encoding both together would merge
-        across.
-        """
-        ids, together = encode(prompt), encode(prompt + answer)
-        if together[: len(ids)] == ids:
-            return ids, together[len(ids) :]
-        alone = self._piece(answer)
-        if self.tokenizer.decode([*ids, *alone]) != self.tokenizer.decode(together):
-            raise UserError(f"tokenizer: gives no ids for {answer[:40]!r} behind a prompt, expected some that say it")
-        return ids, alone
-
-
-def check_ids(ids: list[int], tokenizer, vocab_size: int) -> None:
-    """Raises UserError for an id that a target's embedding does not have."""
-    if wrong := next((token for token in ids if not 0 <= token < vocab_size), None):
-        name = tokenizer.convert_ids_to_tokens(wrong) if 0 < wrong < 2**31 else None
-        raise UserError(f"found token id {wrong}{f' ({name!a})' if name else ''}, expected 0..{vocab_size - 1}")
 
 
 def _without(text: str, ends: list[str]) -> str:

@@ -14,8 +14,37 @@ import numpy as np
 from draftsmith.models.errors import UserError
 
 Slot = tuple[int, ...]
+# 25 drafted nodes of EAGLE-1, as child ranks level by level.
+EAGLE_PATHS = [
+    (0,),
+    (1,),
+    (2,),
+    (3,),
+    (0, 0),
+    (0, 1),
+    (0, 2),
+    (1, 0),
+    (1, 1),
+    (2, 0),
+    (2, 1),
+    (3, 0),
+    (0, 0, 0),
+    (0, 0, 1),
+    (0, 0, 2),
+    (0, 1, 0),
+    (0, 1, 1),
+    (0, 2, 0),
+    (0, 2, 1),
+    (1, 0, 0),
+    (0, 0, 0, 0),
+    (0, 0, 0, 1),
+    (0, 0, 0, 2),
+    (0, 0, 0, 0, 0),
+    (0, 0, 0, 0, 1),
+]
 # Drafted nodes on each level of the tree of Token Recycling (Luo et al., 2024): 80 in all.
 RECYCLING_LEVELS = (8, 21, 25, 15, 8, 3)
+CHAIN = 12  # of first children, in the heuristic shape
 # How likely the child of each rank is to be accepted, as long as nothing is known.
 PRIOR = (0.6, 0.15, 0.08, 0.05, 0.03, 0.02, 0.02, 0.015, 0.015, 0.01)
 
@@ -66,9 +95,9 @@ def recycling() -> list[Slot]:
     return ordered(found)
 
 
-def heuristic(depth: int = 12) -> list[Slot]:
-    """The 80 slots of `recycling` with the chain of first children made `depth` deep in place of the weakest leaves."""
-    chain = {(0,) * level for level in range(1, depth + 1)}
+def heuristic() -> list[Slot]:
+    """The 80 slots of `recycling` with the chain of first children made `CHAIN` deep in place of the weakest leaves."""
+    chain = {(0,) * level for level in range(1, CHAIN + 1)}
     found, kept = set(recycling()), len(recycling())
     found |= chain
     while len(found) > kept:

@@ -76,7 +76,7 @@ class Chosen(Verifier):
 class TableChain:
     """Draws chains of `depth` tokens from a table, one request at a time; the draws are choices."""
 
-    feature_spec = FeatureSpec(taps=())
+    feature_spec, idle, nbytes = FeatureSpec(taps=()), None, 0
 
     def __init__(self, table, depth: int, kind: Kind = Kind.IID):
         self.table, self.depth, self.kind, self.size = table, depth, kind, depth + 1

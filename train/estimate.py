@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from draftsmith.models.features import Packing, Shared, Teacher, TrainingFeatures
 from draftsmith.models.targets import Description
-from draftsmith.train.loop import build_optimizer, muon_parts
 from draftsmith.train.lora import Adapter
 from draftsmith.train.recipe import DrafterRecipe
+from draftsmith.train.start import build_optimizer, muon_parts
 
+TIMES = 5
 PROBE = 1024  # tokens of the timed layer and step, at most
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -172,14 +173,14 @@ def _few_layers(config, layers: int, device, dtype):
         return AutoModelForCausalLM.from_config(few).to(dtype).eval().get_decoder()
 
 
-def median_seconds(call, device: torch.device, times: int = 5) -> float:
-    """After one call for warming up."""
+def median_seconds(call, device: torch.device) -> float:
+    """Of `TIMES` calls, after one for warming up."""
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     seconds = []
-    for _ in range(times + 1):
+    for _ in range(TIMES + 1):
         sync()
         start = time.perf_counter()
         call()
         sync()
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[times // 2]
+    return sorted(seconds[1:])[TIMES // 2]

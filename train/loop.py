@@ -14,7 +14,6 @@ from torch import nn
 from draftsmith.models.errors import UserError
 from draftsmith.models.files import alone
 from draftsmith.models.formats import load_drafter, save_drafter
-from draftsmith.models.heads.adapted import merged
 from draftsmith.models.noise import seed_of
 from draftsmith.models.targets import TextTarget, describe
 from draftsmith.train import distributed
@@ -30,11 +29,11 @@ from draftsmith.train.checkpoint import (
 )
 from draftsmith.train.features import Cached, Online
 from draftsmith.train.lora import Adapter
-from draftsmith.train.optimizers import AdamW, MuonAdamW
+from draftsmith.train.partitioned import consolidated, gathered, size
 from draftsmith.train.preparation import Prepared, prepared
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
-from draftsmith.train.start import build_head, regress, target_dtype, tree_objectives
+from draftsmith.train.start import build_head, build_optimizer, regress, target_dtype, tree_objectives
 from draftsmith.train.step import TrainingStep
 from draftsmith.train.telemetry import Log, Progress, Stopwatch, Wandb, figures
 
@@ -43,45 +42,6 @@ PERSISTENT = 20  # steps in a row with gradients that are not finite, after whic
 Evaluator = Callable[
     [TextTarget, nn.Module, list[list[int]], set[int]], float
 ]  # acceptance length on prompts, given the stop ids
-
-
-def build_optimizer(recipe: DrafterRecipe, head: nn.Module):
-    spec = recipe.optimization
-    if spec.name == "adamw":
-        return AdamW([p for p in head.parameters() if p.requires_grad], lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    matrices, rest = muon_parts(head)
-    return MuonAdamW(matrices, rest, spec.muon_lr, spec.lr)
-
-
-def muon_parts(head: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What Muon trains and what it leaves to AdamW: vectors, and matrices with one row a token."""
-    parts = ([], [])
-    for name, parameter in head.named_parameters():
-        parts[parameter.ndim != 2 or any(table in name for table in head.tables)].append(parameter)
-    return parts
-
-
-def size(parameters) -> int:
-    """Numbers in parameters that may be partitioned."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-
-
-def gathered(head: nn.Module, zero_stage: int):
-    """A block in which all of a head's parameters are whole, partitioned or not; all processes enter it."""
-    return (
-        distributed.load_deepspeed().zero.GatheredParameters(list(head.parameters()))
-        if zero_stage == 3
-        else contextlib.nullcontext()
-    )
-
-
-def consolidated(head: nn.Module, zero_stage: int) -> nn.Module:
-    """An fp32 copy of a head whose parameters may be partitioned, its adapter merged; all processes call this."""
-    with gathered(head, zero_stage):
-        weights = {name: value.detach().to(torch.float32, copy=True) for name, value in merged(head).items()}
-    twin = type(head)(head.config, head.shared, head.ids).to(head.ids.device, torch.float32)
-    twin.load_state_dict(weights)
-    return twin.eval()
 
 
 @dataclass

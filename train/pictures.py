@@ -29,7 +29,8 @@ from draftsmith.models.pictures import (
     open_pictures,
     picture_sources,
 )
-from draftsmith.models.rendering import Renderer, check_ids
+from draftsmith.models.rendering import Renderer
+from draftsmith.models.row_encoder import check_ids
 from draftsmith.models.targets import Description, ImagePrompt
 from draftsmith.train.records import encode_record, is_conversation
 
@@ -61,7 +62,7 @@ def answers_apart(ids: list[int], mask: list[int], pictures: list[Path | bytes],
 
 def cut_for(config) -> Cut:
     """How conversations become rows for a head of this config (`Config.for_target`)."""
-    return answers_apart if getattr(config, "columns", False) else whole
+    return answers_apart if config.columns else whole
 
 
 class Pictures:

@@ -6,7 +6,8 @@ from collections import Counter
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.messages import check_text, messages_of, tools_of
-from draftsmith.models.rendering import EMPTY_ANSWER, END_INSIDE, Encoded, Renderer, check_ids
+from draftsmith.models.rendering import EMPTY_ANSWER, END_INSIDE, Encoded, Renderer
+from draftsmith.models.row_encoder import check_ids
 
 READY_MADE = "ready-made texts have markers of a template: all of each is supervised, what the user says as well"
 SIDE_BY_SIDE = ("conversation_a", "conversation_b", "chosen", "rejected")  # what sets of compared answers have
@@ -58,7 +59,7 @@ def encode_text(text: str, renderer: Renderer) -> Encoded:
     eos = tokenizer.eos_token
     if eos and text.rstrip().endswith(eos) and ids[-2:] == [tokenizer.eos_token_id] * 2:
         ids.pop()  # some tokenizers put a last token behind every text
-    marked = not renderer.markers.isdisjoint(tokenizer(text, add_special_tokens=False)["input_ids"])
+    marked = not renderer.encoder.markers.isdisjoint(tokenizer(text, add_special_tokens=False)["input_ids"])
     return Encoded([(ids, [1] * len(ids))], Counter([READY_MADE] if marked else []))
 
 

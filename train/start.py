@@ -1,4 +1,4 @@
-"""What a run starts from: its head and, before the first step, the head's own start in closed form."""
+"""What a run starts from: its head, the head's own start in closed form before the first step, and its optimizer."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from draftsmith.models.heads.regression import FEWEST, wanted_rows
 from draftsmith.models.heads.vocabulary import most_frequent
 from draftsmith.models.targets import TextTarget
 from draftsmith.train.gto import Gto
+from draftsmith.train.optimizers import AdamW, MuonAdamW
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule
 from draftsmith.train.soft_budget import SoftBudget
@@ -34,7 +35,7 @@ def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, 
         head = load_drafter(spec.start_from, target.shared, target.layers)
         if type(head) is not kind:
             raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
-        if hasattr(head, "grow"):
+        if head.grow is not None:
             head.grow(config)
         for key in spec.shape:
             if getattr(head.config, key) != getattr(config, key):
@@ -66,7 +67,7 @@ def regress(
     head: nn.Module, schedule: Schedule, features: Callable[[list[int]], TrainingFeatures], say: Callable[[str], None]
 ) -> None:
     """Lets a head that can start in closed form do so, over rows of the first steps (the same in every process)."""
-    if getattr(head, "regress", None) is None:
+    if head.regress is None:
         return
     samples, rows, wanted = [], 0, wanted_rows(head.regressors)
     parts = (part for _, epoch, bins in schedule.after(0) if epoch == 0 for part in bins)
@@ -76,3 +77,19 @@ def regress(
     if rows >= FEWEST * head.regressors:
         head.regress(samples)
         say(f"the head starts from a regression over {rows:,} rows")
+
+
+def build_optimizer(recipe: DrafterRecipe, head: nn.Module):
+    spec = recipe.optimization
+    if spec.name == "adamw":
+        return AdamW([p for p in head.parameters() if p.requires_grad], lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    matrices, rest = muon_parts(head)
+    return MuonAdamW(matrices, rest, spec.muon_lr, spec.lr)
+
+
+def muon_parts(head: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What Muon trains and what it leaves to AdamW: vectors, and matrices with one row a token."""
+    parts = ([], [])
+    for name, parameter in head.named_parameters():
+        parts[parameter.ndim != 2 or any(table in name for table in head.tables)].append(parameter)
+    return parts

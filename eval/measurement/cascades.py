@@ -47,9 +47,9 @@ def time_per_token(t: Callable[[int], float], below: float, a: float, buffer: in
     return (t(buffer + 1) + buffer * below) / tokens_a_pass(a, buffer)
 
 
-def best_buffer(t: Callable[[int], float], below: float, a: float, largest: int = LARGEST_BUFFER) -> tuple[int, float]:
+def best_buffer(t: Callable[[int], float], below: float, a: float) -> tuple[int, float]:
     """(buffer, seconds a token) of the least time."""
-    return min(((m, time_per_token(t, below, a, m)) for m in range(1, largest + 1)), key=lambda pair: pair[1])
+    return min(((m, time_per_token(t, below, a, m)) for m in range(1, LARGEST_BUFFER + 1)), key=lambda pair: pair[1])
 
 
 @dataclass(frozen=True)

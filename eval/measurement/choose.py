@@ -24,6 +24,7 @@ from draftsmith.models.grow import NONE, Candidates, DynamicTree, TreePolicy, ch
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.tree import DraftTree
 
+TIMED_TOKENS = 32
 WIDEST = DynamicTree(10, 8, 712)  # the recorded search
 WIDTHS, DEPTHS, SIZES = (2, 3, 4, 6, 8, 10), range(1, 9), (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 60)
 TIMED: tuple[TreePolicy, ...] = (
@@ -233,13 +234,12 @@ def measure_costs(
     sampling: Sampling,
     stops: set[int],
     batch: int,
-    max_new_tokens: int = 32,
 ) -> Costs:
-    """Times `TIMED` and plain decoding interleaved, in batches of `batch` prompts. (Sampling costs noise for every row
-    of a tree.)
+    """Times `TIMED` and plain decoding interleaved over `TIMED_TOKENS` new tokens, in batches of `batch` prompts.
+    (Sampling costs noise for every row of a tree.)
     """
     decoders = {None: Looped(target, NoDrafter())} | {tree: Looped(target, HeadDrafter(head, tree)) for tree in TIMED}
-    return fit(interleaved(decoders, prompts, sampling, max_new_tokens, stops, batch))
+    return fit(interleaved(decoders, prompts, sampling, TIMED_TOKENS, stops, batch))
 
 
 def ranking(taus: dict[TreePolicy, float], costs: Costs) -> list[tuple[TreePolicy, float, float]]:

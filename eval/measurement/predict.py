@@ -14,16 +14,16 @@ from draftsmith.models.features import Packing
 from draftsmith.models.heads.distill import chain_walk
 from draftsmith.models.targets import TextTarget
 
+BATCH = 8  # texts in a packed row
+
 
 @torch.no_grad()
-def predicted_chain_tau(
-    target: TextTarget, head, prompts: list[list[int]], traces: list[Trace], depth: int, batch: int = 8
-) -> float:
+def predicted_chain_tau(target: TextTarget, head, prompts: list[list[int]], traces: list[Trace], depth: int) -> float:
     """prompts and their greedy traces -> predicted tokens per verify pass of a chain of `depth`."""
     tokens = passes = 0
-    for start in range(0, len(prompts), batch):
-        texts = [p + t.tokens for p, t in zip(prompts[start : start + batch], traces[start : start + batch])]
-        mask = torch.cat([torch.arange(len(text)) >= len(p) for text, p in zip(texts, prompts[start : start + batch])])
+    for start in range(0, len(prompts), BATCH):
+        texts = [p + t.tokens for p, t in zip(prompts[start : start + BATCH], traces[start : start + BATCH])]
+        mask = torch.cat([torch.arange(len(text)) >= len(p) for text, p in zip(texts, prompts[start : start + BATCH])])
         packing = Packing((0, *accumulate(map(len, texts))), mask)
         ids = torch.tensor([token for text in texts for token in text], device=target.device)
         features = target.features(ids, packing, head.feature_spec, [getattr(text, "images", {}) for text in texts])

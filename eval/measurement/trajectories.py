@@ -80,7 +80,7 @@ def trajectories(
                 entry[name] = {
                     "traces": [asdict(trace) for trace in traces],
                     "seconds": seconds,
-                    "size": memory_size(drafter),
+                    "size": drafter.nbytes,
                 }
             if journal is not None:
                 journal.add(place, entry)
@@ -92,11 +92,6 @@ def trajectories(
             scaled.sizes.append(entry[name]["size"])
         progress(row + 1)
     return found
-
-
-def memory_size(drafter: Drafter) -> int:
-    """Bytes that a drafter has learned into; 0 for those that do not say."""
-    return getattr(getattr(drafter, "memory", drafter), "nbytes", 0)
 
 
 def figures(scaled: Scaled, plain: Scaled, batch: int, seed: int) -> dict:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from draftsmith.models.drafters.suffix import grouped
+from draftsmith.models.drafters.suffix_index import grouped
 from draftsmith.models.errors import UserError
 
 FILE, FORMAT = "datastore.json", 1

@@ -6,7 +6,7 @@ import torch
 
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.plain import NoDrafter
-from draftsmith.models.grow import NONE, AdaptiveTree, SampledTree, TreePolicy
+from draftsmith.models.grow import NONE, TreePolicy
 
 
 def drafting(head, policy: TreePolicy) -> Drafter:
@@ -35,10 +35,13 @@ class Expanded:
 class HeadDrafter:
     """A trained head and a tree policy. For a head with a probe the target also processes a probe behind every node."""
 
+    nbytes = 0
+
     def __init__(self, head, policy: TreePolicy):
         self.head, self.policy, self.feature_spec = head, policy, head.feature_spec
         self.probes = self.feature_spec.probe is not None
         self.size = policy.size * (1 + self.probes)
+        self.idle = "propose" if head.follow is None else "predict"
 
     def begin(self, features, root):
         self.context, self.root = self.head.prefill(features), root
@@ -48,7 +51,7 @@ class HeadDrafter:
 
     def follow(self):
         """What the head predicts behind all rows that no root was expanded behind yet: log-probs [B, M, Vd] and counts
-        [B] of them; `first`, to be given to `propose_behind`. For heads with a method `follow`.
+        [B] of them; `first`, to be given to `propose_behind`. For heads that can `follow`.
         """
         counts = self.context.pending.lengths
         predicted, beam = self.head.follow(self.context, self.root)
@@ -60,7 +63,7 @@ class HeadDrafter:
         return self._grown(Expanded(self.head, first), first[1], draw)
 
     def _grown(self, head, beam, draw):
-        if isinstance(self.policy, SampledTree | AdaptiveTree):
+        if self.policy.draws:
             tree = self.policy.sample(head, beam, self.root, draw)
         else:
             tree = self.policy.grow(head, beam, self.root)

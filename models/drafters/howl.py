@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from draftsmith.models.drafters import HeadDrafter
-from draftsmith.models.drafters.suffix import Draft, Step, SuffixDrafter
+from draftsmith.models.drafters.suffix import Step, SuffixDrafter
+from draftsmith.models.drafters.suffix_index import Draft
 from draftsmith.models.tree import DraftTree
 
 INITIAL = 3.0  # accepted drafted tokens of a head step before the first one is known
@@ -56,9 +57,15 @@ class HowlDrafter:
     in order.
     """
 
+    idle = None
+
     def __init__(self, head: HeadDrafter, suffix: SuffixDrafter, threshold: float | None = None):
         self.head, self.suffix, self.threshold = head, suffix, threshold
         self.feature_spec, self.size = head.feature_spec, max(head.size, suffix.size * (1 + head.probes))
+
+    @property
+    def nbytes(self):
+        return self.suffix.nbytes
 
     def begin(self, features, root):
         self.head.begin(features, root)
@@ -84,9 +91,8 @@ class HowlDrafter:
             self.steps.append(Step(source, score, length - 1))
             if source == "head":
                 self.means[row] = KEPT * self.means[row] + (1 - KEPT) * (length - 1)
-        texts = zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())
-        for calibration, draft, (tokens, length, last) in zip(self.calibrations, self.drafts, texts):
-            calibration.note(draft, [*tokens[1:length], last])
+        for calibration, draft, text in zip(self.calibrations, self.drafts, features.texts(root)):
+            calibration.note(draft, text[1:])
         self.head.observe(features, root)
         self.suffix.observe(features, root)
 

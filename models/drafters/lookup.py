@@ -14,7 +14,7 @@ from draftsmith.models.tree import DraftTree
 class LookupDrafter:
     """depth: drafted tokens of a pass; grams: lengths of the n-grams, the longest first."""
 
-    feature_spec = FeatureSpec(taps=())
+    feature_spec, idle, nbytes = FeatureSpec(taps=()), "propose", 0
 
     def __init__(self, depth: int = 10, grams: tuple[int, ...] = (3, 2)):
         self.depth, self.grams, self.size = depth, grams, depth + 1
@@ -27,18 +27,16 @@ class LookupDrafter:
 
     def join(self, features: Features, root: torch.Tensor) -> None:
         self.root = torch.cat([self.root, root])
-        for tokens, length, last in zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist()):
+        for text in features.texts(root):
             self.texts.append([])
             self.places.append({})
-            self._append(-1, [*tokens[:length], last])
+            self._append(-1, text)
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         """The old root is known already, so that only what stands behind the text so far is new."""
         self.root = root
-        for row, (tokens, length, last) in enumerate(
-            zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())
-        ):
-            self._append(row, [*tokens[1:length], last])
+        for row, text in enumerate(features.texts(root)):
+            self._append(row, text[1:])
 
     def _append(self, row: int, tokens: list[int]) -> None:
         """The n-grams that end before the last token are indexed: the last ones are what is looked up."""

@@ -10,6 +10,7 @@ class NoDrafter:
     """Proposes the root alone: the decode loop with it is plain decoding."""
 
     feature_spec, size = FeatureSpec(taps=()), 1
+    idle, nbytes = None, 0
 
     def begin(self, features, root):
         self.root = root

@@ -15,7 +15,7 @@ from draftsmith.models.drafters.datastore import LONGEST, Datastore
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.plain import NoDrafter
 from draftsmith.models.drafters.retrieval import Estimates, Sketch, extend, matches
-from draftsmith.models.drafters.suffix import SuffixIndex
+from draftsmith.models.drafters.suffix_index import SuffixIndex
 from draftsmith.models.features import Features
 from draftsmith.models.noise import Draw
 from draftsmith.models.tree import DraftTree, Form
@@ -32,6 +32,8 @@ class ReaderDrafter:
     request keeps to itself. max_tokens: of each index. How many nodes pay depends on how many requests are decoded
     together, so that trees (and, where they are sampled, texts) do so too; their law does not.
     """
+
+    idle = None
 
     def __init__(
         self,
@@ -50,7 +52,7 @@ class ReaderDrafter:
     @property
     def nbytes(self) -> int:
         """Bytes of what was learned, the base's included."""
-        return self.shared[0].nbytes + getattr(self.base, "nbytes", 0)
+        return self.shared[0].nbytes + self.base.nbytes
 
     def begin(self, features: Features, root: torch.Tensor) -> None:
         self.base.begin(features, root)
@@ -64,22 +66,19 @@ class ReaderDrafter:
         self._join(features, root)
 
     def _join(self, features: Features, root: torch.Tensor) -> None:
-        for tokens, length, last in zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist()):
+        for text in features.texts(root):
             self.learned.append(self.shared if self.lasting else (SuffixIndex(self.max_tokens), Estimates()))
             self.numbers.append(self.started)
             self.tails.append([])
             self.started += 1
-            self._append(-1, [*tokens[:length], last])
+            self._append(-1, text)
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         """The old root is known already."""
         self.base.observe(features, root)
-        for row, (tokens, length, last) in enumerate(
-            zip(features.tokens.tolist(), features.lengths.tolist(), root.tolist())
-        ):
-            emitted = [*tokens[1:length], last]
-            self.sketches[row].learn(emitted, self.learned[row][1])
-            self._append(row, emitted)
+        for row, text in enumerate(features.texts(root)):
+            self.sketches[row].learn(text[1:], self.learned[row][1])
+            self._append(row, text[1:])
 
     def _append(self, row: int, tokens: list[int]) -> None:
         self.learned[row][0].append(self.numbers[row], tokens)

@@ -26,6 +26,7 @@ class RecyclingDrafter:
     """
 
     feature_spec = FeatureSpec(taps=(), distribution=DistributionSpec("nodes", TOP))
+    idle = "propose"
 
     def __init__(self, vocab_size: int, tree: StaticTree = TEMPLATE, lasting: bool = False):
         self.tree, self.lasting, self.size = tree, lasting, tree.size

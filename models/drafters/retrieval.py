@@ -18,7 +18,7 @@ from itertools import count
 import numpy as np
 
 from draftsmith.models.drafters.datastore import LONGEST, Datastore
-from draftsmith.models.drafters.suffix import NONE, SuffixIndex
+from draftsmith.models.drafters.suffix_index import NONE, SuffixIndex
 from draftsmith.models.tree import Kind
 
 SHORTEST = 1  # tokens that must agree

@@ -38,6 +38,7 @@ class StandDrafter:
     """
 
     feature_spec = FeatureSpec(taps=(), distribution=DistributionSpec("committed", TOP))
+    idle = "propose"
 
     def __init__(
         self, tree: StaticTree = HEURISTIC, mode: Mode = "gumbel", lasting: bool = False, max_entries: int = 1_000_000
@@ -48,6 +49,10 @@ class StandDrafter:
         self.memory = NgramMemory(ORDERS, TOP, max_entries)
         inner = tree.children[0] > 0
         self.inner, self.noise_of = int(inner.sum()), inner.cumsum() - 1  # each inner slot has noise of its own
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
 
     def begin(self, features: Features, root: torch.Tensor) -> None:
         if not self.lasting:

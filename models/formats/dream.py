@@ -11,7 +11,7 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats.eagle3 import rope
+from draftsmith.models.formats.layer import check_target, layer_figures, rope
 from draftsmith.models.formats.layout import (
     Layout,
     Serving,
@@ -19,7 +19,6 @@ from draftsmith.models.formats.layout import (
     Tensors,
     architecture,
     check_tensors,
-    layer_figures,
 )
 from draftsmith.models.formats.mended import check_spelling, mend_architecture, plain_names
 from draftsmith.models.heads import DreamConfig, DreamHead
@@ -67,14 +66,9 @@ def from_config(stored: dict, place: str) -> DreamConfig:
 
 def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> DreamHead:
     """`Layout.read`: checked against the target before anything is built."""
-    place, (vocab, hidden) = f"{folder}/config.json", shared.embedding.shape
+    place = f"{folder}/config.json"
     config = from_config(stored, place)
-    for name, found, expected in (
-        ("vocab_size", config.vocab_size, vocab),
-        ("hidden_size", config.hidden_size, hidden),
-    ):
-        if found != expected:
-            raise UserError(f"{place}: {name}: found {found}, expected the target's {expected}")
+    check_target(config, shared, place)
     if taps_below is not None and config.middle_last > taps_below:
         raise UserError(
             f"{place}: middle_last: found {config.middle_last}, expected at most the target's {taps_below} layers"

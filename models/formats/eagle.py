@@ -14,8 +14,17 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats.eagle3 import LEFT_OUT, check_embedding, rope
-from draftsmith.models.formats.layout import Layout, Serving, Tensors, architecture, check_tensors, layer_figures
+from draftsmith.models.formats.layer import (
+    LEFT_OUT,
+    check_embedding,
+    check_expected,
+    check_target,
+    layer_entries,
+    layer_figures,
+    rope,
+    rope_entries,
+)
+from draftsmith.models.formats.layout import Layout, Serving, Tensors, architecture, check_tensors
 from draftsmith.models.formats.mended import holds_eagle, mend_eagle
 from draftsmith.models.heads import EagleConfig, EagleHead
 
@@ -61,26 +70,11 @@ def expected_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
 
 def to_config(config: EagleConfig, dtype: torch.dtype, architecture: str) -> dict:
     """config.json."""
-    turning = dict(config.rope_parameters)
-    scaling = {k: v for k, v in turning.items() if k != "rope_theta"}
     return {
         "architectures": [architecture],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **layer_entries(config),
         "bias": config.bias,
-        "rope_theta": turning.get("rope_theta"),
-        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
-        "rope_parameters": turning,
-        "max_position_embeddings": config.max_position_embeddings,
+        **rope_entries(config),
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -91,12 +85,7 @@ def from_config(stored: dict, place: str, bias: bool) -> EagleConfig:
     """config.json -> config; bias: whether `fc` has one where the file says nothing of it. Raises UserError naming what
     this head computes otherwise.
     """
-    for name, expected in EXPECTED.items():
-        if stored.get(name, expected) not in (expected, None):
-            raise UserError(
-                f"{place}: {name}: found {stored[name]}, expected {str(expected).lower()} (this head computes "
-                f"something else)"
-            )
+    check_expected(stored, EXPECTED, place)
     bias = stored.get("bias", bias)
     if type(bias) is not bool:
         raise UserError(f"{place}: bias: found {bias!r}, expected true or false")
@@ -105,14 +94,9 @@ def from_config(stored: dict, place: str, bias: bool) -> EagleConfig:
 
 def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> EagleHead:
     """`Layout.read`: checked against the target before anything is built."""
-    place, (vocab, hidden) = f"{folder}/config.json", shared.embedding.shape
+    place = f"{folder}/config.json"
     config = from_config(stored, place, any(name.endswith("fc.bias") for name in tensors))
-    for name, found, expected in (
-        ("vocab_size", config.vocab_size, vocab),
-        ("hidden_size", config.hidden_size, hidden),
-    ):
-        if found != expected:
-            raise UserError(f"{place}: {name}: found {found}, expected the target's {expected}")
+    check_target(config, shared, place)
     place = f"{folder}/model.safetensors"
     tensors = {name.removeprefix("model."): value for name, value in tensors.items() if not name.endswith(LEFT_OUT)}
     if "embed_tokens.weight" in tensors:

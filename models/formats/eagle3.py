@@ -13,15 +13,17 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
-from draftsmith.models.formats.layout import (
-    Layout,
-    Serving,
-    Tensors,
-    architecture,
-    check_tensors,
-    figures,
+from draftsmith.models.formats.layer import (
+    LEFT_OUT,
+    check_embedding,
+    check_expected,
+    check_target,
+    layer_entries,
     layer_figures,
+    rope,
+    rope_entries,
 )
+from draftsmith.models.formats.layout import Layout, Serving, Tensors, architecture, check_tensors, figures
 from draftsmith.models.formats.mended import holds_eagle3, mend_eagle3
 from draftsmith.models.formats.taps import NAME, possible
 from draftsmith.models.heads import Eagle3Config, Eagle3Head
@@ -30,11 +32,6 @@ from draftsmith.models.heads.vocabulary import from_offsets, to_offsets
 LOW_RANK = "LlamaForCausalLMEagle4"
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", LOW_RANK)
 KINDS = {"d2t": torch.int64, "t2d": torch.bool}
-LEFT_OUT = (
-    "rotary_emb.inv_freq",
-    "verifier_lm_head.weight",
-    "verifier_norm.weight",
-)  # suffixes of keys that hold nothing of the head's own
 EXPECTED = {
     "norm_before_residual": False,
     "norm_before_fc": False,
@@ -94,8 +91,6 @@ def to_config(config: Eagle3Config, dtype: torch.dtype) -> dict:
     """config.json. Taps are written in both conventions: entering layer k (vLLM, top level) and leaving layer k
     (SGLang).
     """
-    rope = dict(config.rope_parameters)
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     more = {}
     if config.sliding_window is not None:
         more |= {"sliding_window": config.sliding_window, "layer_types": ["sliding_attention"]}
@@ -107,21 +102,8 @@ def to_config(config: Eagle3Config, dtype: torch.dtype) -> dict:
         }
     return {
         "architectures": [ARCHITECTURES[0] if config.candidate_rank is None else LOW_RANK],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
-        "rope_parameters": rope,
-        "max_position_embeddings": config.max_position_embeddings,
+        **layer_entries(config),
+        **rope_entries(config),
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
         "tie_word_embeddings": False,
@@ -141,12 +123,7 @@ def from_config(stored: dict, place: str) -> Eagle3Config:
     """config.json -> config, with the engines' defaults for what is absent. Raises UserError naming what this head
     computes otherwise.
     """
-    for name, expected in EXPECTED.items():
-        if stored.get(name, expected) not in (expected, None):
-            raise UserError(
-                f"{place}: {name}: found {stored[name]}, expected {str(expected).lower()} (this head computes "
-                f"something else)"
-            )
+    check_expected(stored, EXPECTED, place)
     if stored.get("target_hidden_size") not in (None, stored.get("hidden_size")):
         raise UserError(
             f"{place}: target_hidden_size: found {stored['target_hidden_size']}, expected hidden_size "
@@ -181,35 +158,12 @@ def low_rank(stored, place: str) -> dict:
     return {"candidate_rank": found["rank"], "num_candidates": found["num_candidates"]}
 
 
-def rope(stored: dict, place: str) -> dict:
-    """`rope_parameters`, or the same from the legacy `rope_theta` and `rope_scaling`."""
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(stored.get(name), dict | None):
-            raise UserError(f"{place}: {name}: found {stored[name]!r}, expected an object or null")
-    scaling = dict(stored.get("rope_scaling") or {})
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
-    found = dict(stored.get("rope_parameters") or {"rope_theta": stored.get("rope_theta", 10000.0), **scaling})
-    if stored.get("rope_theta") not in (None, found.get("rope_theta")):
-        raise UserError(
-            f"{place}: rope_theta: found {stored['rope_theta']}, expected rope_parameters' {found.get('rope_theta')}"
-        )
-    figures(found, ("rope_theta",), place)
-    if "mrope_section" in found:
-        raise UserError(
-            f"{place}: mrope_section: found {found['mrope_section']}, expected none (this head turns by one position)"
-        )
-    return found
-
-
 def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> Eagle3Head:
     """`Layout.read`: checked against the target before anything is built."""
     place, embedding = f"{folder}/config.json", shared.embedding
     vocab, hidden = embedding.shape
     config = from_config(stored, place)
-    if config.vocab_size != vocab:
-        raise UserError(f"{place}: vocab_size: found {config.vocab_size}, expected the target's {vocab}")
-    if config.hidden_size != hidden:
-        raise UserError(f"{place}: hidden_size: found {config.hidden_size}, expected the target's {hidden}")
+    check_target(config, shared, place)
     if not possible(config.taps, taps_below):
         raise UserError(
             f"{place}: {NAME}: found {list(config.taps)}, expected ascending numbers "
@@ -244,23 +198,6 @@ def respell(tensors: Tensors, config: Eagle3Config) -> Tensors:
         named.pop("d2t")
         named.pop("t2d", None)
     return named
-
-
-def check_embedding(stored: torch.Tensor, embedding: torch.Tensor, place: str) -> None:
-    """A stored embedding must be the target's, in the coarser of the two precisions."""
-    if stored.shape != embedding.shape:
-        raise UserError(
-            f"{place}: embed_tokens.weight: found {tuple(stored.shape)}, expected the target's {tuple(embedding.shape)}"
-        )
-    if not stored.is_floating_point():
-        raise UserError(f"{place}: embed_tokens.weight: found {stored.dtype}, expected a floating type")
-    dtype = min(stored.dtype, embedding.dtype, key=lambda d: torch.finfo(d).bits)
-    wrong = int((stored.to(embedding.device, dtype) != embedding.to(dtype)).any(1).sum())
-    if wrong:
-        raise UserError(
-            f"{place}: embed_tokens.weight: {wrong} of {len(stored)} rows differ from the target's, expected its own "
-            f"embedding"
-        )
 
 
 def write(head: Eagle3Head, dtype: torch.dtype, serving: Serving | None = None) -> tuple[dict, Tensors]:

@@ -14,7 +14,7 @@ import torch
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Shared
 from draftsmith.models.formats import eagle
-from draftsmith.models.formats.eagle3 import LEFT_OUT, check_embedding
+from draftsmith.models.formats.layer import LEFT_OUT, check_embedding, check_target
 from draftsmith.models.formats.layout import Layout, Serving, Stored, Tensors, architecture, check_tensors
 from draftsmith.models.formats.mended import check_spelling, mend_eagle, plain_names
 from draftsmith.models.heads import HivisConfig, HivisHead
@@ -28,18 +28,14 @@ def recognises(config: dict) -> bool:
 
 def read(stored: dict, tensors: Tensors, shared: Shared, taps_below: int | None, folder: Path) -> HivisHead:
     """`Layout.read`: checked against the target before anything is built."""
-    place, (vocab, hidden) = f"{folder}/config.json", shared.embedding.shape
+    place, vocab = f"{folder}/config.json", len(shared.embedding)
     base = eagle.from_config({name: value for name, value in stored.items() if name != "qkv_bias"}, place, True)
     positions = stored.get("positions", "compact")
     if positions not in ("compact", "original"):
         raise UserError(f"{place}: positions: found {positions}, expected compact or original")
-    for name, found, expected in (
-        ("vocab_size", base.vocab_size, vocab),
-        ("hidden_size", base.hidden_size, hidden),
-        ("bias", base.bias, True),
-    ):
-        if found != expected:
-            raise UserError(f"{place}: {name}: found {found}, expected {expected}")
+    check_target(base, shared, place)
+    if not base.bias:
+        raise UserError(f"{place}: bias: found false, expected true")
     place = f"{folder}/model.safetensors"
     tensors = {name: value for name, value in tensors.items() if not name.endswith(LEFT_OUT)}
     if "embed_tokens.weight" in tensors:

@@ -24,14 +24,6 @@ from draftsmith.models.files import usual_modes
 from draftsmith.models.targets import Weights
 
 Tensors = dict[str, torch.Tensor]
-LAYER_FIGURES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "vocab_size",
-)
 
 
 @dataclass(frozen=True)
@@ -199,24 +191,6 @@ def figures(stored: dict, names: Sequence[str], place: str) -> dict:
         if type(value) not in kinds or not value > 0:
             raise UserError(f"{place}: {name}: found {value!r}, expected a positive number")
         found[name] = value
-    return found
-
-
-def layer_figures(stored: dict, place: str) -> dict:
-    """The widths and counts of a head of one decoder layer, with the engines' defaults for what is absent. Raises
-    UserError as `figures`.
-    """
-    found = figures(stored, LAYER_FIGURES, place)
-    heads = found["num_attention_heads"]
-    usual = {"num_key_value_heads": heads, "head_dim": found["hidden_size"] // heads}
-    given = {name: value if stored.get(name) is None else stored[name] for name, value in usual.items()}
-    found |= figures(given, tuple(given), place)
-    if heads % found["num_key_value_heads"]:
-        raise UserError(
-            f"{place}: num_key_value_heads: found {found['num_key_value_heads']}, expected a divisor of {heads}"
-        )
-    if found["head_dim"] % 2:
-        raise UserError(f"{place}: head_dim: found {found['head_dim']}, expected an even number")
     return found
 
 

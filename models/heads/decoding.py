@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from draftsmith.models.features import Features, TrainingFeatures
+from draftsmith.models.heads.head import DraftHead
 from draftsmith.models.heads.rooted import RootedTrees
 from draftsmith.models.slots import SlotCache
 
@@ -203,3 +204,45 @@ def _attend(head, hidden, tokens, positions, step: int, cache: SlotCache, seen):
         enable_gqa=attention.heads != attention.kv_heads,
     )
     return head.layer.finish(base, attended.transpose(1, 2))
+
+
+class LayerHead(DraftHead):
+    """The part of a head's contract that is decoding, for heads of this form."""
+
+    window: int | None = None
+
+    def prefill(self, features: Features) -> Context:
+        """Keys and values of all rows whose next token is known; the last row of each request stays pending."""
+        return prefill(self, features)
+
+    def extend(self, context: Context, features: Features) -> None:
+        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root."""
+        context.pending = pending_rows(context.pending, features)
+
+    def roots(self, context: Context) -> Beam:
+        """A beam that waits for the root tokens."""
+        return Beam(context)
+
+    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedTrees:
+        """A beam of P roots at packed indices at [P], each at least 1 inside its document: root p is tokens[at[p]]
+        (whatever `expand` is given first) and sees features of its document before at[p] only, as in decoding. With
+        gradient where it is enabled.
+        """
+        return root_at(self, features, at)
+
+    def follow(self, context: Context, root: torch.Tensor) -> tuple[torch.Tensor, Beam]:
+        """root [B] -> log-probs [B, M, Vd] fp32 behind each of the M pending rows and the token that follows it, the
+        root behind the last; and the beam that the first `expand` would give. The rows are complete then.
+        """
+        output, beam = follow(self, context, root)
+        return torch.log_softmax(self.logits(output).float(), -1), beam
+
+    def expand(
+        self, beam: Beam | RootedTrees, tokens: torch.Tensor, parents: torch.Tensor
+    ) -> tuple[torch.Tensor, Beam | RootedTrees]:
+        """tokens [B, k] (target ids), parents [B, k] (rows of the last expand) -> log-probs [B, k, Vd] fp32, beam.
+
+        The first call consumes the root tokens [B, 1]; it also completes the pending rows, which stay.
+        """
+        output, beam = expand(self, beam, tokens, parents)
+        return torch.log_softmax(self.logits(output).float(), -1), beam

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.heads.config import LayerConfig, of_target
 from draftsmith.models.heads.divergences import Distillation
-from draftsmith.models.heads.layer import rope_of
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,11 @@ class DreamObjective(Distillation):
 
 
 @dataclass(frozen=True)
-class DreamConfig:
+class DreamConfig(LayerConfig):
     """Shapes of a head; it drafts all of the target's vocabulary. Decoding needs keep_ratio and positions as they were
     in training.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: dict
-    max_position_embeddings: int
-    vocab_size: int
     keep_ratio: float
     positions: str
     middle_granularity: str
@@ -93,15 +84,7 @@ class DreamConfig:
                 f"target's {layers} layers"
             )
         return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=intermediate_size or config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-            rope_parameters=rope_of(config, "dream"),
-            max_position_embeddings=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
+            **of_target(config, "dream", intermediate_size),
             keep_ratio=keep_ratio,
             positions=positions,
             middle_granularity=middle_granularity,

@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt
 from torch import nn
 
-from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
-from draftsmith.models.heads import decoding, regression
+from draftsmith.models.features import FeatureSpec, Shared, TrainingFeatures
+from draftsmith.models.heads import regression
 from draftsmith.models.heads.attention import kernel_for, merged_attention, query_blocks
-from draftsmith.models.heads.decoding import Beam, Context
+from draftsmith.models.heads.config import LayerConfig, of_target
+from draftsmith.models.heads.decoding import LayerHead
 from draftsmith.models.heads.distill import tally
 from draftsmith.models.heads.divergences import Distillation
 from draftsmith.models.heads.frozen import Weights, teacher_losses
-from draftsmith.models.heads.layer import Layer, angles, frequencies, rope_of
-from draftsmith.models.heads.rooted import RootedTrees
+from draftsmith.models.heads.layer import Layer, angles, frequencies
 
 NOISE_LENGTH = 512  # tokens of the document whose noise is as wide as the objective says (EAGLE-1's code)
 
@@ -65,35 +65,15 @@ class EagleObjective(Distillation):
 
 
 @dataclass(frozen=True)
-class EagleConfig:
+class EagleConfig(LayerConfig):
     """Shapes of a head; it drafts all of the target's vocabulary."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: dict
-    max_position_embeddings: int
-    vocab_size: int
     bias: bool
 
     @classmethod
     def for_target(cls, config, intermediate_size: int | None = None, bias: bool = True) -> "EagleConfig":
         """A head for a target's text config: its widths and its rope. Raises UserError for a target without rope."""
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=intermediate_size or config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-            rope_parameters=rope_of(config, "eagle"),
-            max_position_embeddings=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
-            bias=bias,
-        )
+        return cls(**of_target(config, "eagle", intermediate_size), bias=bias)
 
     @property
     def draft_vocab_size(self) -> int:
@@ -120,13 +100,12 @@ class EagleConfig:
         )
 
 
-class EagleHead(nn.Module):
+class EagleHead(LayerHead):
     """shared: the target's embedding and output head (neither trained nor saved); ids [V] int64 is all of its
     vocabulary.
     """
 
     name, Shape, Objective, Config = "eagle", EagleShape, EagleObjective, EagleConfig
-    tables, window = (), None
     inputs = 2  # vectors that `fc` joins
 
     def __init__(self, config: EagleConfig, shared: Shared, ids: torch.Tensor | None = None):
@@ -254,12 +233,10 @@ class EagleHead(nn.Module):
         """
         packing, teacher, steps = features.packing, features.teacher, objective.steps
         device, rows = features.tokens.device, packing.rows
-        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        parts = packing.parts(steps).to(device)
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
-            return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, parts, parts, none) | {
-                "feature": none.sum(1)
-            }
+            return self.nothing(), tally(packing, parts, parts, none) | {"feature": none.sum(1)}
         outputs = self._unroll(noisy(features, objective.noise), steps)
         supervised = (torch.arange(len(rows), device=device) + torch.arange(steps, device=device)[:, None]).clamp(
             max=len(rows) - 1
@@ -283,40 +260,6 @@ class EagleHead(nn.Module):
     def alive(self, parts: torch.Tensor, rank: torch.Tensor, objective: EagleObjective) -> torch.Tensor:
         """Which of the rows that take part (parts [K, P] bool) are trained on; a step's loss is the mean over them."""
         return parts
-
-    # Decoding
-
-    def prefill(self, features: Features) -> Context:
-        """Keys and values of all rows whose next token is known; the last row of each request stays pending."""
-        return decoding.prefill(self, features)
-
-    def extend(self, context: Context, features: Features) -> None:
-        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root."""
-        context.pending = decoding.pending_rows(context.pending, features)
-
-    def roots(self, context: Context) -> Beam:
-        """A beam that waits for the root tokens."""
-        return Beam(context)
-
-    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedTrees:
-        """A beam of P roots at the packed indices `at` [P] (each at least 1 inside its document), with the features of
-        its document's rows before.
-        """
-        return decoding.root_at(self, features, at)
-
-    def follow(self, context: Context, root: torch.Tensor) -> tuple[torch.Tensor, Beam]:
-        """root [B] -> log-probs [B, M, Vd] fp32 behind each of the M pending rows and the token that follows it, the
-        root behind the last; and the beam that the first `expand` would give. The rows are complete then.
-        """
-        output, beam = decoding.follow(self, context, root)
-        return torch.log_softmax(self.logits(output).float(), -1), beam
-
-    def expand(self, beam, tokens: torch.Tensor, parents: torch.Tensor):
-        """tokens [B, k], parents [B, k] (rows of the last expand) -> log-probs [B, k, V] fp32, beam. The first call
-        consumes the roots [B, 1].
-        """
-        output, beam = decoding.expand(self, beam, tokens, parents)
-        return torch.log_softmax(self.logits(output).float(), -1), beam
 
 
 def noisy(features: TrainingFeatures, width: float) -> TrainingFeatures:

@@ -14,16 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFeatures
-from draftsmith.models.heads import decoding, regression
+from draftsmith.models.features import FeatureSpec, Shared, TrainingFeatures
+from draftsmith.models.heads import regression
 from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.attention import kernel_for
-from draftsmith.models.heads.decoding import Beam, Context
+from draftsmith.models.heads.decoding import LayerHead
 from draftsmith.models.heads.distill import Dense, soft_cross_entropy, tally, teacher_distribution
 from draftsmith.models.heads.eagle3_config import Eagle3Config, Eagle3Objective, Eagle3Shape
 from draftsmith.models.heads.layer import Layer, angles, copy_matrix, copy_norm, frequencies
 from draftsmith.models.heads.lowrank import LowRankHead, low_rank
-from draftsmith.models.heads.rooted import RootedTrees
 from draftsmith.models.heads.rows import chooser
 from draftsmith.models.heads.unroll import Chooser, Plan, turn, unroll
 
@@ -44,7 +43,7 @@ class WideLayer(Layer):
         return torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], -1)
 
 
-class Eagle3Head(nn.Module):
+class Eagle3Head(LayerHead):
     """embedding [V, h] is the target's (not trained, not saved); ids [Vd] int64 is the draft vocabulary."""
 
     name, Shape, Objective, Config = "eagle3", Eagle3Shape, Eagle3Objective, Eagle3Config
@@ -253,11 +252,11 @@ class Eagle3Head(nn.Module):
         rows, counts = packing.rows, counts or packing.counts(steps)
         if len(rows) == 0:
             none = torch.zeros(steps, 0, device=device)
-            return sum(p.sum() * 0.0 for p in self.parameters()), tally(packing, none.bool(), none.bool(), none)
+            return self.nothing(), tally(packing, none.bool(), none.bool(), none)
         distribution = teacher_distribution(features.teacher, self.ids, objective)
         choose = chooser(objective.rows, packing, distribution, self.logits, features.seed)
         output, here = self._unroll(features, steps, choose)
-        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        parts = packing.parts(steps).to(device)
         supervised = torch.cat([part[places] for part, places in zip(parts, here)])
         here = [places[part[places]] for part, places in zip(parts, here)]
         factors = [1.0] * steps if choose is None else choose.factors
@@ -277,41 +276,3 @@ class Eagle3Head(nn.Module):
         at = torch.cat([places + k * len(rows) for k, places in enumerate(here)])
         spread = lambda x: x.new_zeros(parts.shape).flatten().index_copy_(0, at, x).view(parts.shape)  # noqa: E731
         return total, tally(packing, spread(torch.ones_like(right)), spread(right), spread(losses))
-
-    # Decoding
-
-    def prefill(self, features: Features) -> Context:
-        """Keys and values of all rows whose next token is known; the last row of each request stays pending."""
-        return decoding.prefill(self, features)
-
-    def extend(self, context: Context, features: Features) -> None:
-        """Adds newly committed tokens (the last root and the accepted nodes); computed with the next root."""
-        context.pending = decoding.pending_rows(context.pending, features)
-
-    def roots(self, context: Context) -> Beam:
-        """A beam that waits for the root tokens."""
-        return Beam(context)
-
-    def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedTrees:
-        """A beam of P roots at packed indices at [P], each at least 1 inside its document: root p is tokens[at[p]]
-        (whatever `expand` is given first) and sees features of its document before at[p] only, as in decoding. With
-        gradient where it is enabled.
-        """
-        return decoding.root_at(self, features, at)
-
-    def follow(self, context: Context, root: torch.Tensor) -> tuple[torch.Tensor, Beam]:
-        """root [B] -> log-probs [B, M, Vd] fp32 behind each of the M pending rows and the token that follows it, the
-        root behind the last; and the beam that the first `expand` would give. The rows are complete then.
-        """
-        output, beam = decoding.follow(self, context, root)
-        return torch.log_softmax(self.logits(output).float(), -1), beam
-
-    def expand(
-        self, beam: Beam | RootedTrees, tokens: torch.Tensor, parents: torch.Tensor
-    ) -> tuple[torch.Tensor, Beam | RootedTrees]:
-        """tokens [B, k] (target ids), parents [B, k] (rows of the last expand) -> log-probs [B, k, Vd] fp32, beam.
-
-        The first call consumes the root tokens [B, 1]; it also completes the pending rows, which stay.
-        """
-        output, beam = decoding.expand(self, beam, tokens, parents)
-        return torch.log_softmax(self.logits(output).float(), -1), beam

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from annotated_types import Gt, Le, Lt
 
 from draftsmith.models.errors import UserError
+from draftsmith.models.heads.config import LayerConfig, of_target
 from draftsmith.models.heads.divergences import Distillation
-from draftsmith.models.heads.layer import rope_of
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,11 @@ class Eagle3Objective(Distillation):
 
 
 @dataclass(frozen=True)
-class Eagle3Config:
+class Eagle3Config(LayerConfig):
     """Shapes of a head. taps are Hugging Face `hidden_states` indices, ascending (low, mid, high); the rest of what is
     not the target's is that of `Eagle3Shape`.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: dict
-    max_position_embeddings: int
-    vocab_size: int
     draft_vocab_size: int
     taps: tuple[int, ...]
     fc_norm: bool = False
@@ -87,15 +78,7 @@ class Eagle3Config:
                 f"eagle3: found a target of {layers} layers, expected at least 7 (taps 2, n // 2, n - 3 must differ)"
             )
         return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=intermediate_size or config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),  # the head's own where the target has other norms
-            rope_parameters=rope_of(config, "eagle3"),
-            max_position_embeddings=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
+            **of_target(config, "eagle3", intermediate_size),
             draft_vocab_size=draft_vocab_size or config.vocab_size,
             taps=(2, layers // 2, layers - 3),
             **changes,

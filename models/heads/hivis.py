@@ -122,9 +122,9 @@ class HivisHead(EagleHead):
         return parts & torch.cat([torch.ones_like(parts[:1]), hits[:-1]])
 
     def prefill(self, features: Features) -> Context:
-        """As `EagleHead.prefill`, over text rows."""
+        """As `LayerHead.prefill`, over text rows."""
         return decoding.prefill(self, features, None if self.config.positions == "compact" else features.positions)
 
     def root_at(self, features: TrainingFeatures, at: torch.Tensor) -> RootedTrees:
-        """As `EagleHead.root_at`."""
+        """As `LayerHead.root_at`."""
         return decoding.root_at(self, features, at, self.places(features))

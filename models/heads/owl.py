@@ -25,6 +25,7 @@ from draftsmith.models.features import Features, FeatureSpec, Shared, TrainingFe
 from draftsmith.models.heads.adapted import matrix
 from draftsmith.models.heads.distill import soft_cross_entropy, tally, teacher_distribution
 from draftsmith.models.heads.divergences import Distillation
+from draftsmith.models.heads.head import DraftHead
 from draftsmith.models.heads.labels import choices, hard_cross_entropy
 
 EPS = 1e-6  # of all norms
@@ -62,7 +63,9 @@ class OwlObjective(Distillation):
 
 @dataclass(frozen=True)
 class OwlConfig:
-    """Shapes of a head; n_predict is one of them, since the embedding's scale follows from it."""
+    """Shapes of a head; n_predict is one of them, since the embedding's scale follows from it. It has no positions."""
+
+    max_position_embeddings, columns = None, False  # no fields
 
     input_hidden_dim: int
     inner_dim: int
@@ -141,7 +144,7 @@ class Beam:
     cell: torch.Tensor | None = None
 
 
-class OwlHead(nn.Module):
+class OwlHead(DraftHead):
     """Shares nothing with the target but its hidden states. Its draft vocabulary is the target's."""
 
     name, Shape, Objective, Config = "owl", OwlShape, OwlObjective, OwlConfig
@@ -249,11 +252,9 @@ class OwlHead(nn.Module):
                 f"scale follows from it)"
             )
         rows = packing.rows.to(device)
-        parts = torch.stack([packing.takes_part(k) for k in range(steps)]).to(device)
+        parts = packing.parts(steps).to(device)
         if len(rows) == 0:
-            return sum(p.sum() * 0.0 for p in self.parameters()), tally(
-                packing, parts, parts, torch.zeros(steps, 0, device=device)
-            )
+            return self.nothing(), tally(packing, parts, parts, torch.zeros(steps, 0, device=device))
         at, step = rows.expand(steps, -1)[parts], torch.arange(steps, device=device)[:, None].expand_as(parts)[parts]
         states = self._unroll(features, self._starts(features, objective.spec_dropout), steps)[parts]
         scale = torch.tensor(

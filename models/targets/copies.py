@@ -16,7 +16,7 @@ from draftsmith.models.features import FeatureSpec
 from draftsmith.models.targets.text import TextTarget
 from draftsmith.models.tree import DraftTree
 
-REPEATS, TIMED_ROWS = 15, 4  # of a comparison
+REPEATS, TIMED_ROWS, CONTEXT = 15, 4, 64  # of a comparison
 
 
 class Skipped(nn.Module):
@@ -84,18 +84,18 @@ def quantised(target: TextTarget) -> TextTarget:
 
 
 @torch.inference_mode()
-def seconds_per_pass(targets: list[TextTarget], rows: int, context: int = 64, repeats: int = REPEATS) -> list[float]:
-    """Seconds of a verify pass of `rows` rows behind `context` rows, of each target, interleaved. Lower quartiles, on a
+def seconds_per_pass(targets: list[TextTarget], rows: int) -> list[float]:
+    """Seconds of a verify pass of `rows` rows behind `CONTEXT` rows, of each target, interleaved. Lower quartiles, on a
     CPU with one thread of this thread's own seconds: other work on the machine only makes passes longer.
     """
     clock = time.thread_time if targets[0].device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     wait = (lambda: torch.cuda.synchronize()) if targets[0].device.type == "cuda" else (lambda: None)
     sessions, found = [], [[] for _ in targets]
     for target in targets:
-        session = target.open(FeatureSpec(taps=()), 1, context + rows + 1)
-        session.prefill([[i % target.vocab_size for i in range(1, context + 1)]])
+        session = target.open(FeatureSpec(taps=()), 1, CONTEXT + rows + 1)
+        session.prefill([[i % target.vocab_size for i in range(1, CONTEXT + 1)]])
         sessions.append(session)
-    for repeat in range(repeats + 2):
+    for repeat in range(REPEATS + 2):
         for times, target, session in zip(found, targets, sessions):
             tokens = torch.arange(1, rows + 1, device=target.device)[None] % target.vocab_size
             tree = DraftTree.of(tokens, torch.arange(-1, rows - 1, device=target.device)[None])

@@ -12,20 +12,16 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
-from draftsmith.models.targets import grouped
-from draftsmith.models.targets.form import check_figures, completed, context_length, logit_scales, small_model
+from draftsmith.models.targets import checks, grouped
+from draftsmith.models.targets.form import check_figures, completed, context_length, small_model
 from draftsmith.models.targets.packed import KeptCache
 from draftsmith.models.targets.place import read_config, read_generation
 from draftsmith.models.targets.reading import Reading
-from draftsmith.models.targets.recurrent import Layout, PackedCache, RecurrentSession, layout_of, mixers_of
+from draftsmith.models.targets.recurrent import PackedCache, RecurrentSession, mixers_of
 from draftsmith.models.targets.session import TextSession
 from draftsmith.models.targets.training import training_features
 from draftsmith.models.targets.vision import Vision
 from draftsmith.models.targets.weights import Weights, identity_of, load_model, one_line, weights_of
-from draftsmith.models.tree import DraftTree
-
-STATEFUL = {"linear_attention", "hybrid", "conv", "mlp", "moe"}  # kinds of layer beside those of attention alone
-FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # of models of another form
 
 
 class TextTarget:
@@ -39,9 +35,9 @@ class TextTarget:
         self.vision = Vision(model, name) if getattr(model.config, "vision_config", None) is not None else None
         self.window = getattr(self.config, "sliding_window", None)
         self.mixers = mixers_of(model, name, self.config.model_type)
-        self.kinds = self._kinds()
+        self.kinds = checks.kinds_of(self)
         if self.kinds:
-            self._check_attention()
+            checks.check_attention(self)
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         if not hasattr(self.body, "layers") or self.head is None:
             raise UserError(
@@ -58,9 +54,9 @@ class TextTarget:
         self.scale, self.sharded = 1.0, None
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
-        self._check_projection()
-        self.layout = self._layout() if self.mixers else None
-        self._check_session()
+        self.scale = checks.scale_of(self)
+        self.layout = checks.cache_layout(self) if self.mixers else None
+        checks.check_session(self)
 
     @classmethod
     def load(cls, name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None):
@@ -139,11 +135,6 @@ class TextTarget:
         """The id that stands for pieces of images; None where the target sees none."""
         return None if self.vision is None else self.vision.token
 
-    @property
-    def visual_ids(self) -> tuple[int, ...]:
-        """The ids of visual tokens, each of which stands for a piece of an image."""
-        return () if self.image_token is None else (self.image_token,)
-
     def project(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Output head: hidden [..., h] after the final norm -> logits [..., V], or only the columns of `ids`. Some
         families keep their states in fp32 where their weights are not.
@@ -178,17 +169,17 @@ class TextTarget:
         architecture sees what it sees in decoding. For a spec with a probe or with trees the features hold on to the
         keys and values of the row. Raises UserError where the target can do neither, and for images that do not fit.
         """
-        self._check_spec(spec)
+        checks.check_spec(self, spec)
         if spec.probe is not None or spec.trees:
-            self._check_whole()
-            self._check_behind()
+            checks.check_whole(self)
+            checks.check_behind(self)
         return training_features(self, tokens, packing, spec, images or [{}] * (len(packing.borders) - 1))
 
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
         """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens, and one tree
         with its probes). Raises UserError for a spec with a probe where the target takes none.
         """
-        self._check_spec(spec)
+        checks.check_spec(self, spec)
         return (RecurrentSession if self.mixers else TextSession)(self, spec, batch, capacity)
 
     def keep(self) -> KeptCache:
@@ -283,138 +274,19 @@ class TextTarget:
         self._taps.clear()
         return final, torch.cat(taps, -1).to(self.dtype) if taps else final[..., :0]
 
-    def _check_spec(self, spec: FeatureSpec):
-        if spec.probe is not None and not self.takes_embeddings:
-            raise UserError(
-                f"target {self.name}: {self.config.model_type} takes no probe: found other states for embeddings "
-                f"than for their ids"
-            )
-        if self.mixers and (spec.columns or spec.middle):
-            raise UserError(
-                f"target {self.name}: {self.config.model_type} has no attention statistics: found layers with a state, "
-                f"expected attention in every layer"
-            )
-
-    def _check_whole(self):
-        """Rows behind a packed row come in forwards whose number differs between processes (see `shard`)."""
-        if self.sharded is not None:
-            raise UserError(
-                f"target {self.name}: found weights partitioned over processes, expected a whole target to train on "
-                f"probes or trees"
-            )
-
-    def _check_behind(self):
-        slow = next((mixer for mixer in self.mixers.values() if mixer.scan and mixer.scan.behind is None), None)
-        if slow is not None:
-            raise UserError(
-                f"target {self.name}: {self.config.model_type} takes neither probes nor trees in training: found "
-                f"layers of {slow.name}, expected attention, Mamba-2 or gated delta rule layers"
-            )
-
     @cached_property
     @torch.no_grad()
     def takes_embeddings(self) -> bool:
         """Whether the body gives the same states for `embed(tokens)` as for the tokens, so that a probe can stand among
         them.
         """
-        tokens = self._spread()
+        tokens = checks.spread_ids(self)
         own = self.body(input_ids=tokens, use_cache=False).last_hidden_state
         try:
             ours = self.body(inputs_embeds=self.embed(tokens), use_cache=False).last_hidden_state
         except (RuntimeError, TypeError, ValueError):
             return False
         return torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3)
-
-    def _check_attention(self):
-        """Attention must be causal and take the masks that trees bring; only the two plain implementations do."""
-        implementation = self.model.config._attn_implementation
-        if getattr(self.config, "attn_logit_softcapping", None) is not None:
-            self.model.set_attn_implementation(
-                "eager"
-            )  # some versions of transformers take sdpa, which leaves the capping out
-        elif implementation not in ("sdpa", "eager", grouped.NAME):
-            raise UserError(f"target {self.name}: found attention {implementation!r}, expected sdpa or eager")
-        if getattr(self.config, "use_bidirectional_attention", None) is True:
-            raise UserError(f"target {self.name}: found bidirectional attention, expected causal attention")
-
-    def _kinds(self) -> tuple[str, ...]:
-        """The kinds of layer, each of which takes a mask of its own; without `layer_types` a window is that of every
-        layer.
-        """
-        kinds = set(
-            getattr(self.config, "layer_types", None)
-            or ["full_attention" if self.window is None else "sliding_attention"]
-        )
-        known = {"full_attention"} if self.window is None else {"full_attention", "sliding_attention"}
-        if self.mixers:
-            if "hybrid" in kinds:
-                kinds.add("full_attention")
-            kinds -= STATEFUL
-        if not kinds <= known:
-            raise UserError(
-                f"target {self.name}: {self.config.model_type} is not supported: found layers of "
-                f"{', '.join(sorted(kinds - known))}, expected {' or '.join(sorted(known))}"
-            )
-        return tuple(sorted(kinds))
-
-    def _spread(self) -> torch.Tensor:
-        """[1, 5], ids spread over the vocabulary: padding tokens may have empty embeddings, which would hide a
-        difference.
-        """
-        ids = torch.linspace(0, self.vocab_size - 1, 5, device=self.device).long()[None]
-        return ids if self.vision is None else ids.masked_fill(ids == self.vision.token, 0)
-
-    @torch.no_grad()
-    def _check_projection(self):
-        """`project` must be the model's own way from final states to logits, a scale of its config included; models
-        that change them otherwise are refused.
-        """
-        try:
-            own = self.model(input_ids=self._spread(), use_cache=False)
-            ours = self.project(self.body(input_ids=self._spread(), use_cache=False).last_hidden_state)
-        except (AssertionError, *FAILURES) as error:  # the first: what packages of quantised weights say
-            raise UserError(f"target {self.name}: {self.config.model_type} cannot be run ({one_line(error)})") from None
-        near = lambda scale: torch.allclose(own.logits.float(), scale * ours.float(), rtol=1e-3, atol=1e-3)  # noqa: E731
-        scales = [scale for scale in (1.0, *logit_scales(self.config)) if near(scale)]
-        if scales:
-            self.scale = scales[0]
-        else:
-            raise UserError(
-                f"target {self.name}: {self.config.model_type} computes logits in a way that is not supported"
-            )
-
-    def _layout(self) -> Layout:
-        try:
-            return layout_of(self)
-        except FAILURES as error:
-            raise UserError(
-                f"target {self.name}: {self.config.model_type} is not supported: found a cache of another form "
-                f"({one_line(error)})"
-            ) from None
-
-    @torch.no_grad()
-    def _check_session(self):
-        """A session must run and agree, up to rounding, with the model's own forward: caches, masks or states of
-        another form are refused.
-        """
-        tokens = self._spread()
-        own = self.model(input_ids=tokens, use_cache=False).logits[:, -1].float()
-        try:
-            session = self.open(FeatureSpec((0,)), 1, 5)
-            session.prefill(tokens[:, :3].tolist())
-            verified = session.verify(DraftTree.of(tokens[:, 3:], torch.tensor([[-1, 0]], device=self.device)))
-            worst, found = (verified.logits[:, -1].float() - own).abs().max(), None
-            if not worst <= 0.1 * (own.max() - own.min()):
-                found = f"logits that differ by {worst:.2g} after five tokens"
-            if verified.hidden.shape != (1, 2, self.config.hidden_size):
-                found = f"hidden states {list(verified.hidden.shape)}"
-        except FAILURES as error:
-            found = one_line(error)
-        if found:
-            raise UserError(
-                f"target {self.name}: {self.config.model_type} is not supported: found {found}; "
-                "expected one state a token, keys and values in a cache, and 4-D masks"
-            )
 
 
 def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

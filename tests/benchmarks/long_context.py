@@ -33,7 +33,8 @@ from draftsmith.launch.methods import fetch
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafters import HeadDrafter
 from draftsmith.models.drafters.howl import HowlDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.targets import TextTarget

@@ -20,7 +20,8 @@ from draftsmith.eval.measurement.shared_prefill import SharedSession
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch import longbench
 from draftsmith.models.chat import load_tokenizer, stop_ids
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixIndex, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixIndex, SuffixRule
 from draftsmith.models.targets import TextTarget
 
 TARGET, PACKAGES, LENGTH, DOCUMENTS, QUESTIONS, NEW, ROWS = (

@@ -17,7 +17,7 @@ from draftsmith.models.grow import DynamicTree, chain, parse_tree
 from draftsmith.models.heads import Eagle3Objective
 from draftsmith.models.tree import DraftTree
 from tests.conftest import tiny_head, tiny_target, trained_head
-from tests.models.heads.test_eagle3 import packed
+from tests.models.heads.documents import packed
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
 TREES = ["chain:3", "dynamic:4x3x10", "eagle"]

@@ -15,11 +15,13 @@ from draftsmith.models.drafters.learners import AdaNormalHedge, Exp3, Hedge, Nor
 from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.drafters.recycling import RecyclingDrafter
 from draftsmith.models.drafters.stand import StandDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features
 from draftsmith.models.grow import StaticTree, chain, parse_tree
 from draftsmith.models.noise import Draw
+from draftsmith.models.tree import DraftTree
 from tests.conftest import tiny_head, tiny_target, trained_head
 from tests.models.drafters.test_stand import stand
 from tests.steps import Table, begin, law_of_steps
@@ -247,6 +249,25 @@ def test_a_lasting_learner_goes_on_from_request_to_request(pair):
         generate(target, drafter, [prompt], Sampling(), 12)
     first = drafter.ledgers[0].learner if drafter.ledgers else drafter.shared
     assert first is drafter.shared and np.abs(drafter.shared.regrets).sum() > 0
+
+
+class Same(NoDrafter):
+    """The last token once more."""
+
+    size, idle = 2, "propose"
+
+    def propose(self, draw):
+        return DraftTree.of(self.root[:, None].repeat(1, 2), torch.tensor([[-1, 0]]).repeat(len(self.root), 1))
+
+
+def test_any_drafter_that_can_be_idle_is_taken(pair):
+    """By what it says of itself, not by which one it is."""
+    target, head = pair
+    drafters = {"same": Same(), "head": HeadDrafter(head, chain(2))}
+    drafter = SelectingDrafter(drafters, target.config.hidden_size, Watching)
+    want = [t.tokens for t in generate(target, NoDrafter(), PROMPTS, Sampling(), 12)]
+    assert [t.tokens for t in generate(target, drafter, PROMPTS, Sampling(), 12)] == want
+    assert min(drafter.choices.values()) > 0, drafter.choices
 
 
 def test_drafters_that_cannot_be_idle_are_refused_by_name():

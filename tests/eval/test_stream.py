@@ -12,7 +12,8 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.drafters.howl import HowlDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.errors import UserError
 from draftsmith.models.grow import parse_tree
 from tests.conftest import tiny_head, tiny_target

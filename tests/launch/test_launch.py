@@ -1,12 +1,7 @@
-"""Launching: two nodes on loopback, a lost process, a job told to stop, a batch script under stand-ins for Slurm, bad
-input.
-"""
+"""Launching: two nodes on loopback, a lost process, a job told to stop, a batch script under stand-ins for Slurm."""
 
-import base64
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftsmith.launch import cli, nodes, training
-from draftsmith.launch.nodes import read_hostfile
+from draftsmith.launch import training
 from draftsmith.launch.rank import records
-from draftsmith.models.errors import UserError
 from draftsmith.train.distributed import free_port
 from tests.conftest import ROOT
 
@@ -271,181 +264,3 @@ def test_the_batch_script_saves_before_its_limit_queues_itself_and_resumes(folde
     code, said = end(batch())
     assert code == 0 and "resumed at step" in said and (output / "drafter").is_dir(), said[-3000:]
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
-
-
-HOSTS = [
-    ("", "hosts: found no machine, expected lines NAME slots=N"),
-    ("# nobody\n\n", "hosts: found no machine"),
-    ("a slots=1\nb\n", "hosts line 2: found 'b', expected NAME slots=N"),
-    ("a slots=1 b slots=2", "hosts line 1: found 'a slots=1 b slots=2'"),
-    ("a slots=two", "hosts line 1: found slots=two, expected a positive number"),
-    ("a slots=0", "hosts line 1: found slots=0"),
-    ("a slots=-1", "hosts line 1: found slots=-1"),
-    ("a slots=1\n# b\na slots=2", "hosts line 3: found a again, expected every machine once"),
-    (b"\xff\xfe", "hosts: found no readable text file"),
-]
-OPTIONS = [
-    ([], "found no place to run, expected --gpus N, --hosts FILE or --slurm"),
-    (["--gpus", "2", "--hosts", "HOSTS"], "found --gpus --hosts, expected"),
-    (["--slurm", "--hosts", "HOSTS"], "found --hosts --slurm, expected"),
-    (["--gpus", "0"], "--gpus"),
-    (["--gpus", "two"], "--gpus"),
-    (["--hosts", "/none"], "/none: found no readable text file, expected a hostfile"),
-    (["--hosts", "HOSTS", "--node-rank", "2"], "--node-rank: found 2, expected 0..1 (HOSTS has 2 machines)"),
-    (["--hosts", "HOSTS", "--node-rank", "-1"], "--node-rank: found -1, expected 0..1"),
-    (["--hosts", "HOSTS", "--node-rank", "0", "--master-port", "70000"], "--master-port"),
-    (["--gpus", "2", "--node-rank", "0"], "found --node-rank without --hosts"),
-    (["--gpus", "2", "--partition", "x"], "found --partition without --slurm"),
-    (["--slurm", "--time", "soon"], "--time: found 'soon', expected MINUTES"),
-    (["--slurm", "--partition", "a b"], "--partition: found 'a b'"),
-    (["seed=abc", "--gpus", "2"], "seed: found 'abc'"),
-    (["nonsense", "--slurm"], "override 'nonsense'"),
-    (["--gpus", "2", "--quickly"], "--quickly"),
-]
-
-
-def refused(monkeypatch, capsys, arguments) -> str:
-    monkeypatch.setattr(sys, "argv", ["draftsmith", "launch", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and len(error.splitlines()) == 1, error
-    return error
-
-
-@pytest.mark.parametrize(("text", "message"), HOSTS, ids=[message for _, message in HOSTS])
-def test_bad_hostfiles(folder, tmp_path, monkeypatch, capsys, text, message):
-    monkeypatch.chdir(tmp_path)
-    Path("hosts").write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert message in refused(
-        monkeypatch, capsys, [str(folder / "recipe.yaml"), "--hosts", "hosts", "--node-rank", "0"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"), OPTIONS, ids=[" ".join(options) or "nothing" for options, _ in OPTIONS]
-)
-def test_bad_options(folder, tmp_path, monkeypatch, capsys, options, message):
-    monkeypatch.chdir(tmp_path)
-    Path("HOSTS").write_text("a slots=1\nb slots=1\n")
-    assert message in refused(monkeypatch, capsys, [str(folder / "recipe.yaml"), f"output={tmp_path}/never", *options])
-    assert not (tmp_path / "never").exists()
-
-
-def test_a_recipe_that_is_not_there(tmp_path, monkeypatch, capsys):
-    assert "none.yaml: no such recipe" in refused(monkeypatch, capsys, ["none.yaml", "--gpus", "2"])
-
-
-def test_an_output_that_cannot_be_written(folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    assert f"{tmp_path}/file" in refused(
-        monkeypatch, capsys, [str(folder / "recipe.yaml"), f"output={tmp_path}/file/out", "--gpus", "2"]
-    )
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """machine(names) -> as torch sees GPUs of these names."""
-
-    def see(names: list[str]) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(names))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
-
-    return see
-
-
-VISIBLE = [
-    (None, 2, ["H0", "H1", "H2"], ["0", "1"], "2 processes on 0 (H0), 1 (H1)"),
-    ("2,3", 2, ["H2", "H3"], ["2", "3"], "2 processes on 2 (H2), 3 (H3)"),
-    (" 5, 2 ,7", 2, ["H5", "H2", "H7"], ["5", "2"], "2 processes on 5 (H5), 2 (H2)"),
-    ("GPU-1a,GPU-2b", 2, ["H1", "H2"], ["GPU-1a", "GPU-2b"], "2 processes on GPU-1a (H1), GPU-2b (H2)"),
-    ("MIG-1a,MIG-2b", 1, ["H1 1g.10gb"], ["MIG-1a"], "1 process on MIG-1a (H1 1g.10gb)"),
-    ("2,3", 2, [], ["2", "3"], "2 processes on the CPU: torch finds no GPU here (CUDA_VISIBLE_DEVICES=2,3)"),
-    ("", 2, [], ["-1", "-1"], "2 processes on the CPU: torch finds no GPU here"),
-    ("2", 2, [], ["-1", "-1"], "2 processes on the CPU: torch finds no GPU here (CUDA_VISIBLE_DEVICES=2)"),
-]
-
-
-@pytest.mark.parametrize(("told", "processes", "seen", "devices", "line"), VISIBLE)
-def test_the_devices_that_the_user_names_are_taken(monkeypatch, machine, told, processes, seen, devices, line):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if told is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
-    machine(seen)
-    assert nodes.devices_for(processes, "--gpus") == devices and nodes.in_words(devices) == line
-
-
-TOO_MANY = [
-    (None, 4, ["H0", "H1"], "--gpus: found 4, expected at most the 2 of this machine"),
-    ("2,3", 3, ["H2", "H3"], "--gpus: found 3, expected at most the 2 of CUDA_VISIBLE_DEVICES=2,3"),
-    (
-        "MIG-1a,MIG-2b",
-        2,
-        ["H1"],
-        "expected at most the 1 of CUDA_VISIBLE_DEVICES=MIG-1a,MIG-2b; CUDA shows a process one",
-    ),
-    ("2,3,2", 2, [], "CUDA_VISIBLE_DEVICES: found 2 twice in 2,3,2, expected every device once"),
-]
-
-
-@pytest.mark.parametrize(("told", "processes", "seen", "message"), TOO_MANY)
-def test_devices_that_are_not_there(monkeypatch, machine, told, processes, seen, message):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if told is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
-    machine(seen)
-    with pytest.raises(UserError) as error:
-        nodes.devices_for(processes, "--gpus")
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize("devices", [["2", "3"], ["GPU-5c6f", "GPU-91ab"]])
-def test_the_processes_see_these_devices_whatever_hostfile_lies_there(tmp_path, devices):
-    command = nodes.launcher({"localhost": devices}, 0, "127.0.0.1", free_port())
-    said = subprocess.run(
-        [*command, "--log_level", "error", "--no_python", "--no_local_rank", shutil.which("env")],
-        env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "0"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    ).stdout.splitlines()
-    assert said.count(f"CUDA_VISIBLE_DEVICES={','.join(devices)}") == 2
-    assert sorted(line for line in said if line.startswith("RANK=")) == ["RANK=0", "RANK=1"]
-
-
-def test_one_machine_of_a_hostfile_keeps_its_devices(folder, tmp_path, capsys, monkeypatch):
-    """Those of the others are theirs to choose."""
-    (tmp_path / "hosts").write_text("a slots=2\nb slots=3\n")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
-    arguments = str(folder / "recipe.yaml"), [f"output={tmp_path}/never"], tmp_path / "hosts", 1, None, None, True
-    said = []
-    assert nodes.on_hosts(*arguments, said.append) == 0
-    world = re.search(r"--world_info=(\S+)", said[0])[1]
-    assert json.loads(base64.urlsafe_b64decode(world)) == {"a": ["0", "1"], "b": ["5", "6", "7"]}
-
-
-def test_dry_runs_show_the_command_and_write_nothing(folder, tmp_path, capsys, monkeypatch):
-    (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
-    assert read_hostfile(tmp_path / "hosts") == {"a": 8, "b": 4}
-    for options, shown in (
-        (["--gpus", "2"], "--node_rank=0 --master_addr=127.0.0.1 --master_port="),
-        (["--hosts", f"{tmp_path}/hosts"], f"--hostfile {tmp_path}/hosts --master_addr a --master_port 29500"),
-        (["--hosts", f"{tmp_path}/hosts", "--node-rank", "1"], "--node_rank=1 --master_addr=a --master_port=29500"),
-    ):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["draftsmith", "launch", str(folder / "recipe.yaml"), f"output={tmp_path}/never", *options, "--dry-run"],
-        )
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr().out
-        assert (
-            ended.value.code == 0
-            and shown in said
-            and ("deepspeed.launcher.launch " in said or "/deepspeed --hostfile" in said)
-            and "--module draftsmith.launch.rank" in said
-        )
-    assert not (tmp_path / "never").exists()

@@ -15,7 +15,8 @@ from draftsmith.launch.methods import bundled
 from draftsmith.models.chat import load_tokenizer, stop_ids
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
-from draftsmith.models.formats import load_drafter
+from draftsmith.models.formats import layout_of, load_drafter, open_head, read_files
+from draftsmith.models.formats.eagle3 import FLAGS
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import TextTarget, locate
@@ -37,6 +38,17 @@ def test_sizes_and_prompts(code):
     assert len(prompts) >= 64 and max(map(len, prompts)) < 200
     manifest = json.loads(Path(locate("bundled:targets/code"), "corpus.json").read_text())
     assert manifest["python"]["licence"] == "PSF-2.0" and all("GPL" not in p["licence"] for p in manifest.values())
+
+
+@pytest.mark.parametrize(
+    "place", sorted(Path(locate("bundled:drafters")).glob("*/config.json")), ids=lambda p: p.parent.name
+)
+def test_configs_are_written_byte_for_byte_as_they_are_shipped(place):
+    """But for the flags of EAGLE-3.1, which older ones do not have."""
+    stored = read_files(place.parent)
+    config, _ = layout_of(stored).write(open_head(stored, stored.shared()), stored.dtype, None)
+    config = {name: value for name, value in config.items() if name in stored.config or name not in FLAGS}
+    assert json.dumps(config, indent=2) + "\n" == place.read_text()
 
 
 def test_template_marks_the_answer_and_its_end(code):

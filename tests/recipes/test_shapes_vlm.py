@@ -21,7 +21,8 @@ from draftsmith.models.grow import parse_tree
 from draftsmith.models.pictures import load_reader
 from draftsmith.models.targets import TextTarget, locate
 from draftsmith.train.reference.pretrain_vision import right_answers, share
-from draftsmith.train.reference.scenes import questions, scenes
+from draftsmith.train.reference.scene_texts import questions
+from draftsmith.train.reference.scenes import scenes
 from draftsmith.train.reference.vision_rows import Rows
 
 NAME = "bundled:targets/shapes-vlm"

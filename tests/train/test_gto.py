@@ -19,7 +19,7 @@ from draftsmith.models.tree import DraftTree
 from draftsmith.train import gto
 from tests.conftest import pack, tiny_target, trained_head
 from tests.laws import Bulk
-from tests.models.heads.test_eagle3 import cut, documents, features_of, packed, place
+from tests.models.heads.documents import cut, documents, features_of, packed, place
 
 SPEC = SimpleNamespace(
     groups=3,

@@ -11,7 +11,7 @@ from draftsmith.models.grow import DynamicTree
 from draftsmith.train import gto
 from draftsmith.train.soft_budget import SoftBudget, best_candidates, reach, soft_budget_loss
 from tests.conftest import tiny_target, trained_head
-from tests.models.heads.test_eagle3 import documents
+from tests.models.heads.documents import documents
 from tests.train.test_gto import one_by_one, scored
 
 SPEC = SimpleNamespace(roots=6, tree="dynamic:3x3x9", theta=0.5, omega=0.3)

@@ -14,6 +14,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+MOST_BYTES = 200_000  # of a source file
+MOST_LINES, MOST_DOC_LINES = 60, 12  # of a function
 TEST_FOLDERS = {"test", "tests", "testing"}
 SKIPPED_FOLDERS = {
     "idlelib",
@@ -64,11 +66,11 @@ def is_held_out(module: str, share: float = 0.03) -> bool:
     return int(hashlib.sha256(module.encode()).hexdigest()[:8], 16) / 2**32 < share
 
 
-def find_sources(packages: list[str], max_bytes: int = 200_000, tests: bool = False) -> list[SourceFile]:
+def find_sources(packages: list[str], tests: bool = False) -> list[SourceFile]:
     """Source files of the standard library ("python") and of the named installed distributions, in a fixed order: those
     outside of folders of tests, or those inside.
 
-    Packages that are not installed are left out; generated or enormous files (over `max_bytes`) are skipped.
+    Packages that are not installed are left out; generated or enormous files (over `MOST_BYTES`) are skipped.
     """
     files = []
     for package in packages:
@@ -91,7 +93,7 @@ def find_sources(packages: list[str], max_bytes: int = 200_000, tests: bool = Fa
                 folders & SKIPPED_FOLDERS
                 or bool(folders & TEST_FOLDERS) != tests
                 or not path.is_file()
-                or path.stat().st_size > max_bytes
+                or path.stat().st_size > MOST_BYTES
             ):
                 continue
             try:
@@ -102,7 +104,7 @@ def find_sources(packages: list[str], max_bytes: int = 200_000, tests: bool = Fa
     return files
 
 
-def cut_functions(source: SourceFile, max_lines: int = 60, max_doc_lines: int = 12) -> list[Function]:
+def cut_functions(source: SourceFile) -> list[Function]:
     """Functions of a file as question and answer. Files that do not parse give none."""
     try:
         module = ast.parse(source.text)
@@ -121,7 +123,7 @@ def cut_functions(source: SourceFile, max_lines: int = 60, max_doc_lines: int = 
         first, last = body[0].lineno, body[-1].end_lineno
         if doc is not None:
             first = node.body[0].end_lineno + 1  # comments between docstring and first statement belong to the answer
-        if last - first + 1 > max_lines or first <= node.lineno:
+        if last - first + 1 > MOST_LINES or first <= node.lineno:
             continue
         header_end = node.body[0].lineno - 1
         header = "\n".join(lines[node.lineno - 1 : header_end])
@@ -130,7 +132,7 @@ def cut_functions(source: SourceFile, max_lines: int = 60, max_doc_lines: int = 
             continue
         question = textwrap.dedent(header).rstrip()
         if doc and doc.strip():
-            kept = doc.strip().splitlines()[:max_doc_lines]
+            kept = doc.strip().splitlines()[:MOST_DOC_LINES]
             quoted = "\n".join(['"""' + kept[0], *kept[1:]]) + ('"""' if len(kept) == 1 else '\n"""')
             question += "\n" + textwrap.indent(quoted, "    ")
         start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])

@@ -137,7 +137,6 @@ class Documents:
         (folder / "corpus.json").write_text(json.dumps(corpus.manifest(files), indent=0))
         self.chat = self._encode(train, spec)
         self.held_out = self._encode(held, spec)
-        self.held_functions = held
         self.repository = RepositoryRows(list(texts), self.tokenizer, recipe.seed)
         rng.shuffle(texts)
         budget = int(sum(map(len, self.chat)) * spec.text_share / (1 - spec.text_share))

@@ -36,17 +36,8 @@ from draftsmith.models.files import usual_modes
 from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import pretrain as text
 from draftsmith.train.reference.pretraining_run import Optimizer, PretrainingRun, make_optimizer
-from draftsmith.train.reference.scenes import (
-    SIDE,
-    SLOT,
-    Question,
-    Scene,
-    describe,
-    picture,
-    questions,
-    request,
-    scenes,
-)
+from draftsmith.train.reference.scene_texts import Question, describe, questions, request
+from draftsmith.train.reference.scenes import SIDE, SLOT, Scene, picture, scenes
 from draftsmith.train.reference.vision_encoder import PATCHES, VisionEncoderStage, pixels, train_vision_encoder
 from draftsmith.train.reference.vision_rows import Batch, Rows, talk
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from draftsmith.train.reference.scenes import Question, Scene, describe, picture, questions, request
+from draftsmith.train.reference.scene_texts import Question, describe, questions, request
+from draftsmith.train.reference.scenes import Scene, picture
 from draftsmith.train.reference.vision_encoder import PATCHES, chosen, pixels
 
 

@@ -10,6 +10,7 @@ block of the usual chunked form. Shapes: b batch, N rows, H heads of width P, G 
 """
 
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +19,58 @@ from draftsmith.models.targets.recurrent.rows import Branches, Chain, along, dec
 from draftsmith.models.targets.recurrent.scan import Scan, short_chunk
 
 
-def step_sizes(dt, dt_bias, dt_softplus: bool, dt_limit) -> torch.Tensor:
-    """[b, N, H] fp32, rounded where the model rounds: bias and softplus in its own dtype."""
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    return dt.clamp(*dt_limit).float()
+class Inputs(NamedTuple):
+    """What a layer hands to its scan: x [b, N, H, P]; dt [b, N, H] fp32, the step sizes; A [H]; B and C [b, N, G, S]; D
+    [H] or None.
+    """
 
+    x: torch.Tensor
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor | None
+    chunk_size: int | None
 
-def chain(state, rows: Chain, original, hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, **options):
-    """The model's own scan. A padding row has a step of 0, which leaves the state as it is."""
-    dt = step_sizes(dt, dt_bias, options.get("dt_softplus", False), options.get("dt_limit", (0.0, float("inf"))))
-    return original(
+    @classmethod
+    def of(
+        cls,
         hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size=None,
+        D=None,
+        dt_bias=None,
+        dt_softplus=False,
+        dt_limit=(0.0, float("inf")),
+        **_,
+    ) -> "Inputs":
+        """From the arguments of the model's own function. Step sizes are rounded where the model rounds: bias and
+        softplus in its own dtype.
+        """
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(dt.dtype)
+        if dt_softplus:
+            dt = F.softplus(dt)
+        return cls(hidden_states, dt.clamp(*dt_limit).float(), A, B, C, D, chunk_size)
+
+    @property
+    def a(self) -> torch.Tensor:
+        """[b, N, H] fp32: logarithms of the decays."""
+        return self.dt * self.A.float()
+
+    def leaving(self, outputs: torch.Tensor) -> torch.Tensor:
+        """outputs [b, N, H, P] of the states, and D x beside them."""
+        return outputs if self.D is None else outputs + self.D[:, None] * self.x.float()
+
+
+def chain(state, rows: Chain, original, *arguments, **options):
+    """The model's own scan. A padding row has a step of 0, which leaves the state as it is."""
+    x, dt, A, B, C, D, chunk_size = Inputs.of(*arguments, **options)
+    return original(
+        x,
         dt * rows.real[..., None],
         A,
         B,
@@ -43,27 +82,11 @@ def chain(state, rows: Chain, original, hidden_states, dt, A, B, C, chunk_size, 
     )
 
 
-def tree(
-    state,
-    rows: Branches,
-    hidden_states,
-    dt,
-    A,
-    B,
-    C,
-    chunk_size=None,
-    D=None,
-    dt_bias=None,
-    dt_softplus=False,
-    dt_limit=(0.0, float("inf")),
-    **_,
-):
-    """hidden_states [b, N, H, P], dt [b, N, H], A [H], B and C [b, N, G, S] -> ([b, N, H, P] fp32, saved)."""
-    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
-    outputs = scan_on(hidden_states.device, rows.size)(state, rows.own, hidden_states, dt, A, B, C)
-    if D is not None:
-        outputs = outputs + D[:, None] * hidden_states.float()
-    return outputs, {"x": hidden_states, "dt": dt, "a": dt * A.float(), "B": B}
+def tree(state, rows: Branches, *arguments, **options):
+    """-> ([b, N, H, P] fp32, saved)."""
+    new = Inputs.of(*arguments, **options)
+    outputs = scan_on(new.x.device, rows.size)(state, rows.own, new.x, new.dt, new.A, new.B, new.C)
+    return new.leaving(outputs), {"x": new.x, "dt": new.dt, "a": new.a, "B": new.B}
 
 
 def scan_on(device: torch.device, size: int):
@@ -99,37 +122,23 @@ def commit(state, saved, path, counts):
     return new if state is None else sums[:, -1].exp()[..., None, None] * state + new
 
 
-def whole(original, hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, **options):
+def whole(original, *arguments, **options):
     """Documents from their beginnings, by the model's own scan."""
-    dt = step_sizes(dt, dt_bias, options.get("dt_softplus", False), options.get("dt_limit", (0.0, float("inf"))))
-    outputs = original(hidden_states, dt, A, B, C, chunk_size=chunk_size, D=D)
-    return outputs, {"x": hidden_states, "dt": dt, "sums": (dt * A.float()).cumsum(1), "B": B}
+    new = Inputs.of(*arguments, **options)
+    outputs = original(new.x, new.dt, new.A, new.B, new.C, chunk_size=new.chunk_size, D=new.D)
+    return outputs, {"x": new.x, "dt": new.dt, "sums": new.a.cumsum(1), "B": new.B}
 
 
-def behind(
-    written,
-    rows,
-    hidden_states,
-    dt,
-    A,
-    B,
-    C,
-    chunk_size=None,
-    D=None,
-    dt_bias=None,
-    dt_softplus=False,
-    dt_limit=(0.0, float("inf")),
-    **_,
-):
-    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
-    sums = written["sums"][:, rows.at] + rows.own.float() @ (dt * A.float())
+def behind(written, rows, *arguments, **options):
+    new = Inputs.of(*arguments, **options)
+    sums = written["sums"][:, rows.at] + rows.own.float() @ new.a
     before, after = torch.cat([written["sums"], sums], 1).transpose(1, 2), sums.transpose(1, 2)
     left = (after[..., :, None] - before[..., None, :]).masked_fill(~rows.seen[:, None], -torch.inf).exp()
-    sources = torch.cat([written["x"].float() * written["dt"][..., None], hidden_states.float() * dt[..., None]], 1)
-    into = torch.cat([written["B"], B], 1).float().transpose(1, 2)  # [1, G, T + Q, S]
-    weights = (C.float().transpose(1, 2) @ into.mT)[:, :, None] * left.unflatten(1, (into.size(1), -1))
+    sources = torch.cat([written["x"].float() * written["dt"][..., None], new.x.float() * new.dt[..., None]], 1)
+    into = torch.cat([written["B"], new.B], 1).float().transpose(1, 2)  # [1, G, T + Q, S]
+    weights = (new.C.float().transpose(1, 2) @ into.mT)[:, :, None] * left.unflatten(1, (into.size(1), -1))
     outputs = (weights.flatten(1, 2) @ sources.transpose(1, 2)).transpose(1, 2)
-    return outputs.contiguous() if D is None else outputs + D[:, None] * hidden_states.float()
+    return new.leaving(outputs.contiguous())
 
 
 SSD = Scan("mamba2_chunk_scan", chain, tree, commit, whole=whole, behind=behind)

@@ -10,7 +10,8 @@ from draftsmith.eval.measurement.shared_prefill import SharedSession, Tapped, sh
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import HeadDrafter
 from draftsmith.models.drafters.howl import HowlDrafter
-from draftsmith.models.drafters.suffix import SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads.owl import OwlConfig, OwlHead

@@ -13,7 +13,8 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.proof import verify
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.drafters.howl import Calibration, HowlDrafter, merge
-from draftsmith.models.drafters.suffix import Draft, SuffixDrafter, SuffixRule
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import Draft, SuffixRule
 from draftsmith.models.formats import save_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.targets import TextTarget

@@ -11,7 +11,7 @@ from draftsmith.models.drafters.datastore import Datastore, write
 from draftsmith.models.drafters.reader import ReaderDrafter
 from draftsmith.models.drafters.retrieval import LENGTHS, LEVELS, RANKS, Estimates, Sketch, extend, matches
 from draftsmith.models.drafters.stand import StandDrafter
-from draftsmith.models.drafters.suffix import SuffixIndex
+from draftsmith.models.drafters.suffix_index import SuffixIndex
 from draftsmith.models.grow import StaticTree
 from draftsmith.models.tree import DraftTree, Form, Kind
 from tests.models.drafters.test_stand import BEFORE, stand

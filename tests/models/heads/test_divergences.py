@@ -14,7 +14,7 @@ from draftsmith.models.heads.divergences import PLAIN, Distillation, overlap, so
 from draftsmith.models.heads.frozen import Weights, teacher_losses
 from draftsmith.models.heads.owl import OwlObjective
 from tests.conftest import tiny_head, tiny_target
-from tests.models.heads.test_eagle3 import packed
+from tests.models.heads.documents import packed
 
 GOALS = [
     PLAIN,

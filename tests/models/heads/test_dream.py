@@ -1,4 +1,4 @@
-"""DREAM: what a row sees, training equals drafting, trees equal their paths, compression, lossless decoding."""
+"""DREAM: what a row sees, training equals drafting, trees equal their paths, lossless decoding."""
 
 from dataclasses import replace
 from itertools import accumulate
@@ -15,14 +15,11 @@ from draftsmith.models.features import Features, Packing
 from draftsmith.models.formats import load_drafter, save_drafter
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import DreamConfig, DreamHead, DreamObjective
-from draftsmith.models.heads.dream_rows import kept_rows
-from draftsmith.models.targets import ImagePrompt
-from draftsmith.train.pictures import answers_apart
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 from tests.conftest import ROOT, tiny_target
-from tests.models.heads.test_eagle3 import place
+from tests.models.heads.documents import place
 from tests.models.targets.test_vision import packed, prompts_of
-from tests.tiny_vision import IMAGE, document, tiny_vision
+from tests.tiny_vision import tiny_vision
 
 PLAIN = DreamObjective(steps=1, feature_weight=0.2, middle_weight=0.2, kl_weight=1.0, noise=0.0)
 H = 32
@@ -58,7 +55,7 @@ def cut(features, start, count) -> Features:
 
 def states_of(head, embedded, states, kept):
     """The head's states [n, h] at all kept rows of one document."""
-    rows = head._rows(embedded, states, kept)
+    rows = head.rows(embedded, states, kept)
     return head.norm(head._self_block(head.layers[2], rows.x2, head.angles(rows.positions))[0])
 
 
@@ -154,7 +151,7 @@ def test_the_blocks_are_the_written_out_formulas(target):
     head = dream_head(target)
     embedded, states, kept = rows_of(head)
     for got, want in zip(
-        (states_of(head, embedded, states, kept), head._rows(embedded, states, kept).x1),
+        (states_of(head, embedded, states, kept), head.rows(embedded, states, kept).x1),
         by_formula(head, embedded, states),
     ):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -191,7 +188,7 @@ def test_the_gradients_of_training_rows_are_those_of_whole_documents(family):
     head = dream_head(target)
     training = packed(family, target, head.feature_spec)[0]
     plain, numbers = [], training.packing.rows + 1
-    for rows in head._documents(training):
+    for rows in head.documents(training):
         whole = rows.x1.new_zeros(len(rows.kept), H)
         plain.append(
             whole.index_copy(
@@ -292,67 +289,6 @@ def test_trees_hung_in_a_packed_row_equal_trees_behind_the_truncated_document(fa
     if ratio < 1:
         with pytest.raises(UserError, match="piece of an image"):
             head.root_at(training, training.visual.nonzero().flatten())
-
-
-# Compression
-
-
-def test_the_visual_rows_with_most_attention_stay_and_all_text_does():
-    visual, columns = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0]).bool(), torch.tensor([9, 0.1, 0.4, 9, 0.4, 0.2, 0, 0])
-    real = torch.arange(8) < 7
-    for ratio, want in (
-        (1.0, [0, 1, 2, 3, 4, 5, 6]),
-        (0.75, [0, 2, 3, 4, 5, 6]),
-        (0.5, [0, 2, 3, 4, 6]),
-        (0.3, [0, 2, 3, 6]),
-        (0.01, [0, 2, 3, 6]),
-    ):
-        assert kept_rows(real, visual, columns, ratio).nonzero().flatten().tolist() == want
-    assert kept_rows(real, visual, None, 1.0) is real and kept_rows(real, torch.zeros(8).bool(), None, 0.5) is real
-
-
-@both
-def test_only_the_pieces_of_images_are_dropped_in_prompts_and_training_alike(family):
-    target, prompts = tiny_vision(family), prompts_of(family)
-    head = dream_head(target, 0.5)
-    training, _, packing = packed(family, target, head.feature_spec)
-    prompt = target.open(head.feature_spec, 3, 8).prefill(prompts).features
-    context = head.prefill(prompt)
-    pieces = [list(p).count(IMAGE) for p in prompts]
-    assert context.skipped.tolist() == [n - n // 2 for n in pieces] and context.cross.lengths.tolist() == [
-        len(p) - 1 for p in prompts
-    ]
-    for b, kept in enumerate(rows.kept for rows in head._documents(training)):
-        n = len(prompts[b])
-        mine = kept_rows(torch.ones(n).bool(), prompt.visual[b, :n], prompt.columns[b, :n], 0.5)
-        assert torch.equal(kept[:n], mine) and kept[n:].all()
-        assert all(prompts[b][i] == IMAGE for i in range(n) if not mine[i])
-
-
-@pytest.mark.parametrize("family", ["llava", "gemma3"])  # whose pixels have one row a picture
-def test_each_answer_is_trained_on_the_visual_rows_that_its_prompt_drafts_with(family):
-    """Two turns with an image each. In one row, columns would end before the first answer, and of the second image the
-    first pieces would be kept.
-    """
-    target, first = tiny_vision(family), len(document(family, [3, 8], 6)[0])
-    head, (ids, images) = dream_head(target, 0.75), document(family, [3, 8, 11], 6)
-    mask = [int(first - 6 <= i < first - 2 or i >= len(ids) - 6) for i in range(len(ids))]
-    ends = [i + 1 for i in range(len(ids)) if ids[i] == IMAGE][3::4]
-    rows = answers_apart(ids, mask, [0, 1], ends)
-    documents = [
-        (row, {name: value[: len(seen)] for name, value in images.items()}, supervised.index(1))
-        for row, supervised, seen in rows
-    ]
-    assert [(len(row), start) for row, _, start in documents] == [(first - 2, first - 6), (len(ids), len(ids) - 6)]
-    training = head._documents(pack_images(target, head, documents))
-    for (row, seen, start), kept in zip(documents, (rows.kept for rows in training), strict=True):
-        prompt = target.open(head.feature_spec, 1, 8).prefill([ImagePrompt(row[:start], seen)]).features
-        want = kept_rows(torch.ones(start).bool(), prompt.visual[0], prompt.columns[0], 0.75)
-        assert torch.equal(kept[:start], want) and kept[start:].all()
-        assert head.prefill(prompt).skipped == start - want.sum() == row.count(IMAGE) // 4
-    packing = Packing((0, len(ids)), torch.tensor(mask).bool())
-    one = head._documents(target.features(torch.tensor(ids), packing, head.feature_spec, [images]))[0].kept
-    assert not torch.equal(one[:start], want)
 
 
 # Whole

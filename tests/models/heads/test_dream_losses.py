@@ -29,7 +29,7 @@ def test_loss_and_gradients_equal_the_plain_formulas(family, steps):
         torch.cat(
             [
                 d.x1.new_zeros(len(d.kept), H).index_copy(0, d.kept.nonzero().flatten(), d.x1)
-                for d in head._documents(features)
+                for d in head.documents(features)
             ]
         )[rows + 1],
     )

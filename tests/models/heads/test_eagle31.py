@@ -8,7 +8,8 @@ import torch
 from draftsmith.models.features import Features
 from draftsmith.models.grow import DynamicTree
 from tests.conftest import pack, tiny_head, tiny_target
-from tests.models.heads.test_eagle3 import compare_ragged, compare_with_drafting, cut, documents, features_of, packed
+from tests.models.heads.documents import cut, documents, features_of, packed
+from tests.models.heads.test_eagle3 import compare_ragged, compare_with_drafting
 
 THREE_ONE = {"fc_norm": True, "norm_output": True}
 SHAPES = [THREE_ONE, {"fc_norm": True}, {"norm_output": True}]

@@ -24,7 +24,7 @@ from draftsmith.train.estimate import estimate
 from draftsmith.train.lora import Adapter
 from draftsmith.train.recipe import DrafterRecipe, Lora, read_recipe
 from tests.conftest import ROOT, tiny_head, train_killed_at
-from tests.models.heads.test_eagle3 import cut, features_of, packed, place
+from tests.models.heads.documents import cut, features_of, packed, place
 from tests.train.test_train import log_of, run, weights
 
 peft = pytest.importorskip("peft")

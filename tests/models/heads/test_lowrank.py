@@ -7,7 +7,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.heads import Eagle3Config, Eagle3Objective
 from draftsmith.models.heads.lowrank import LowRankHead
 from tests.conftest import tiny_head, tiny_target
-from tests.models.heads.test_eagle3 import packed
+from tests.models.heads.documents import packed
 
 
 def matrix(vocab=61, hidden=12, seed=0):

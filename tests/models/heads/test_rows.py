@@ -11,7 +11,7 @@ import torch
 from draftsmith.models.heads import Eagle3Objective
 from draftsmith.models.heads import rows as rows_that_matter
 from tests.conftest import pack, tiny_head, tiny_target, trained_head
-from tests.models.heads.test_eagle3 import documents, packed
+from tests.models.heads.documents import documents, packed
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from draftsmith.models.heads.owl import SPEC_UNIT
 from tests.conftest import pack, tiny_target
 from tests.eval.test_decode import PROMPTS
 from tests.models.formats.test_formats import change_config
-from tests.models.heads.test_eagle3 import documents, place
+from tests.models.heads.documents import documents, place
 from tests.models.heads.test_owl import STEPS, zeros
 
 

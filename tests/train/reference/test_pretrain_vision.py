@@ -23,17 +23,8 @@ from draftsmith.train.reference.pretrain_vision import (
     pretrain_vision,
     right_answers,
 )
-from draftsmith.train.reference.scenes import (
-    GRID,
-    SHAPES,
-    SLOTS,
-    Question,
-    describe,
-    draw_scene,
-    picture,
-    questions,
-    scenes,
-)
+from draftsmith.train.reference.scene_texts import Question, describe, questions
+from draftsmith.train.reference.scenes import GRID, SHAPES, SLOTS, draw_scene, picture, scenes
 from draftsmith.train.reference.vision_encoder import (
     FACTS,
     PATCHES,
