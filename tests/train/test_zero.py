@@ -1,5 +1,5 @@
-"""Every head and objective under ZeRO: two real processes, of which each takes one bin of a step, learn what one process
-learns that takes both. All trainings of two processes share one launch (tests/one_launch.py).
+"""Every head and objective under ZeRO: two real processes, each of which takes one bin of a step, learn what one
+process learns that takes both. All trainings of two processes share one launch (tests/one_launch.py).
 """
 
 import json
