@@ -9,8 +9,9 @@ setup:
 demo: setup
 	@.venv/bin/draftsmith demo --target $(TARGET)
 
+# What the many processes of the tests import is compiled once, whatever the environment says.
 test: setup
-	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python -m pytest -q -n 2 --dist worksteal
+	@PYTHONDONTWRITEBYTECODE= CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
 # The shipped drafter in the real engine (vLLM for the CPU) and in the speculators library, in an environment of their own; about 6 minutes.
 test-vllm:

@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1: repositories, branches, commits, large files (git LFS) and downloads, over HTTP, in memory.
 
 `python -m tests.hub_server` prints its address and serves until it is ended. What clients did can be read at GET
-/control/log; POST /control/fail {"route": ..., "status": ..., "times": ...} makes the next requests of a route fail.
+/control/log; POST /control/fail {"route": ..., "statuses": [...]} makes the next requests of a route fail.
 """
 
 import base64
@@ -21,7 +21,7 @@ class Store:
         self.repos: dict[str, dict] = {}
         self.blobs: dict[tuple[str, str], bytes] = {}  # by repository and sha256
         self.log: list[dict] = []
-        self.failing: dict[str, list] = {}
+        self.failing: dict[str, list[int]] = {}  # by route: the statuses of its next answers
 
 
 def revision_id(files: dict[str, bytes]) -> str:
@@ -65,11 +65,9 @@ class Hub(BaseHTTPRequestHandler):
                     self.store.log.append(
                         {"route": name, "path": path, "bytes": len(self.body), "signed_in": self.signed_in}
                     )
-                failure = self.store.failing.get(name)
-                if failure and failure[1] > 0:
-                    failure[1] -= 1
+                if statuses := self.store.failing.get(name):
                     return self.answer(
-                        {"error": f"made to fail for {TOKEN} at http://x/y?X-Amz-Signature=secret"}, failure[0]
+                        {"error": f"made to fail for {TOKEN} at http://x/y?X-Amz-Signature=secret"}, statuses.pop(0)
                     )
                 return getattr(self, name)(**{key: value for key, value in match.groupdict().items()})
         return self.answer({"error": f"no such route: {method} {path}"}, 404)
@@ -120,7 +118,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def control_fail(self):
         asked = json.loads(self.body)
-        self.store.failing[asked["route"]] = [asked["status"], asked["times"]]
+        self.store.failing[asked["route"]] = asked["statuses"]
         self.answer({})
 
     def create(self):

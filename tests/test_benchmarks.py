@@ -3,10 +3,7 @@ speed.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,21 +11,12 @@ import torch
 from tests.benchmarks import gpu, verification
 from tests.conftest import trained_head
 
-ROOT = Path(__file__).parents[1]
 
-
-def test_accelerator_benchmark_measures_every_section(tmp_path):
+def test_accelerator_benchmark_measures_every_section(tmp_path, monkeypatch, capsys):
     output = tmp_path / "gpu.json"
-    result = subprocess.run(
-        [sys.executable, "tests/benchmarks/gpu.py", "--device", "cpu", "--tiny", "--output", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout.splitlines()[-1])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--output", str(output)])
+    assert gpu.main() == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures == json.loads(output.read_text())
     assert {"date", "card", "torch", "transformers", "command"} <= figures.keys()
     assert [p["rows"] for p in figures["verify"]["passes"]] == [1, 16, 32, 60]

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.heads.adapted import matrix
@@ -54,6 +52,9 @@ def check_rope(rope: dict) -> None:
 def frequencies(config, device) -> tuple[torch.Tensor, float]:
     """The target's rotary frequencies [D / 2] fp32 and attention scaling. Raises UserError as `check_rope`."""
     check_rope(config.rope_parameters)
+    from transformers import LlamaConfig  # with all of the library's code for models, which takes seconds to import
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     try:
         rope = LlamaRotaryEmbedding(
             LlamaConfig(

@@ -8,8 +8,7 @@ under the same name: without one transformers passes no mask, and weights that w
 """
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Middle
@@ -23,15 +22,11 @@ def attend(module, query, key, value, attention_mask, scaling=None, **options):
     """`sdpa`, and a look at its inputs for who asked: module.note(query [B, H, Q, D], key [B, H_kv, K, D], mask [B, 1,
     Q, K], scaling).
     """
-    output = AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
+    output = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     note = getattr(module, "note", None)
     if note is not None:
         note(query, key, attention_mask[..., : key.size(2)], module.head_dim**-0.5 if scaling is None else scaling)
     return output
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def weight_blocks(query, key, mask, scaling):
@@ -86,6 +81,11 @@ class Watch:
         return torch.stack(self.found, -1)
 
     def __enter__(self) -> "Watch":
+        from transformers import AttentionInterface, AttentionMaskInterface  # there is a model: their code is loaded
+        from transformers.masking_utils import eager_mask
+
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, eager_mask)
         layers, config = self.body.layers, self.body.config
         first, behind = (0, 1) if self.middle is None else self.middle.layers
         if not 0 <= first < behind <= len(layers):

@@ -4,7 +4,7 @@ can do so; for others the query heads of a group stand as more rows of one head.
 """
 
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "draftsmith_grouped"
 
@@ -14,7 +14,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **options):
     (then that is what runs) -> [B, T, H, D] and no weights.
     """
     if attention_mask is None or query.size(1) == key.size(1):
-        return SDPA(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     form = shared_by_kernel if query.device.type == "cpu" else folded
     return form(query, key, value, attention_mask[..., : key.size(2)], scaling), None
 
@@ -34,13 +34,12 @@ def folded(query, key, value, mask, scale):
     return out.view(batch, heads, rows, width).transpose(1, 2).contiguous()
 
 
-SDPA = AttentionInterface()["sdpa"]
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
-
-
 def use_grouped(config) -> None:
     """Lets a text body with this config attend so, where it attends by `sdpa` and its queries share keys."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # with all model code: it takes seconds
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
     heads, shared = (getattr(config, name, None) or 0 for name in ("num_attention_heads", "num_key_value_heads"))
     if config._attn_implementation == "sdpa" and 0 < shared < heads:
         config._attn_implementation = NAME

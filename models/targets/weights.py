@@ -16,8 +16,6 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.quantizers import AutoHfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import find_adapter_config_file, logging
 
 from draftsmith.models.errors import UserError, differing_keys
@@ -74,6 +72,9 @@ def quantizer_for(config, name: str, device: torch.device):
     found = quantisation(config)
     if found is None:
         return None
+    from transformers.quantizers import AutoHfQuantizer  # with all model code, which takes seconds to import
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
     method = found.get("quant_method")
     known = {key.removesuffix("_4bit").removesuffix("_8bit") for key in AUTO_QUANTIZER_MAPPING}
     if method not in known and not (found.get("load_in_4bit") or found.get("load_in_8bit")):

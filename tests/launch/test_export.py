@@ -3,9 +3,6 @@ drafters that compute the same.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -315,24 +312,11 @@ def test_the_embedding_is_read_from_shards_without_opening_the_model(tmp_path, t
     )
 
 
-def test_on_the_command_line(place):
+def test_on_the_command_line(place, run):
     folder = place[0]
-
-    def run(*a):
-        return subprocess.run(
-            [sys.executable, "-m", "draftsmith.launch", *map(str, a)],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            timeout=120,  # noqa: E731
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-
-    done = run("export", folder / "drafter", folder / "out", "--to", "vllm")
-    assert done.returncode == 0 and "15 tensors" in done.stdout and "vllm serve" in done.stdout, done.stderr
-    done = run("import", folder / "out", folder / "in", "--target", folder / "target")
-    assert done.returncode == 0 and "read back and equal" in done.stdout, done.stderr
-    done = run("export", folder / "drafter", folder / "out", "--to", "vllm")
-    assert (
-        done.returncode == 2 and done.stderr.strip().endswith("expected a new place") and "Traceback" not in done.stderr
-    )
+    code, said, error = run("export", folder / "drafter", folder / "out", "--to", "vllm")
+    assert code == 0 and "15 tensors" in said and "vllm serve" in said, error
+    code, said, error = run("import", folder / "out", folder / "in", "--target", folder / "target")
+    assert code == 0 and "read back and equal" in said, error
+    code, _, error = run("export", folder / "drafter", folder / "out", "--to", "vllm")
+    assert code == 2 and error.startswith("error: ") and error.endswith("expected a new place")

@@ -91,18 +91,13 @@ def client(server, tmp_path):
     return run
 
 
-@pytest.fixture
-def push(client):
-    return lambda *arguments, **options: client("-m", "draftsmith.launch", "push", *arguments, **options)
-
-
 def log(server, since: int = 0) -> list[dict]:
     with urllib.request.urlopen(f"{server}/control/log") as answer:
         return json.load(answer)[since:]
 
 
-def fail(server, route: str, status: int, times: int) -> None:
-    body = json.dumps({"route": route, "status": status, "times": times}).encode()
+def fail(server, route: str, *statuses: int) -> None:
+    body = json.dumps({"route": route, "statuses": statuses}).encode()
     urllib.request.urlopen(urllib.request.Request(f"{server}/control/fail", body)).close()
 
 
@@ -117,19 +112,24 @@ def fetch(server, repository: str, file: str, revision: str = "main") -> bytes:
 # Command lines (and `load PLACE`) one after another in one process, since starting one takes longer than all that it
 # does.
 SEVERAL = """
-import sys
-from draftsmith.launch.cli import app
+import contextlib, sys
+from draftsmith.launch import cli
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import from_pretrained
 for line in sys.argv[1:]:
     print("--", line)
-    try:
-        if line.startswith("load "):
+    if line.startswith("load "):
+        try:
             print(sum(p.double().sum().item() for p in from_pretrained(line[5:]).parameters()))
-        else:
-            app(line.split(), standalone_mode=False)
-    except UserError as error:
-        print("error:", error)
+        except UserError as error:
+            print("error:", error)
+        continue
+    sys.argv[1:] = line.split()
+    with contextlib.redirect_stderr(sys.stdout):
+        try:
+            cli.main()
+        except SystemExit as end:
+            print("ended with", end.code)
 """
 
 
@@ -139,34 +139,24 @@ def said(process) -> list[str]:
     return [part.partition("\n")[2].strip() for part in process.stdout.split("-- ")[1:]]
 
 
-def test_push_then_from_pretrained_gives_the_same_head(server, client, push, tmp_path):
+def test_push_then_from_pretrained_gives_the_same_head(server, client, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(RESULT))
-    arguments = (DRAFTER, "tester/eagle3-code", "--results", tmp_path / "result.json", "--license", "apache-2.0")
-    pushed = push(*arguments)
-    assert pushed.returncode == 0 and "pushed to" in pushed.stdout, pushed.stderr
+    push = f"push {DRAFTER} tester/eagle3-code --results {tmp_path / 'result.json'} --license apache-2.0"
     start = len(log(server))
     export = f"export tester/eagle3-code {tmp_path / 'out'} --to speculators"
     evaluate = f"eval tester/eagle3-code --limit 1 --max-new-tokens 4 --tree chain:2 --output {tmp_path / 'eval'}"
-    there, here, *_ = said(
-        client(
-            "-c",
-            SEVERAL,
-            "load tester/eagle3-code",
-            f"load {DRAFTER}",
-            export,
-            evaluate,
-            " ".join(map(str, ("push", *arguments))),
-        )
+    pushed, there, here, *_, again = said(
+        client("-c", SEVERAL, push, "load tester/eagle3-code", f"load {DRAFTER}", export, evaluate, push)
     )
+    assert "pushed to" in pushed and "pushed to" in again
     assert (
         there == here
         and float(there)
         and (tmp_path / "out" / "model.safetensors").is_file()
         and (tmp_path / "eval" / "result.json").is_file()
     )
-    assert not [
-        e for e in log(server, start) if e["route"] in ("put", "commit")
-    ]  # the second push changed nothing and sent nothing
+    routes = [entry["route"] for entry in log(server, start)]
+    assert routes.count("put") == routes.count("commit") == 1  # the second push changed nothing and sent nothing
     snapshot = next((tmp_path / "home").rglob("snapshots/*"))
     assert {p.name for p in snapshot.iterdir()} == {
         "config.json",
@@ -187,17 +177,14 @@ def test_push_then_from_pretrained_gives_the_same_head(server, client, push, tmp
     assert "steps: 2,248" in card and "muon_lr: 0.02" in card and str(ROOT) not in card
 
 
-def test_a_cut_off_push_goes_on_where_it_stopped(server, push):
+def test_a_cut_off_push_goes_on_where_it_stopped(server, client):
     start = len(log(server))
-    fail(server, "commit", 403, 1)
-    first = push(DRAFTER, "tester/cut")
-    assert first.returncode == 2 and first.stderr.strip().splitlines()[-1].startswith("error: tester/cut: HTTP 403"), (
-        first.stderr
-    )
-    assert "the same command goes on" in first.stderr and "Traceback" not in first.stderr
-    fail(server, "commit", 503, 1)  # passes by itself
-    second = push(DRAFTER, "tester/cut")
-    assert second.returncode == 0 and "again in 1 s" in second.stdout, second.stderr
+    fail(server, "commit", 403, 503)  # the second passes by itself
+    first, second = said(client("-c", SEVERAL, *2 * [f"push {DRAFTER} tester/cut"]))
+    error, code = first.splitlines()[-2:]
+    assert error.startswith("error: tester/cut: HTTP 403") and code == "ended with 2", first
+    assert "the same command goes on" in error and "Traceback" not in first
+    assert "again in 1 s" in second and "pushed to" in second and "ended" not in second, second
     routes = [entry["route"] for entry in log(server, start)]
     assert routes.count("put") == 1 and routes.count("commit") == 3  # the weights were sent once
 

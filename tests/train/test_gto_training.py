@@ -1,8 +1,4 @@
-"""GTO in the training loop: one process equals two under ZeRO, rows without a group included; exact resume; the drafter
-keeps its form.
-"""
-
-import sys
+"""GTO in the training loop: exact resume, and a drafter that keeps its form."""
 
 import pytest
 import torch
@@ -11,23 +7,10 @@ import yaml
 from draftsmith.launch.training import main
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.targets import TextTarget
-from draftsmith.train import distributed
 from tests.conftest import train_killed_at
-from tests.train.test_train import log_of, run, weights
+from tests.train.test_train import log_of, weights
 from tests.train.test_train_errors import refused
-
-GTO = {
-    "groups": 3,
-    "group_size": 10,
-    "tree": "dynamic:3x3x9",
-    "reward_agg": "lse",
-    "reward_mode": "prob",
-    "debias": True,
-    "clip": 0.2,
-    "delta": 0.01,
-    "min_spread": 1e-6,
-    "omega": 0.5,
-}
+from tests.train.test_zero import GTO
 
 
 @pytest.fixture(scope="module")
@@ -42,43 +25,6 @@ def start(folder, tmp_path_factory):
     recipe["optimization"] |= {"name": "adamw", "lr": 0.003}
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return place
-
-
-@pytest.mark.timeout(900)
-def test_zero_stages_in_two_processes_equal_one_process(start):
-    """Two processes that each take one bin of a step against one that takes both: loss, rewards, ratios and skipped
-    groups agree, though the bins of some steps hold no window on one side or on both.
-    """
-    common = [start / "recipe.yaml", "optimization.batch_tokens=90", "optimization.epochs=3"]
-    one = run(
-        [sys.executable, "-m", "draftsmith.train", *common, "optimization.accumulation=2", f"output={start}/single"],
-        start,
-    )
-    assert one.returncode == 0, one.stderr[-2000:]
-    want = log_of(start / "single")
-    groups = [line["gto"]["groups"] for line in want]
-    assert 0 in groups and max(groups) > 0 and len(set(groups)) > 2, groups
-    assert any(line["gto"]["ratio"] not in (0.0, 1.0) for line in want)
-    for stage in (2, 3):
-        two = run(
-            [
-                "deepspeed",
-                "--num_gpus",
-                "2",
-                "--master_port",
-                distributed.free_port(),
-                "--module",
-                "draftsmith.train",
-                *common,
-                f"engine.zero_stage={stage}",
-                f"output={start}/zero{stage}",
-            ],
-            start,
-        )
-        assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-2000:]
-        for a, b in zip(want, log_of(start / f"zero{stage}"), strict=True):
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
-            assert b["gto"] == pytest.approx(a["gto"], rel=1e-3, abs=1e-4), (stage, a["step"])
 
 
 @pytest.mark.parametrize(

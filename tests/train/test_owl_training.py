@@ -1,6 +1,4 @@
-"""OWL in a run: every ZeRO stage in two processes gives what one process gives, with [SPEC]; recipes say what they
-mean.
-"""
+"""OWL in a run: its drafter, and recipes that say what they mean."""
 
 import json
 
@@ -12,11 +10,10 @@ from draftsmith.launch.training import main
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.targets import TextTarget, describe
-from draftsmith.train import distributed
 from draftsmith.train.estimate import estimate
 from draftsmith.train.recipe import DrafterRecipe, read_recipe
 from tests.conftest import ROOT
-from tests.train.test_train import log_of, run, weights
+from tests.train.test_train import log_of
 
 RECIPES = sorted(ROOT.glob("recipes/owl-*.yaml"))
 
@@ -30,36 +27,6 @@ def recipe(folder, tmp_path):
     values["optimization"] |= {"name": "adamw", "muon_lr": None}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "recipe.yaml"
-
-
-@pytest.mark.timeout(900)
-def test_zero_stages_in_two_processes_equal_one_process(recipe, tmp_path):
-    """Gradients of the probe's embedding come from two processes' documents; which documents drop it follows from the
-    rows, not from who has them.
-    """
-    assert main([str(recipe), "optimization.accumulation=2", f"output={tmp_path}/single"]) == 0
-    want = [line["loss"] for line in log_of(tmp_path / "single")]
-    assert want[-1] < want[0] and len(want) > 5
-    for stage in (2, 3):
-        two = run(
-            [
-                "deepspeed",
-                "--num_gpus",
-                "2",
-                "--master_port",
-                distributed.free_port(),
-                "--module",
-                "draftsmith.train",
-                recipe,
-                f"engine.zero_stage={stage}",
-                f"output={tmp_path}/{stage}",
-            ],
-            tmp_path,
-        )
-        assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-2000:]
-        assert [line["loss"] for line in log_of(tmp_path / str(stage))] == pytest.approx(want, rel=1e-5), stage
-        for a, b in zip(weights(tmp_path / str(stage)).values(), weights(tmp_path / "single").values()):
-            torch.testing.assert_close(a.float(), b.float(), atol=2e-3, rtol=1e-2)  # stored in bf16
 
 
 def test_a_run_saves_a_drafter_whose_embedding_has_learned(recipe, folder, tmp_path):

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from draftsmith.launch.inspect import inspect
+from draftsmith.launch.training import main
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.heads import HEADS, DreamConfig
@@ -222,7 +220,7 @@ def test_only_heads_that_choose_by_columns_have_a_row_an_answer(place):
     assert cut_for(DreamConfig.for_target(config, keep_ratio=1.0)) is whole
 
 
-def test_a_run_of_dream_learns_from_a_row_an_answer_and_measures_a_conversation_once(place, tmp_path):
+def test_a_run_of_dream_learns_from_a_row_an_answer_and_measures_a_conversation_once(place, tmp_path, capsys):
     draw(tmp_path / "a.png", 1)
     (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": THREE[:4]}] * 4))
     changes = [
@@ -248,11 +246,7 @@ def test_a_run_of_dream_learns_from_a_row_an_answer_and_measures_a_conversation_
         console = Console(width=200, file=io.StringIO())
         inspect(read_recipe(recipe, DrafterRecipe, [*changes, f"head.keep_ratio={ratio}"]), 0, console)
         assert console.file.getvalue().startswith(f"{rows} rows")
-    done = subprocess.run(
-        [sys.executable, "-m", "draftsmith.train", recipe, *changes],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "6 rows, " in done.stdout and "on 1 held-out prompts" in done.stdout, done.stdout
+    capsys.readouterr()
+    assert main([recipe, *changes]) == 0
+    said = capsys.readouterr().out
+    assert "6 rows, " in said and "on 1 held-out prompts" in said, said

@@ -1,6 +1,4 @@
-"""Recipes, and training by DeepSpeed in one and two real processes: equal losses, exact resume, checkpoints that are
-complete or invisible.
-"""
+"""Recipes, and training by DeepSpeed in one process: exact resume, checkpoints that are complete or invisible."""
 
 import json
 import os
@@ -17,10 +15,11 @@ from draftsmith.launch.training import main
 from draftsmith.models.formats import load_drafter
 from draftsmith.models.heads import Eagle3Head
 from draftsmith.models.targets import TextTarget
-from draftsmith.train import distributed, telemetry
+from draftsmith.train import telemetry
 from draftsmith.train.optimizers import orthogonalise
 from draftsmith.train.reference.pretrain import grow
-from tests.conftest import ROOT, tiny_target, train_killed_at
+from tests.conftest import tiny_target, train_killed_at
+from tests.one_launch import run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,21 +37,6 @@ def test_grown_target_computes_the_same():
         grow(model, 3)
 
 
-def run(command, folder, timeout=240):
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PATH": path,
-    }
-    return subprocess.run(
-        [str(c) for c in command], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
-    )
-
-
 def log_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
@@ -65,48 +49,6 @@ def test_training_in_one_process_saves_a_loadable_drafter(folder):
     assert head.config.draft_vocab_size == 200 and 2 in head.ids
     log = log_of(folder / "one")
     assert log[-1]["step"] == log[-1]["total"] == len(log) and log[-1]["loss"] < log[0]["loss"]
-
-
-@pytest.mark.timeout(900)
-def test_zero_stages_in_two_processes_equal_one_process(folder):
-    """The same steps: one process accumulates the two bins that two processes share. Rows are of different lengths, so
-    that a mean of the processes' means would differ; ZeRO-3 runs with its target sharded and its features cached too.
-    """
-    common = [folder / "recipe.yaml", "optimization.name=adamw", "head.draft_vocab_size=null"]
-    one = run(
-        [sys.executable, "-m", "draftsmith.train", *common, "optimization.accumulation=2", f"output={folder}/single"],
-        folder,
-    )
-    assert one.returncode == 0, one.stderr[-2000:]
-    want = [line["loss"] for line in log_of(folder / "single")]
-    assert want[-1] < want[0] and len(want) > 5
-    for name, more in {
-        "0": [],
-        "1": ["engine.zero_stage=1"],
-        "2": ["engine.zero_stage=2"],
-        "3": ["engine.zero_stage=3", "engine.target=sharded", "data.features=cached"],
-    }.items():
-        two = run(
-            [
-                "deepspeed",
-                "--num_gpus",
-                "2",
-                "--master_port",
-                distributed.free_port(),
-                "--module",
-                "draftsmith.train",
-                *common,
-                *more,
-                f"output={folder}/{name}",
-            ],
-            folder,
-        )
-        assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-2000:]
-        assert json.loads((folder / name / "drafter" / "draftsmith.json").read_text())["world_size"] == 2
-        assert [line["loss"] for line in log_of(folder / name)] == pytest.approx(want, rel=1e-5), name
-    for name in ("0", "1", "2", "3"):
-        for a, b in zip(weights(folder / name).values(), weights(folder / "single").values()):
-            torch.testing.assert_close(a.float(), b.float(), atol=2e-3, rtol=1e-2)  # stored in bf16
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -171,54 +113,6 @@ def test_termination_saves_and_the_same_command_resumes(folder, tmp_path, monkey
     assert main(arguments) == 0 and [line["step"] for line in log_of(tmp_path / "out")] == list(
         range(1, log_of(tmp_path / "out")[0]["total"] + 1)
     )
-
-
-def test_torchrun_restarts_a_run_whose_process_died_and_it_ends_with_the_same_weights(folder, tmp_path):
-    """Process 1 of the first attempt dies in step 4 without a word; torchrun starts both again, which go on from the
-    checkpoint.
-    """
-    (tmp_path / "dying.py").write_text(
-        "import os, sys\nfrom draftsmith.launch.training import main\nfrom draftsmith.train.loop import Run\nstep = "
-        "Run._step\n"
-        "def dying(self, *a):\n    if self.state.step == 3 and os.environ['RANK'] == '1' and "
-        "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os._exit(9)\n    return step(self, *a)\nRun._step = dying\nsys.exit(main(sys.argv[1:]))\n"
-    )
-    common = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--max-restarts",
-        "2",
-        "--master_addr",
-        "127.0.0.1",
-    ]
-    arguments = [
-        folder / "recipe.yaml",
-        "optimization.name=adamw",
-        "engine.zero_stage=2",
-        "engine.checkpoint_minutes=0",
-    ]
-    for name, script in {"whole": ["-m", "draftsmith.train"], "cut": [tmp_path / "dying.py"]}.items():
-        result = run(
-            [
-                sys.executable,
-                *common,
-                "--master_port",
-                distributed.free_port(),
-                *script,
-                *arguments,
-                f"output={tmp_path}/{name}",
-            ],
-            tmp_path,
-        )
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    assert "resumed at step 3" in result.stdout
-    assert all(
-        torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values())
-    )
-    assert [line["loss"] for line in log_of(tmp_path / "cut")] == [line["loss"] for line in log_of(tmp_path / "whole")]
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(folder, tmp_path, capsys):

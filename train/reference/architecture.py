@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, PreTrainedConfig, Qwen3_5TextConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from draftsmith.train.recipe import Strict
 
@@ -60,6 +60,8 @@ class Architecture(Strict):
 
     def config(self, layers: int) -> PreTrainedConfig:
         """A config of so many layers, whose embedding is the output head."""
+        from transformers import LlamaConfig, Mamba2Config, Qwen3_5TextConfig  # with all model code: it takes seconds
+
         common = {**IDS, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": layers}
         common |= {"tie_word_embeddings": True, "use_cache": False}
         if self.family == "mamba2":

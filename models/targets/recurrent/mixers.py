@@ -9,7 +9,6 @@ import inspect
 from types import FunctionType, MethodType
 
 import torch.nn.functional as F
-from transformers.activations import ACT2FN
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.targets.recurrent.delta import DELTA
@@ -28,7 +27,9 @@ class Mixer:
     """
 
     def __init__(self, module, scan: Scan | None):
-        self.name, self.scan, self.kept = type(module).__name__, scan, None
+        from transformers.activations import ACT2FN  # there is a model: the library's code for models is loaded
+
+        self.name, self.scan, self.kept, self.activations = type(module).__name__, scan, None, ACT2FN
         own = inspect.unwrap(type(module).forward)
         self.originals = {name: own.__globals__[name] for name in (CONVOLUTION, scan and scan.function) if name}
         names = {CONVOLUTION: self.convolve} | ({scan.function: self.mix} if scan else {})
@@ -51,7 +52,7 @@ class Mixer:
         found = F.conv1d(
             window.values.to(weight.dtype), weight[:, None], bias, stride=window.stride, groups=len(weight)
         )
-        return (found if activation is None else ACT2FN[activation](found)).to(hidden_states.dtype)
+        return (found if activation is None else self.activations[activation](found)).to(hidden_states.dtype)
 
     def mix(self, *arguments, **options):
         if self.kept is None:
