@@ -67,15 +67,10 @@ def train(
     SIGTERM and Ctrl-C); a finished one is left as it is. evaluator: measures the acceptance length on the held-out rows
     (`evaluation.rows` of the recipe).
     """
-    spec = recipe.data
     with distributed.launched() as (rank, world, local), contextlib.ExitStack() as stack:
         say = report if rank == 0 else (lambda line: None)
         distributed.check_dtype(recipe.engine.dtype)
         described = describe(recipe.target)
-        if spec.max_length > described.context_length:
-            raise UserError(
-                f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}"
-            )
         output = Path(recipe.output)
         if rank == 0:
             stack.enter_context(alone(output, "train", recipe.output))
