@@ -123,6 +123,7 @@ def test_what_the_target_cannot_take_is_refused_before_rows_are_read(
         return
     dry = ["--dry-run"] if command.startswith("--dry-run") else []
     assert message in refused(capsys, [*arguments, f"output={tmp_path}/never", *dry])
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize(("content", "name", "message"), DATA, ids=[m[-40:] for _, _, m in DATA])
