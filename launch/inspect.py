@@ -18,7 +18,10 @@ from draftsmith.train.preparation import prepared
 from draftsmith.train.recipe import DrafterRecipe
 
 READ = 2000  # rows that are looked through for what seems wrong
-SOURCE = re.compile(r"""[\[{]\s*['"](?:type|text|role|content)['"]\s*:""")  # of parts or messages, Python's or JSON
+KINDS = "text|image|image_url|input_text|output_text|input_image|audio|input_audio|video"
+ROLES = "system|developer|user|assistant|tool|function"
+# Of parts or messages, Python's or JSON: what tells them from the functions and calls that templates show as JSON
+SOURCE = re.compile(rf"""[{{,]\s*['"](?:type['"]\s*:\s*['"](?:{KINDS})|role['"]\s*:\s*['"](?:{ROLES}))['"]\s*[,}}]""")
 
 
 def inspect(recipe: DrafterRecipe, samples: int, console: Console) -> None:

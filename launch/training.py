@@ -97,7 +97,7 @@ def dry_run(arguments: list[str]) -> int:
     from draftsmith.models.targets import describe
     from draftsmith.train.distributed import read_engine_file
     from draftsmith.train.estimate import estimate
-    from draftsmith.train.preparation import prepared
+    from draftsmith.train.preparation import head_config, prepared
     from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
     recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
@@ -108,8 +108,7 @@ def dry_run(arguments: list[str]) -> int:
             rows = prepared(recipe, described, Path(folder), say).rows
             corpus = len(rows.tokens), int(rows.mask.sum())
     else:
-        config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
-        for line in notes(described, load_tokenizer(recipe.target), recipe.target, config):
+        for line in notes(described, load_tokenizer(recipe.target), recipe.target, head_config(recipe, described)):
             say(line)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = estimate(recipe, described, world, device, corpus)

@@ -24,7 +24,8 @@ from draftsmith.train.records import encode_record
 
 BEHIND = "rows are left out: their answers begin behind data.max_length {}"
 TOO_SHORT = "rows are left out: the target wrote a single token of them"
-ALONE = 2000  # records that one process encodes before others are started, which takes seconds
+ALONE = 1000  # records that one process encodes before others are started, which takes seconds
+MEANWHILE = 100_000  # records that it encodes at most until the first of them has started
 CHUNK = 64  # records that a process is given at a time
 MOST = 8  # processes, where nobody says how many
 
@@ -99,10 +100,19 @@ def encoded(
 
 
 def _spread(records: Iterator, file: str, encoder: Encoder, processes: int) -> Iterator[tuple[int, Outcome]]:
-    """Spawned, not forked: this process may have threads, and hold an accelerator."""
+    """Spawned, not forked: this process may have threads, and hold an accelerator. It encodes until they have
+    started.
+    """
     workers = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (encoder, file))
-    waiting, chunk = deque(), list(islice(records, CHUNK))
+    waiting, starting = deque(), [workers.submit(_started) for _ in range(processes)]
     try:
+        for number, record in islice(records, MEANWHILE):
+            yield number, encoder(record, file)
+            if any(each.done() for each in starting):
+                break
+        chunk = list(islice(records, CHUNK))
+        if not chunk:
+            return
         while chunk or waiting:
             while chunk and len(waiting) < 2 * processes:
                 numbers, values = zip(*chunk)
@@ -127,6 +137,10 @@ def _begin(encoder: Encoder, file: str) -> None:
     _work = encoder, file
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+
+
+def _started() -> None:
+    """Done as soon as a process can encode."""
 
 
 def _end_with(parent) -> None:

@@ -10,7 +10,6 @@ Behind a probe the target's own activations are kept too, about
 What Python and its libraries take (about 0.7 GB) is not in it.
 """
 
-import copy
 import time
 from dataclasses import dataclass
 
@@ -20,12 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from draftsmith.models.features import Packing, Shared, Teacher, TrainingFeatures
 from draftsmith.models.targets import Description
+from draftsmith.models.targets.form import narrow, shallow
 from draftsmith.train.lora import Adapter
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.start import build_optimizer, muon_parts
 
 TIMES = 5
 PROBE = 1024  # tokens of the timed layer and step, at most
+FEW_IDS = 1024  # of the timed layer's embedding
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -133,7 +134,7 @@ def probe(recipe: DrafterRecipe, config, device: torch.device, written: float) -
     tokens = torch.zeros(1, size, dtype=torch.int64, device=device)
     with torch.no_grad():
         one, three = (
-            median_seconds(lambda m=_few_layers(config, n, device, dtype): m(input_ids=tokens, use_cache=False), device)
+            median_seconds(lambda m=few_layers(config, n, device, dtype): m(input_ids=tokens, use_cache=False), device)
             for n in (1, 3)
         )
     layer = max(three - one, 0.0) / 2
@@ -164,11 +165,10 @@ def probe(recipe: DrafterRecipe, config, device: torch.device, written: float) -
     }
 
 
-def _few_layers(config, layers: int, device, dtype):
-    few = copy.deepcopy(config)
-    few.num_hidden_layers, few.vocab_size = layers, 1024
-    if getattr(few, "layer_types", None):
-        few.layer_types = few.layer_types[:layers]
+def few_layers(config, layers: int, device, dtype):
+    """The decoder of a target's first layers, random, with a small vocabulary."""
+    few = shallow(config, layers)
+    narrow(few, FEW_IDS)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(few).to(dtype).eval().get_decoder()
 

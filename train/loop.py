@@ -30,7 +30,7 @@ from draftsmith.train.checkpoint import (
 from draftsmith.train.features import Cached, Online
 from draftsmith.train.lora import Adapter
 from draftsmith.train.partitioned import consolidated, gathered, size
-from draftsmith.train.preparation import Prepared, prepared
+from draftsmith.train.preparation import Prepared, head_config, prepared
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
 from draftsmith.train.start import build_head, build_optimizer, regress, target_dtype, tree_objectives
@@ -67,15 +67,11 @@ def train(
     SIGTERM and Ctrl-C); a finished one is left as it is. evaluator: measures the acceptance length on the held-out rows
     (`evaluation.rows` of the recipe).
     """
-    spec = recipe.data
     with distributed.launched() as (rank, world, local), contextlib.ExitStack() as stack:
         say = report if rank == 0 else (lambda line: None)
         distributed.check_dtype(recipe.engine.dtype)
         described = describe(recipe.target)
-        if spec.max_length > described.context_length:
-            raise UserError(
-                f"data.max_length: found {spec.max_length}, expected at most the target's {described.context_length}"
-            )
+        head_config(recipe, described)  # what it refuses leaves no folder behind
         output = Path(recipe.output)
         if rank == 0:
             stack.enter_context(alone(output, "train", recipe.output))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.models.chat import stop_ids
+from draftsmith.models.errors import UserError
 from draftsmith.models.notes import notes
 from draftsmith.models.pictures import load_renderer
 from draftsmith.models.rendering import Renderer
@@ -25,12 +26,23 @@ class Prepared:
     stops: set[int]
 
 
+def head_config(recipe: DrafterRecipe, described: Description):
+    """The config of the recipe's head for its target. Raises UserError for a head that cannot draft for it, and for
+    rows that are longer than its context.
+    """
+    if recipe.data.max_length > described.context_length:
+        raise UserError(
+            f"data.max_length: found {recipe.data.max_length}, expected at most the target's {described.context_length}"
+        )
+    return recipe.kind.Config.for_target(described.config, **recipe.head.shape)
+
+
 def prepared(
     recipe: DrafterRecipe, described: Description, folder: Path, report=print, waits: bool = False
 ) -> Prepared:
     """The rows of a recipe. waits: another process of this machine prepares them. Raises UserError."""
     spec = recipe.data
-    config = recipe.kind.Config.for_target(described.config, **recipe.head.shape)
+    config = head_config(recipe, described)
     renderer = since(load_renderer(recipe.target, described, spec.chat_template_kwargs), folder)
     for line in notes(described, renderer.reader, recipe.target, config):
         report(line)

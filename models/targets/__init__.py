@@ -62,7 +62,7 @@ def describe(name: str | Path) -> Description:
     small = TextTarget.check(config, str(name))
     generation = read_generation(place, str(name))
     quantizer = quantizer_for(config, str(name), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    check_checkpoint(place, str(name), config)
+    check_checkpoint(place, str(name), config, quantizer)
     seen = (
         getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         if getattr(config, "vision_config", None)

@@ -138,28 +138,41 @@ def shrink_states(small) -> None:
             return
 
 
+def shallow(config, layers: int):
+    """A copy of a text config with its first layers alone."""
+    few = copy.deepcopy(config)
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:  # one entry a layer
+            setattr(few, key, value[:layers])
+    if vars(few).get("attn_layer_indices"):
+        few.attn_layer_indices = [index for index in few.attn_layer_indices if index < layers]
+    few.num_hidden_layers = layers
+    return few
+
+
+def narrow(config, vocab_size: int) -> None:
+    """Gives a config so few ids: its special ones become 0, since embeddings refuse a padding id beyond them."""
+    config.vocab_size = vocab_size
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, key, None) is not None:
+            setattr(config, key, 0)
+
+
 def small_config(config):
     small = copy.deepcopy(completed(config))
     heads, groups, layers = small.num_attention_heads, small.num_key_value_heads, small.num_hidden_layers
     width = getattr(small, "head_dim", None) or small.hidden_size // heads
     kinds = getattr(small, "layer_types", None) or []
     kept = min(layers, max([LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds))]))
-    for key, value in vars(config).items():
-        if isinstance(value, list) and len(value) == layers:  # one entry a layer
-            setattr(small, key, value[:kept])
-    if vars(small).get("attn_layer_indices"):
-        small.attn_layer_indices = [index for index in small.attn_layer_indices if index < kept]
-    small.num_hidden_layers = kept
+    small = shallow(small, kept)
     small.num_key_value_heads = min(groups, HEADS)
     small.num_attention_heads = small.num_key_value_heads * min(heads // groups, HEADS)
-    small.hidden_size, small.vocab_size = small.num_attention_heads * width, VOCABULARY
+    small.hidden_size = small.num_attention_heads * width
     shrink_states(small)
     for key in WIDTHS:
         if isinstance(getattr(small, key, None), int):
             setattr(small, key, min(getattr(small, key), WIDTH))
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(small, key, None) is not None:
-            setattr(small, key, 0)
+    narrow(small, VOCABULARY)
     for key in EXPERTS:
         if isinstance(getattr(small, key, None), int):
             setattr(small, key, min(getattr(small, key), max(FEW, getattr(small, "num_experts_per_tok", None) or 0)))

@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import find_adapter_config_file, logging
 
 from draftsmith.models.errors import UserError, differing_keys
 
 MANIFEST = "weights.json"  # beside weights that were made from a GGUF file: what they were made from
+FLOAT8 = ("F8_E4M3", "F8_E5M2")  # as safetensors names them; a scale may be one of F8_E8M0
+UNPACKING = "conversion of the weights"  # transformers' words for it; it shows the keys in a table alone
 STORED = ("*.safetensors", "pytorch_model*.bin")  # the second are read as tensors only
 
 
@@ -93,17 +96,22 @@ def quantizer_for(config, name: str, device: torch.device):
     return quantizer
 
 
+def folder_of(place: str) -> Path | None:
+    """Where the files of a place (directory or Hub id) lie on this machine; None where they do not."""
+    if Path(place).is_dir():
+        return Path(place)
+    config = try_to_load_from_cache(place, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def checkpoint_bytes(place: str) -> int | None:
     """Of a checkpoint's weights on disk, or on the Hub; None where neither can be asked."""
     if not Path(place).is_dir():
         with suppress(HTTPError, OSError, ValueError):
             files = HfApi().model_info(place, files_metadata=True).siblings
             return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors")) or None
-        config = try_to_load_from_cache(place, "config.json")
-        if not isinstance(config, str):
-            return None
-        place = Path(config).parent
-    return sum(file.stat().st_size for file in Path(place).glob("*.safetensors")) or None
+    folder = folder_of(place)
+    return folder and (sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None)
 
 
 def load_model(place: str, name: str, config, dtype: torch.dtype | None, device: torch.device):
@@ -114,7 +122,9 @@ def load_model(place: str, name: str, config, dtype: torch.dtype | None, device:
     check_files(place, name)
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     if quantizer is not None:  # packed weights are not moved afterwards
-        return _loaded(place, name, config, dtype=dtype, device_map={"": device})
+        model = _loaded(place, name, config, dtype=dtype, device_map={"": device})
+        check_scales(place, name)
+        return model
     return _loaded(place, name, config, dtype=dtype).to(device)
 
 
@@ -142,24 +152,60 @@ def check_files(place: str, name: str) -> None:
         raise UserError(f"target {name}: found no weights ({found}), expected model.safetensors")
 
 
-def check_checkpoint(place: str, name: str, config) -> None:
-    """`load_model`'s checks by the names and shapes in the files alone, for a directory. Those of a quantised one
-    depend on where it is loaded.
+def check_scales(place: str, name: str) -> None:
+    """Raises UserError for a weight of a quantised checkpoint that is stored as 8-bit floats with no scale beside it:
+    transformers takes the bare numbers for the weight.
+    """
+    folder, kinds = folder_of(place), {}
+    for file in sorted(folder.glob("*.safetensors")) if folder else ():
+        with safe_open(file, "pt") as stored:
+            kinds |= {key: stored.get_slice(key).get_dtype() for key in stored.keys()}
+    scaled = {key.rpartition(".")[0] for key in kinds if "scale" in key.rpartition(".")[2]}
+    bare = [key for key, kind in kinds.items() if kind in FLOAT8 and key.rpartition(".")[0] not in scaled]
+    if bare:
+        raise differing_keys(
+            f"target {name}", [f"{key}: found 8-bit floats without a scale" for key in sorted(bare)], len(kinds)
+        )
+
+
+def check_checkpoint(place: str, name: str, config, quantizer=None) -> None:
+    """`load_model`'s checks by the names and shapes in the files alone, for a directory. What stays packed may not be
+    followed without its numbers: then it is checked when it is loaded.
     """
     check_files(place, name)
-    if quantisation(config) is None and Path(place).is_dir():
-        _loaded(place, name, copy.deepcopy(config), device_map="meta")
-
-
-def _loaded(place: str, name: str, config, **options):
-    auto = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
-    quantised = quantisation(config) is not None  # loading may change the config
-    options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if not Path(place).is_dir():
+        return
+    config = copy.deepcopy(config)
+    if quantizer is not None:
+        with suppress(OSError, SafetensorError):  # of files that cannot be read, loading says so
+            check_scales(place, name)
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
+        with without_bars():
+            _loaded(place, name, config, device_map="meta")
+        return
     try:
-        with quietly():
-            model, found = auto.from_pretrained(place, trust_remote_code=False, **options)
+        with without_bars():
+            model, found = _read(place, config, device_map="meta")
+    except Exception:  # as different as the packages that unpack
+        return
+    check_whole(model, found, name, quantised=True)
+
+
+def _read(place: str, config, **options) -> tuple[torch.nn.Module, dict]:
+    """The model, and what transformers says of the loading."""
+    auto = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
+    options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quietly():
+        return auto.from_pretrained(place, trust_remote_code=False, **options)
+
+
+def _loaded(place: str, name: str, config, **options) -> torch.nn.Module:
+    quantised = quantisation(config) is not None  # loading may change the config
+    try:
+        model, found = _read(place, config, **options)
     except Exception as error:  # torn files, and pickles of other things, raise whatever their readers come across
-        raise UserError(f"target {name}: cannot be loaded ({one_line(error)})") from None
+        why = "its packed numbers and their scales do not fit together" if UNPACKING in str(error) else one_line(error)
+        raise UserError(f"target {name}: cannot be loaded ({why})") from None
     check_whole(model, found, name, quantised)
     return model
 
@@ -193,6 +239,18 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, for what takes no time."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def one_line(error: BaseException) -> str:

@@ -36,6 +36,8 @@ def answer(text: str) -> dict:
         (answer("None"), "have None or null as the answer"),
         (answer("null\n"), "have None or null as the answer"),
         (answer("[{'type': 'text', 'text': 'a'}]"), "have the source of messages or parts"),
+        (answer("[{'text': 'a', 'type': 'text'}]"), "have the source of messages or parts"),
+        (answer('{"role": "user", "content": "add"}'), "have the source of messages or parts"),
         ({"messages": [TALK[0] | {"content": '[{"type": "text", "text": "a"}]'}, TALK[1]]}, "have the source of"),
         ({"text": "import os"}, "have no prompt: they are supervised from the first token to the last"),
     ],
@@ -44,6 +46,23 @@ def test_what_looks_wrong_is_told(folder, tmp_path, record, warning):
     said = inspected(folder, tmp_path, [{"messages": TALK}, {"messages": TALK}, record])
     assert re.search(f"warning: 1 of 3 rows {warning}", said), said
     assert "warning" not in inspected(folder, tmp_path, [{"messages": TALK}])
+
+
+CALC = {"name": "calc", "parameters": {"type": "object", "properties": {"role": {"type": "string"}}}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([{"type": "function", "function": CALC}]),
+        '{"name": "write", "arguments": {"content": "a", "text": "b", "role": "clerk"}}',
+        "{'type': 'object', 'text': 'b'}",
+    ],
+)
+def test_functions_and_calls_in_json_look_right(folder, tmp_path, text):
+    row, long = {"messages": [turn | {"content": text} for turn in TALK]}, "data.max_length=256"
+    said = inspected(folder, tmp_path, [row], long, "optimization.batch_tokens=256")
+    assert text[-20:] + "<|end|>" in said and "warning" not in said, said
 
 
 def test_empty_answers_are_told_by_their_name(folder, tmp_path):

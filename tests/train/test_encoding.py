@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import count, islice, takewhile
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from draftsmith.models.errors import UserError
 from draftsmith.models.rendering import Renderer
 from draftsmith.train import data, encoding
-from draftsmith.train.encoding import Encoder, encoded, temperature_of
+from draftsmith.train.encoding import Encoder, Outcome, encoded, temperature_of
 
 COUNT = 700
 
@@ -23,6 +24,7 @@ def record(number: int) -> dict:
 
 def test_two_processes_make_the_rows_of_one(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "ALONE", 100)
+    monkeypatch.setattr(encoding, "MEANWHILE", 50)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record(n)) + "\n" for n in range(COUNT)))
     made = []
     for processes in (1, 2):
@@ -54,6 +56,23 @@ def test_records_are_read_as_they_are_needed(tokenizer, monkeypatch):
     found.close()
 
 
+class Telling(Encoder):
+    def __call__(self, record, file):
+        return Outcome(origin=(os.getpid(), record))
+
+
+def test_the_first_process_goes_on_until_another_has_started(tokenizer, monkeypatch):
+    """And from there on leaves all to the others, in the order of the records."""
+    monkeypatch.setattr(encoding, "ALONE", 10)
+    found = encoded(((n, n) for n in count()), "rows.jsonl", Telling(Renderer(tokenizer), {2}, 300, 64), 2)
+    own = list(takewhile(lambda outcome: outcome.origin[0] == os.getpid(), (outcome for _, outcome in found)))
+    later = [outcome.origin for _, outcome in islice(found, 500)]
+    assert len(own) > 100 and [outcome.origin[1] for outcome in own] == list(range(len(own)))
+    assert [number for _, number in later] == list(range(len(own) + 1, len(own) + 501))
+    assert os.getpid() not in {process for process, _ in later}
+    found.close()
+
+
 class Dying(Encoder):
     def __call__(self, record, file):
         return os._exit(9) if record.get("row") == 100 else super().__call__(record, file)
@@ -61,6 +80,7 @@ class Dying(Encoder):
 
 def test_a_process_that_dies_is_one_line(tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "ALONE", 10)
+    monkeypatch.setattr(encoding, "MEANWHILE", 0)
     records = ((number, record(number)) for number in range(COUNT))
     with pytest.raises(UserError, match="rows.jsonl: a process that prepared rows died .*data.processes=1"):
         list(encoded(records, "rows.jsonl", Dying(Renderer(tokenizer), {2}, 300, 64), 2))

@@ -2,12 +2,17 @@
 code 2.
 """
 
+import io
 import json
 import sys
 
 import pytest
+from rich.console import Console
 
+from draftsmith.launch.inspect import inspect
 from draftsmith.launch.training import main
+from draftsmith.models.errors import UserError
+from draftsmith.train.recipe import DrafterRecipe, read_recipe
 
 RECIPE = [
     ([], "usage: draftsmith train RECIPE"),
@@ -94,6 +99,31 @@ def test_bad_recipes(folder, tmp_path, capsys, arguments, message):
     arguments = [str(folder / "recipe.yaml") if a == "RECIPE" else a for a in arguments]
     assert message in refused(capsys, [*arguments, *([f"output={tmp_path}/never"] if len(arguments) > 1 else [])])
     assert not (tmp_path / "never" / "drafter").exists() and not (tmp_path / "never" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "--dry-run", "--dry-run without files", "inspect"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.max_length=257", "data.max_length: found 257, expected at most the target's 256"),
+        ("head.draft_vocab_size=301", "head.draft_vocab_size: found 301, expected at most the target's 300"),
+    ],
+)
+def test_what_the_target_cannot_take_is_refused_before_rows_are_read(
+    folder, tmp_path, capsys, override, message, command
+):
+    """The only row is bad: whoever reads it first says so."""
+    file = tmp_path / "rows.jsonl"
+    if command != "--dry-run without files":
+        file.write_text("{")
+    arguments = [str(folder / "recipe.yaml"), f"data.files=[{file}]", override, "optimization.batch_tokens=300"]
+    if command == "inspect":
+        with pytest.raises(UserError, match=message):
+            inspect(read_recipe(arguments[0], DrafterRecipe, arguments[1:]), 1, Console(file=io.StringIO()))
+        return
+    dry = ["--dry-run"] if command.startswith("--dry-run") else []
+    assert message in refused(capsys, [*arguments, f"output={tmp_path}/never", *dry])
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize(("content", "name", "message"), DATA, ids=[m[-40:] for _, _, m in DATA])

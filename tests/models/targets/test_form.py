@@ -24,6 +24,7 @@ from draftsmith.models.heads.layer import check_rope
 from draftsmith.models.notes import notes
 from draftsmith.models.targets import TextTarget, describe, form
 from draftsmith.models.targets.form import completed, context_length, small_model
+from draftsmith.train.estimate import FEW_IDS, few_layers
 from tests.conftest import pack, tiny_head
 from tests.models.targets.test_recurrent import FAMILIES as RECURRENT
 from tests.models.targets.test_targets import FAMILIES, REFUSED, SHAPE, model_of, prompts_of, rounds_error
@@ -133,6 +134,22 @@ def test_a_small_model_can_be_made_of_every_family_with_states(family):
     head = EagleConfig.for_target(found)
     assert head.num_attention_heads * head.head_dim == head.hidden_size or hasattr(config, "num_attention_heads")
     assert head.rope_parameters["rope_type"] == "default" and head.intermediate_size > 0
+
+
+EVERY = FAMILIES | RECURRENT | OWN_ROPE
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_dry_run_times_the_first_layers_of_every_family_that_runs(family):
+    """Whatever the config says of each layer, and whatever its special ids are."""
+    config = completed(EVERY[family]().get_text_config())
+    config.vocab_size += FEW_IDS
+    config.pad_token_id = config.vocab_size - 1
+    for layers in (1, 3):
+        decoder = few_layers(config, layers, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            found = decoder(input_ids=torch.zeros(1, 20, dtype=torch.int64), use_cache=False).last_hidden_state
+        assert len(decoder.layers) == layers and found.shape == (1, 20, config.hidden_size)
 
 
 SCALED = {

@@ -233,12 +233,9 @@ def test_a_checkpoint_that_lacks_nothing_is_loaded(kind, copied):
             assert torch.equal(loaded[key if key in loaded else f"model.{key}"], value), key
 
 
-def test_fp8_weights_are_dequantised_where_no_accelerator_multiplies_them(copied):
-    """Blocks of 8 x 8 with a scale each: what is loaded is number times scale, exactly; and one that lacks a tensor is
-    refused like any other.
-    """
-    stored, scale = load_file(copied / "model.safetensors"), torch.arange(1, 25) / 64
-    packed = {}
+def fp8(folder: Path) -> dict[str, torch.Tensor]:
+    """Packs the linear layers of a checkpoint in blocks of 8 x 8 with a scale each; what is stored then."""
+    stored, scale, packed = load_file(folder / "model.safetensors"), torch.arange(1, 25) / 64, {}
     for key, value in stored.items():
         if "_proj" not in key:
             packed[key] = value
@@ -246,8 +243,14 @@ def test_fp8_weights_are_dequantised_where_no_accelerator_multiplies_them(copied
         blocks = value.size(0) // 8, value.size(1) // 8
         packed[key] = (8 * value).to(torch.float8_e4m3fn)
         packed[f"{key}_scale_inv"] = scale[: blocks[0] * blocks[1]].view(blocks).clone()
-    save_file(packed, copied / "model.safetensors", metadata={"format": "pt"})
-    quantised("fp8", activation_scheme="dynamic", weight_block_size=[8, 8])(copied)
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    quantised("fp8", activation_scheme="dynamic", weight_block_size=[8, 8])(folder)
+    return packed
+
+
+def test_fp8_weights_are_dequantised_where_no_accelerator_multiplies_them(copied):
+    """Blocks of 8 x 8 with a scale each: what is loaded is number times scale, exactly."""
+    packed = fp8(copied)
     described = describe(copied)
     assert described.weights == Weights(None, "fp8") and described.stored is None
     loaded = TextTarget.load(copied)
@@ -258,9 +261,48 @@ def test_fp8_weights_are_dequantised_where_no_accelerator_multiplies_them(copied
         if scales is not None:
             want = want * scales.repeat_interleave(8, 0).repeat_interleave(8, 1)
         assert torch.equal(value, want), key
-    save_file({k: v for k, v in packed.items() if k != UP}, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{UP}: missing"):
-        TextTarget.load(copied)
+
+
+SCALE = UP + "_scale_inv"
+PACKED = {
+    "a weight that is not there": (lambda t: {k: v for k, v in t.items() if k != UP}, f"{UP}: missing"),
+    "a scale that is not there": (
+        lambda t: {k: v for k, v in t.items() if k != SCALE},
+        f"{UP}: found 8-bit floats without a scale",
+    ),
+    "no scale at all": (
+        lambda t: {k: v for k, v in t.items() if not k.endswith("_scale_inv")},
+        "found 49 differences from the 66 expected keys: model.layers.0.mlp.down_proj.weight: found 8-bit floats",
+    ),
+    "a scale of other blocks": (
+        lambda t: {**t, SCALE: t[SCALE][:5].clone()},
+        "its packed numbers and their scales do not fit together",
+    ),
+    "a layer too many": (
+        lambda t: {**t, **{key.replace("5", "99"): t[key].clone() for key in (UP, SCALE)}},
+        f"{UP.replace('5', '99')}: unknown key",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_packed_checkpoint_that_lacks_something_is_refused_before_its_numbers_are_read(kind, copied):
+    """transformers takes 8-bit floats that have no scale for the weights themselves, eight times as large here."""
+    change, message = PACKED[kind]
+    save_file(change(fp8(copied)), copied / "model.safetensors", metadata={"format": "pt"})
+    for look in (describe, TextTarget.load):
+        with pytest.raises(UserError) as caught:
+            look(copied)
+        line = str(caught.value)
+        assert line.startswith(f"target {copied}: ") and message in line and "\n" not in line, line
+
+
+def test_a_packing_that_stays_is_refused_without_its_scales(copied):
+    """BitNet's numbers are unpacked as they are used, so that its scales are tensors of the model."""
+    quantised("bitnet")(copied)
+    for look in (describe, TextTarget.load):
+        with pytest.raises(UserError, match="model.layers.0.mlp.down_proj.weight_scale: missing"):
+            look(copied)
 
 
 COMMANDS = {"train": [], "--dry-run": ["--dry-run"]}
