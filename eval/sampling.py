@@ -126,11 +126,11 @@ class Noise:
 
     def chosen(self, logits: torch.Tensor, tree: DraftTree) -> torch.Tensor:
         """Processed logits [B, N, V] -> [B, N] int64, the token that plain decoding emits behind each node. On a CPU,
-        where noise is dear, -1 behind nodes that are not reached along such tokens.
+        where noise is dear, nothing is drawn for nodes that are not reached along such tokens (0, which nobody reads).
         """
         if self.sampling.temperature == 0 or logits.device.type != "cpu":
             return argmax(self.perturb(logits, tree))
-        chosen = torch.full_like(tree.tokens, -1)
+        chosen = torch.zeros_like(tree.tokens)
         tokens, parents, found = tree.tokens.numpy(), tree.parents.numpy(), chosen.numpy()
         for row, (request, root) in enumerate(zip(self.requests, self.positions)):
             level, place = [0], root + 1

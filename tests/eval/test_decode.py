@@ -200,7 +200,7 @@ def test_noise_only_along_the_walk_chooses_what_noise_everywhere_does():
         logits = torch.randn(2, 9, 3, generator=generator)
         noise = Noise(Sampling(1.0, seed=seed), [4, 9], [11, 3])
         whole, walked = noise.perturb(logits, tree).argmax(-1), noise.chosen(logits, tree)
-        assert torch.equal(torch.where(walked < 0, whole, walked), whole) and bool((walked[:, 0] >= 0).all())
+        assert torch.equal(walked[:, 0], whole[:, 0])
         for a, b in zip(vars(follow(tree, whole)).values(), vars(follow(tree, walked)).values()):
             assert torch.equal(a, b)
         long += int(follow(tree, whole).counts.max()) > 2

@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 
 from draftsmith.launch.inspect import inspect
@@ -160,7 +161,9 @@ def test_bad_engine_files(folder, tmp_path, capsys, text, message):
     )
 
 
-def test_half_precision_where_the_accelerator_has_none(folder, tmp_path, capsys):
+def test_half_precision_where_the_accelerator_has_none(folder, tmp_path, capsys, monkeypatch):
+    accelerator = get_accelerator()  # of DeepSpeed, for which some CPUs have it
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: False)
     arguments = [str(folder / "recipe.yaml"), "engine.dtype=fp16", f"output={tmp_path}/never"]
     assert "engine.dtype: found fp16, which cpu does not support; expected fp32 or bf16" in refused(capsys, arguments)
 

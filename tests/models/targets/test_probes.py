@@ -83,7 +83,8 @@ def test_probes_change_no_real_row_and_equal_one_more_token(family, monkeypatch)
     target, probe, (rows, tokens, packing) = target_of(family), probe_of(), packed_row(15, 11)
     without = target.features(tokens, packing, FeatureSpec(TAPS))
     features = target.features(tokens, packing, FeatureSpec(TAPS, probe))
-    assert torch.equal(features.hidden, without.hidden) and torch.equal(features.teacher.final, without.teacher.final)
+    for got, want in ((features.hidden, without.hidden), (features.teacher.final, without.teacher.final)):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # other lengths were read together
     assert without.probe is None and features.score is None
     states = features.probe(probe)
     texts = [rows[0][: t + 1] if t < 15 else rows[1][: t - 14] for t in packing.rows.tolist()]
