@@ -132,14 +132,17 @@ class Noise:
             return argmax(self.perturb(logits, tree))
         chosen = torch.zeros_like(tree.tokens)
         tokens, parents, found = tree.tokens.numpy(), tree.parents.numpy(), chosen.numpy()
-        for row, (request, root) in enumerate(zip(self.requests, self.positions)):
-            level, place = [0], root + 1
-            while level:
-                noise = gumbel(self.sampling.seed, [request], column([place]), logits.size(-1), "choose")[0]
-                found[row, level] = argmax(logits[row, level] + noise)
-                above = parents[row, 1:]
-                goes_on = np.isin(above, level) & (tokens[row, 1:] == found[row, above])
-                level, place = (1 + goes_on.nonzero()[0]).tolist(), place + 1
+        above, level, depth = parents.clip(min=0), np.zeros(parents.shape, bool), 1
+        level[:, 0] = True
+        while level.any():
+            rows, nodes = level.nonzero()
+            going, which = np.unique(rows, return_inverse=True)
+            requests = [self.requests[row] for row in going]
+            places = column([self.positions[row] + depth for row in going])
+            noise = gumbel(self.sampling.seed, requests, places, logits.size(-1), "choose")[:, 0]
+            found[rows, nodes] = argmax(logits[rows, nodes] + noise[which])
+            follows = np.take_along_axis(level, above, 1) & (tokens == np.take_along_axis(found, above, 1))
+            level, depth = (parents >= 0) & follows, depth + 1
         return chosen
 
     def _next(self, device) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 WORD = 0xFFFFFFFF  # words of 32 bits stand in int64: torch has no products of unsigned numbers
 BELOW_ONE = 0xFFFFFF00  # the largest fp32 number that stands for a word: 2**32 would be a uniform number of 1
+PIECE = 2**16  # numbers that a CPU makes at a time: what they are made of then stays in a core's cache
 ROUNDS, MULTIPLIERS, WEYL = 10, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
 
@@ -58,12 +59,12 @@ def gumbel(seed: int, requests: list[int], positions: torch.Tensor, count: int, 
     The largest values, which decide an argmax, come from uniform numbers near 0, where fp32 is finest. None is
     infinite.
     """
-    if positions.device.type == "cpu" and positions.numel() > 1:  # one row fits a core's cache, a batch does not
-        noise = torch.empty(*positions.shape, count)
-        for row, request in enumerate(requests):
-            for cell in range(positions.size(1)):
-                noise[row, cell] = gumbel(seed, [request], positions[row, cell].view(1, 1), count, stream)[0, 0]
-        return noise
+    piece = max(1, PIECE // max(1, count))
+    if positions.device.type == "cpu" and positions.numel() > piece:
+        each = [request for request in requests for _ in range(positions.size(1))]
+        cells = zip(range(0, len(each), piece), positions.reshape(-1, 1).split(piece))
+        parts = [gumbel(seed, each[i : i + piece], some, count, stream) for i, some in cells]
+        return torch.cat(parts).view(*positions.shape, count)
     words = random_words(seed, requests, positions, count, stream)
     return words.float().clamp_(max=BELOW_ONE).add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().log_().neg_()
 
