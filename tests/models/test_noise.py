@@ -63,6 +63,14 @@ def test_no_noise_is_infinite_even_where_all_bits_are_set(monkeypatch):
     assert bool(noise.isfinite().all()) and float(torch.tensor([float(BELOW_ONE)])) < 2.0**32
 
 
+@pytest.mark.parametrize("piece", [1, 20, 30])
+def test_noise_is_the_same_however_much_of_it_is_made_at_a_time(monkeypatch, piece):
+    places = torch.tensor([[4, 5, 7], [9, 2, 0]])
+    whole = gumbel(3, [7, 1 << 40], places, 10, "a")
+    monkeypatch.setattr("draftsmith.models.noise.PIECE", piece)
+    assert torch.equal(gumbel(3, [7, 1 << 40], places, 10, "a"), whole)
+
+
 def test_nodes_of_one_position_share_their_noise():
     logits, positions = torch.zeros(2, 4, 5), torch.tensor([[3, 4, 4, 5], [8, 9, 10, 9]])
     scores = perturb(logits, Sampling(1.0, seed=2), [0, 6], positions)
