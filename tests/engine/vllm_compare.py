@@ -189,6 +189,8 @@ def serve(
         **({"model": str(folder)} if layout == "speculators" else {"model": target, "speculative_config": speculative}),
         dtype="float32",
         max_model_len=1024,
+        enable_chunked_prefill=False,  # of a request with a seed it asks for what a CPU's generator does not have
+        max_num_batched_tokens=8192,
         enforce_eager=True,
         per_request_spec_decode_metrics="detailed",
         worker_extension_cls="tests.engine.repair.WorkerExtension",

@@ -1,4 +1,6 @@
-"""The shipped drafter of a real chat model: it is of the weights that are fetched, changes no text, and is accepted."""
+"""The shipped drafters of a real chat model: they are of the weights that are fetched, change no text, are accepted."""
+
+import pytest
 
 from draftsmith.eval.decode import generate
 from draftsmith.eval.measurement.measure import tau
@@ -11,15 +13,15 @@ from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.formats.layout import other_weights
 from draftsmith.models.grow import parse_tree
 
-NAME = "bundled:drafters/eagle3-smollm2"
 
-
-def test_the_shipped_drafter_is_accepted_and_changes_no_text(smollm2_target):
+@pytest.mark.parametrize(("name", "least"), [("eagle3-smollm2", 1.8), ("hass-smollm2", 1.5)])
+def test_the_shipped_drafter_is_accepted_and_changes_no_text(smollm2_target, name, least):
     target, tokenizer = smollm2_target, load_tokenizer("bundled:targets/smollm2")
-    assert not other_weights(about(fetch(NAME)), target)
-    head, stops = load_drafter(fetch(NAME), target.shared, target.layers), stop_ids(target, tokenizer)
+    place = fetch(f"bundled:drafters/{name}")
+    assert not other_weights(about(place), target)
+    head, stops = load_drafter(place, target.shared, target.layers), stop_ids(target, tokenizer)
     prompts = [p.tokens for p in read_prompts(bundled("bundled:prompts/chat.jsonl"), tokenizer, 4)]
     plain = generate(target, NoDrafter(), prompts, Sampling(), 24, stops)
     drafted = generate(target, HeadDrafter(head, parse_tree("dynamic:10x7x60")), prompts, Sampling(), 24, stops)
     assert [trace.tokens for trace in drafted] == [trace.tokens for trace in plain]
-    assert tau(drafted) > 1.6
+    assert tau(drafted) > least
