@@ -42,11 +42,14 @@ def product_rows(width: int, device: torch.device) -> int:
     return max(chunk_rows(width, device), PRODUCT // width)
 
 
-def pieces(rows: torch.Tensor, start: int, size: int):
-    """rows [n] in parts of at most `size`, with the places that each has where they stand from `start` on."""
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        yield slice(start + first, start + first + len(part)), part
+def spans(start: int, stop: int, size: int):
+    """start .. stop - 1 as slices of at most `size`."""
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+def shifted(span: slice, by: int) -> slice:
+    return slice(span.start + by, span.stop + by)
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
         weighed, reach = torch.zeros_like(scale), scale.new_ones(len(distribution.choice))
         borders = [0, *accumulate(map(len, here))]
         for k, rows in enumerate(here):
-            for block, some in pieces(rows, borders[k], wide):
+            for block in spans(borders[k], borders[k + 1], wide):
                 products, kept = output.logits(states[block], weights)
-                for (cut, mine), own in zip(pieces(some, block.start, size), products.split(size)):
+                for cut in spans(block.start, block.stop, size):
+                    mine, own = rows[shifted(cut, -borders[k])], products[shifted(cut, -block.start)]
                     at = mine + k
                     probs, covered = distribution.probs[at], distribution.covered[at]
                     logits = own.to(losses.dtype)
@@ -134,7 +138,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
                         plain = student.sub_(probs)
                         own.copy_(plain if slope is None else slope.add_(plain, alpha=1 - goal.total_variation))
                 if grad_states is not None:
-                    teacher = partial(distribution.probs.index_select, 0, some + k)
+                    teacher = partial(distribution.probs.index_select, 0, rows[shifted(block, -borders[k])] + k)
                     share = weighed[block, None].to(states.dtype)
                     grad_states[block] = output.pull(states[block], products, share, teacher, kept, weights, grads)
         ctx.save_for_backward(grad_states, *(g if g is None else g.to(w.dtype) for g, w in zip(grads, weights)))

@@ -21,7 +21,7 @@ import torch
 
 from draftsmith.models.argmax import argmax
 from draftsmith.models.features import Teacher
-from draftsmith.models.heads.distill import chunk_rows, product_rows
+from draftsmith.models.heads.distill import chunk_rows, product_rows, shifted, spans
 from draftsmith.models.heads.divergences import PLAIN, Distillation, accepted, overlap, soften, variation_slope
 
 
@@ -46,23 +46,23 @@ class _TeacherLosses(torch.autograd.Function):
         varied = weights.ce * goal.total_variation
         weights = weights._replace(ce=weights.ce - varied)
         grads = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
-        for start in range(0, count, wide):
-            logits = teacher.project(teacher.final[start : start + wide], None).to(losses.dtype)
+        for block in spans(0, count, wide):
+            logits = teacher.project(teacher.final[block], None).to(losses.dtype)
             choice, probs = argmax(logits)[:, None], soften(logits, goal.teacher_temperature)
             constant = weights.ce * torch.xlogy(probs, probs).sum(-1) if weights.kl else torch.zeros_like(logits[:, 0])
             apart = goal.reach == "overlap" or varied > 0  # `_weighted` works in place
             supervised, total = _weighted(probs.clone() if apart else probs, weights)
             for k in range(steps):
-                first, stop = max(start - k, 0), start + len(logits) - k  # row i of step k is supervised at token i + k
+                # row i of step k is supervised at token i + k
+                first, stop = max(block.start - k, 0), block.stop - k
                 if stop <= first:
                     continue
                 with torch.enable_grad():
                     x = states[k, first:stop].detach().to(teacher.final.dtype).requires_grad_()
                     out = project(x)
                 slopes = None if grads is None else torch.empty_like(out)
-                for begin in range(0, stop - first, size):
-                    own = slice(begin, min(begin + size, stop - first))
-                    cut, mine = (slice(own.start + by, own.stop + by) for by in (first, first + k - start))
+                for cut in spans(first, stop, size):
+                    own, mine = shifted(cut, -first), shifted(cut, k - block.start)
                     z = out.detach()[own].to(losses.dtype)
                     top, student = z.amax(-1), z.softmax(-1)
                     rank[k, cut] = (z > z.gather(-1, choice[mine])).sum(-1)

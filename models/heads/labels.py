@@ -9,7 +9,7 @@ import torch
 
 from draftsmith.models.argmax import argmax
 from draftsmith.models.features import Teacher
-from draftsmith.models.heads.distill import add_product, chunk_rows, product_rows
+from draftsmith.models.heads.distill import add_product, chunk_rows, product_rows, shifted, spans
 
 
 @torch.no_grad()
@@ -31,20 +31,19 @@ class _HardCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[1]
             else None
         )
-        for start in range(0, len(states), wide):
-            block = slice(start, min(start + wide, len(states)))
+        for block in spans(0, len(states), wide):
             products = states[block] @ weight.T
-            for first in range(block.start, block.stop, size):
-                cut = slice(first, min(first + size, block.stop))
-                own, label = products[cut.start - start : cut.stop - start], labels[cut, None]
+            for cut in spans(block.start, block.stop, size):
+                own, label = products[shifted(cut, -block.start)], labels[cut, None]
                 logits = own.to(scale.dtype)
                 top, wanted = logits.amax(-1, keepdim=True), logits.gather(-1, label)
                 right[cut] = logits.gather(-1, choice[cut, None])[:, 0] >= top[:, 0]
                 student = logits.sub_(top).exp_()
                 total = student.sum(-1, keepdim=True)
                 losses[cut] = (total.log() + top - wanted)[:, 0]
-                share = scale[cut, None]
-                own.copy_(student.mul_(share / total).scatter_add_(-1, label, -share))
+                if grad_states is not None:
+                    share = scale[cut, None]
+                    own.copy_(student.mul_(share / total).scatter_add_(-1, label, -share))
             if grad_states is not None:
                 torch.mm(products, weight, out=grad_states[block])
                 if grad_weight is not None:

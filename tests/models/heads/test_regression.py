@@ -98,3 +98,11 @@ def test_rows_that_are_not_finite_are_left_out():
     parts = [(torch.ones(3, 2), torch.arange(3)), (torch.cat([nan, torch.zeros(1, 2)]), torch.tensor([7, 8]))]
     states, tokens = regression.joined(parts)
     assert tokens.tolist() == [0, 1, 2, 8] and bool(states.isfinite().all())
+
+
+def test_rows_that_a_regression_asks_for_keep_within_memory():
+    for regressors in (16, 1728, 12288):
+        rows = regression.wanted_rows(regressors)
+        assert 8 * regressors <= rows <= 40 * regressors
+        assert rows == 8 * regressors or rows * regressors <= regression.SIZE
+    assert regression.wanted_rows(1728) == 40 * 1728 and regression.wanted_rows(12288) == 8 * 12288

@@ -7,6 +7,7 @@ import torch
 
 from draftsmith.models.features import FeatureSpec, Packing
 from draftsmith.models.heads import Eagle3Objective
+from draftsmith.models.targets import training
 from tests.conftest import tiny_head
 from tests.models.targets import test_recurrent as recurrent
 from tests.models.targets import test_targets as text
@@ -61,6 +62,24 @@ def test_packed_documents_equal_documents_alone_and_a_head_learns_from_them(kind
     loss, _ = head.loss(pack(head.feature_spec)[0], Eagle3Objective(steps=3, decay=0.8))
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3 sliding"])
+def test_documents_of_like_lengths_are_read_together_and_as_all_at_once(family, monkeypatch):
+    target = text.target_of(family)
+    rows = text.prompts_of(6, 20, 17, 5)
+    tokens, packing = torch.tensor(sum(rows, [])), Packing((0, 6, 26, 43, 48), torch.ones(48, dtype=torch.bool))
+    shapes, whole = [], target.whole
+    monkeypatch.setattr(
+        target, "whole", lambda spec, reading: shapes.append(reading.tokens.shape) or whole(spec, reading)
+    )
+    apart = target.features(tokens, packing, FeatureSpec(text.TAPS))
+    assert shapes == [(2, 20), (2, 6)]
+    monkeypatch.setattr(training, "ALIKE", 0.0)
+    together = target.features(tokens, packing, FeatureSpec(text.TAPS))
+    assert shapes[2:] == [(4, 20)]
+    torch.testing.assert_close(apart.hidden, together.hidden, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(apart.teacher.final, together.teacher.final, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
