@@ -14,7 +14,7 @@ import torch.distributed
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the reference implementation
 
 
-def iteration_dtype(device: torch.device) -> torch.dtype:
+def product_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device multiplies such matrices faster than fp32, else fp32."""
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
@@ -103,7 +103,7 @@ class _MuonAdamW(torch.optim.Optimizer):
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(buffer, group["momentum"]))
             scale, stacked = max(1.0, shape[0] / shape[1]) ** 0.5, torch.stack(updates)
-            for p, update in zip(params, orthogonalise(stacked, dtype=iteration_dtype(stacked.device))):
+            for p, update in zip(params, orthogonalise(stacked, dtype=product_dtype(stacked.device))):
                 p.add_(update, alpha=-group["lr"] * scale)
 
     def _adam(self, group):

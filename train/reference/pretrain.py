@@ -20,6 +20,7 @@ from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.models.files import usual_modes
 from draftsmith.models.targets import describe, locate
+from draftsmith.train.optimizers import product_dtype
 from draftsmith.train.recipe import Place, Strict
 from draftsmith.train.reference import corpus
 from draftsmith.train.reference.architecture import Architecture, grow, random_model
@@ -235,6 +236,7 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
     folder = Path(f"{recipe.output}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    fast = product_dtype(torch.device(device))
     documents = Documents(recipe, folder)
     log(
         f"chat {sum(map(len, documents.chat)):,} tokens, text {sum(map(len, documents.text)):,}, held out "
@@ -254,7 +256,7 @@ def pretrain(recipe: TargetRecipe, log=print) -> Path:
                 layer.compile()  # layers are alike: one compilation serves them all
         optimizer, end = make_optimizer(model, recipe.optimizer), run.seen + stage.tokens
         while run.seen < end:
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            with torch.autocast(device, torch.bfloat16, enabled=fast is torch.bfloat16):
                 loss = language_loss(model, rows.draw(stage).to(device))
             run.step(model, optimizer, loss, stage.batch * stage.length, f"layers {stage.layers} epoch {rows.epoch}")
             if run.due():
