@@ -31,6 +31,7 @@ from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.formats.adapter import base_of, with_adapter
 from draftsmith.models.grow import DynamicTree, StaticTree, TreePolicy
 from draftsmith.models.pictures import load_renderer
+from draftsmith.models.prepacked import use_prepacked
 from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.targets.copies import quantised, skipping
@@ -113,6 +114,7 @@ class Drafters:
             self.heads[folder] = with_adapter(self.head(base), folder)
         if folder not in self.heads:
             self.heads[folder] = load_drafter(folder, self.target.shared, self.target.layers)
+            use_prepacked(self.heads[folder])
         return self.heads[folder]
 
     def drafter(self, name: str, tree: TreePolicy | None = None, lasting: bool = False) -> Drafter:

@@ -21,6 +21,7 @@ from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.formats import fetch, load_drafter
 from draftsmith.models.grow import parse_tree
+from draftsmith.models.prepacked import use_prepacked
 from draftsmith.models.targets import TextTarget
 
 # take(number of the temperature, count) -> up to `count` more (row, prompt), none when none are left
@@ -82,6 +83,7 @@ def open_drafter(work: Work, target: TextTarget) -> Drafter:
     if work.drafter is None:
         return NoDrafter()
     head = load_drafter(fetch(work.drafter), target.shared, target.layers)
+    use_prepacked(head)
     return HeadDrafter(head, parse_tree(work.tree))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
+from draftsmith.models.prepacked import use_plain
 from draftsmith.models.targets.text import TextTarget
 from draftsmith.models.tree import DraftTree
 
@@ -70,6 +71,7 @@ def quantised(target: TextTarget) -> TextTarget:
         raise UserError(f"int8: found {target.device}, expected a CPU, which alone has the kernels")
     copied = shared_copy(target, label="int8")
     body = copied.body
+    use_plain(body)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's own, of its quantised tensors
         body.layers = torch.ao.quantization.quantize_dynamic(body.layers, {nn.Linear}, torch.qint8)

@@ -12,6 +12,7 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
+from draftsmith.models.prepacked import use_prepacked
 from draftsmith.models.targets import checks, grouped
 from draftsmith.models.targets.form import check_figures, completed, context_length, small_model
 from draftsmith.models.targets.packed import KeptCache
@@ -180,6 +181,8 @@ class TextTarget:
         with its probes). Raises UserError for a spec with a probe where the target takes none.
         """
         checks.check_spec(self, spec)
+        if self.sharded is None:
+            use_prepacked(self.model)
         return (RecurrentSession if self.mixers else TextSession)(self, spec, batch, capacity)
 
     def keep(self) -> KeptCache:
