@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from draftsmith.eval.measurement.measure import decode_batches, divergences
+from draftsmith.eval.measurement.measure import IDENTITY, decode_batches, divergences
 from draftsmith.eval.measurement.progress import Progress
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import Drafter, NoDrafter
@@ -41,7 +41,7 @@ class Comparison:
     @property
     def claimed(self) -> bool:
         """Whether identity is promised: not in lower precision."""
-        return self.dtype in ("float32", "float64")
+        return getattr(torch, self.dtype) in IDENTITY
 
 
 def prove(

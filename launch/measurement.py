@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from draftsmith.eval.lossless import dtype_of
 from draftsmith.eval.measurement.journal import Journal, check_finished, settings_before
 from draftsmith.eval.measurement.prompts import Prompt
 from draftsmith.eval.measurement.suite import ACCEPTANCE_BATCH, Plan, Suite
@@ -39,8 +40,8 @@ PARTIAL = f"{FINISHED}.partial"  # the journal of a run that has not ended
 class Request:
     """What `draftsmith eval` was asked. methods: drafter directories and baselines; tree: `auto` or the tree to time;
     timed: the temperatures at which speed is measured (acceptance length is measured at all `temperatures`); threads:
-    on a CPU, None = as `chosen_threads` says; datastore: a directory of `draftsmith datastore build`; variables: of the
-    chat template.
+    on a CPU, None = as `chosen_threads` says; dtype: of the target, None as `TextTarget.load` chooses; datastore: a
+    directory of `draftsmith datastore build`; variables: of the chat template.
     """
 
     methods: list[str]
@@ -57,8 +58,14 @@ class Request:
     skip_long: bool = False
     seed: int = 0
     threads: int | None = None
+    dtype: str | None = None
     datastore: str | None = None
     variables: Mapping = field(default_factory=dict)
+
+    def open(self, report) -> Methods:
+        """Raises UserError as `Methods.open`, and for an unknown dtype."""
+        dtype = self.dtype and dtype_of(self.dtype)
+        return Methods.open(self.methods, self.target, self.assistant, dtype, report, self.datastore, self.variables)
 
     def plan(self) -> Plan:
         """Raises UserError for values that contradict each other."""
@@ -95,9 +102,7 @@ def measure(request: Request, report=print) -> dict:
     """
     plan = request.plan()
     suites = named_suites(request.suites)
-    methods = Methods.open(
-        request.methods, request.target, request.assistant, None, report, request.datastore, request.variables
-    )
+    methods = request.open(report)
     journals = [settings_before(request.output / name) for name in (FINISHED, PARTIAL)]
     before = next((found for found in journals if "threads" in found), {})
     methods.renderer = methods.renderer.at(before.get("clock"))
@@ -134,6 +139,7 @@ def measure_suites(
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
         "threads": torch.get_num_threads(),
+        **({"dtype": request.dtype} if request.dtype else {}),
         **timely(methods),
     }
     if (document := finished(request.output / RESULT, request.output / FINISHED, settings, report)) is not None:

@@ -55,6 +55,9 @@ def evaluate(
     skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False,
     seed: Seed = 0,
     threads: Threads = None,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else that of the checkpoint")
+    ] = None,
     trajectories: Annotated[
         int,
         typer.Option(min=1, help="instead: so many samples of each prompt, by trajectory; what drafters learn stays"),
@@ -83,6 +86,7 @@ def evaluate(
         skip_long,
         seed,
         threads,
+        dtype,
         datastore,
         template_variables(template_arg),
     )

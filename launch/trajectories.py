@@ -32,9 +32,7 @@ def scale(request: Request, count: int, report=print) -> dict:
     temperatures = [t for t in plan.temperatures if t > 0]
     if not temperatures:
         raise UserError("--trajectories: found temperature 0 alone, where all are the same text; expected one above 0")
-    methods = Methods.open(
-        request.methods, request.target, request.assistant, None, report, request.datastore, request.variables
-    )
+    methods = request.open(report)
     result, journal = request.output / "trajectories.json", request.output / "trajectories.jsonl"
     partial = Path(f"{journal}.partial")
     befores = [settings_before(place).get("clock") for place in (journal, partial)]
@@ -65,6 +63,7 @@ def scale(request: Request, count: int, report=print) -> dict:
         "tree": tree_names([request.tree])[0],
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
+        **({"dtype": request.dtype} if request.dtype else {}),
         **timely(methods),
     }
     if (document := finished(result, journal, settings, report)) is None:

@@ -13,6 +13,7 @@ from draftsmith.eval.measurement.choose import Costs, Recording, expected_tau, m
 from draftsmith.eval.measurement.interval import difference_interval
 from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.measurement.measure import (
+    IDENTITY,
     Decoder,
     Looped,
     Run,
@@ -125,7 +126,7 @@ class Suite:
                 samples = {name: run.traces[row] for name, run in runs.items()}
         for name, result in results.items():
             parts = [cell for cell in cells if cell["drafter"] == name]
-            result["lossless"] = all(part["lossless"] for part in parts)
+            result["lossless"] = all(p["lossless"] for p in parts) if self.target.dtype in IDENTITY else None
             result["identical"] = f"{sum(part['identical'] for part in parts)}/{sum(part['prompts'] for part in parts)}"
         return results, cells, samples
 
@@ -178,7 +179,13 @@ class Suite:
             "suite": self.name,
             "temperature": temperature,
             "batch": batch,
-            **summary(run, self.plain[temperature] if ours else None, timed_plain, self.plan.seed),
+            **summary(
+                run,
+                self.plain[temperature] if ours else None,
+                timed_plain,
+                self.plan.seed,
+                self.target.dtype in IDENTITY,
+            ),
             **{key: acceptance(traces, self.plan.seed) if traces else None for key, traces in split.items()},
             "categories": {
                 category: acceptance([run.traces[row] for row in rows], self.plan.seed)

@@ -202,7 +202,7 @@ def losslessness(cells: list[dict]) -> str:
     ours = [c for c in cells if "identical" in c]
     lines = [
         f"{sum(c['identical'] for c in ours)} of {sum(c['prompts'] for c in ours)} texts are identical to plain "
-        f"decoding.\n"
+        f"decoding{'; identity is claimed in fp32 alone' if any(c['lossless'] is None for c in ours) else ''}.\n"
     ]
     for c in ours:
         lines += [

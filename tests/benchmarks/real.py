@@ -1,7 +1,7 @@
 """The shipped drafters of `smollm2`, a real chat model, on the public suites: acceptance length, speed, losslessness.
 
     python tests/benchmarks/real.py [--quick] [--suites FOLDER] [--suite NAME ...] [--limit N] [--tokens N]
-        [--temperature T ...] [DRAFTER ...] [--output runs/real]
+        [--temperature T ...] [--dtype bf16] [DRAFTER ...] [--output runs/real]
 
 Suites are the EAGLE repository's evaluation prompts (MT-bench with its two turns, HumanEval, GSM8K, Alpaca, CNN/DM as
 `sum`, QA) and Spec-Bench, read from FOLDER (default: what DRAFTSMITH_SUITES names, else `../shared/data/suites` beside
@@ -14,7 +14,7 @@ Prints, as Markdown, a table by suite and temperature with 95 % intervals, one b
 tau, tau_t1          acceptance length of the 60-node tree by suite, T = 0 and T = 1
 predicted_chain_tau  of a chain of 5 on the first suite, T = 0, by teacher forcing; chain_tau: as measured
 lookup_tau           prompt lookup's acceptance length by suite, T = 0; suffix_tau: suffix decoding's
-lossless             whether all texts of all runs are those of plain decoding
+lossless             whether all texts of all runs are those of plain decoding; null in lower precision than fp32
 robust_speedup       of the timed tree by suite, T = 0
 """
 
@@ -51,6 +51,7 @@ def main():
     parser.add_argument("--limit", type=int, help="conversations of a suite; default 20, with --quick 6")
     parser.add_argument("--tokens", type=int, help="new tokens of a text; default 128, with --quick 64")
     parser.add_argument("--temperature", type=float, nargs="*", default=[0.0, 1.0])
+    parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
     parser.add_argument("--output", default="runs/real")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -72,6 +73,7 @@ def main():
             timed=(0.0,) if quick else tuple(arguments.temperature),
             max_new_tokens=arguments.tokens or (64 if quick else 128),
             limit=arguments.limit or (6 if quick else 20),
+            dtype=arguments.dtype,
             skip_long=True,
         )
     )
@@ -158,7 +160,7 @@ def summary(cells: list[dict], first: str, document: dict) -> dict:
         "chain_tau": round(document["chain_tau"], 3),
         "lookup_tau": tau(0.0, lambda cell: cell["method"] == "lookup"),
         "suffix_tau": tau(0.0, lambda cell: cell["method"] == "suffix"),
-        "lossless": all(cell.get("lossless", True) for cell in cells),
+        "lossless": None if document["lossless"] is None else all(cell.get("lossless", True) for cell in cells),
         "robust_speedup": {
             c["suite"]: round(c["robust_speedup"], 3)
             for c in cells

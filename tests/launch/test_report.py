@@ -174,6 +174,27 @@ def test_the_same_measurement_asked_again_takes_what_is_there(place, tmp_path, m
     assert again["cells"] == first["cells"] and again["samples"] == first["samples"]
 
 
+def test_in_bf16_texts_are_counted_and_identity_is_not_claimed(place, tmp_path):
+    request = Request(
+        [str(place / "run" / "drafter")],
+        tmp_path,
+        (str(place / "chat.jsonl"),),
+        tree="chain:2",
+        temperatures=(0.0,),
+        max_new_tokens=8,
+        limit=2,
+        dtype="bf16",
+    )
+    document = measure(request, lambda line: None)
+    assert document["conditions"]["dtype"] == "bfloat16" and document["lossless"] is None
+    assert all(cell["lossless"] is None for cell in document["cells"] if "identical" in cell)
+    assert "identity is claimed in fp32 alone" in (tmp_path / "report" / "README.md").read_text()
+    with pytest.raises(UserError, match='dtype: found "bf16", expected null'):
+        measure(replace(request, dtype=None), lambda line: None)
+    with pytest.raises(UserError, match="dtype: found fp8, expected fp32, bf16 or fp16"):
+        measure(replace(request, dtype="fp8", output=tmp_path / "new"), lambda line: None)
+
+
 def test_a_measurement_goes_on_with_its_number_of_threads(place, tmp_path, monkeypatch):
     request = Request(
         ["lookup"],

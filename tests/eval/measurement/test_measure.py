@@ -66,7 +66,9 @@ def test_divergences_name_token_and_margin():
     assert divergences([a], [b]) == [{"prompt": 0, "token": 2, "margin": 2e-5, "tolerated": True}]
     assert divergences([Trace(tokens=[1, 2, 3], margins=[0.5, 2e-4])], [b])[0]["tolerated"] is False
     plain = Run([Trace(tokens=[1, 2], margins=[0.3], emitted=[1])])
-    assert summary(Run([Trace(tokens=[1, 5], emitted=[1])]), plain.traces)["lossless"] is False
+    other = Run([Trace(tokens=[1, 5], emitted=[1])])
+    assert summary(other, plain.traces)["lossless"] is False
+    assert summary(other, plain.traces, claimed=False)["lossless"] is None
 
 
 PLAN = Plan(parse_tree("dynamic:4x3x10"), 3, None, 2, (0.0, 1.0), ((0.0, 1), (1.0, 4)), 12, 0)
