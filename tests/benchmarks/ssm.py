@@ -8,12 +8,14 @@ largest difference of logits and taps from the model's own forward, and of state
 Lossless: greedy and position-keyed identity of drafted with plain decoding, one request and eight. Passes: small random
 models with Mamba-2, gated delta rule or attention layers alone, one verify pass of N rows beside one of a single row,
 interleaved in one run, the least of several times; the share of a pass that is spent in the scan. Trees: where a target
-is at hand, tau of the best tree over that of the chain, both of 16 rows, at T = 1, by EAGLE-3 (without replacement, the
-traversal rule) where a drafter is given and by STAND (one-hot, sample-and-match). Ends with one JSON line
-(pass_over_step: of the gated delta rule); what was not measured is null.
+is at hand, tau and tokens a second of a chain and of trees of 8, 16 and 32 rows, T = 0 and 1, interleaved, by EAGLE-3
+(drawn without replacement, the traversal rule) where a drafter is given and by STAND (one-hot, sample-and-match);
+--quick: 16 rows at T = 1. Ends with one JSON line (tree_over_chain: tau of the best tree of 16 rows over that of the
+chain at T = 1, by EAGLE-3 where it is given; pass_over_step: of the gated delta rule); what was not measured is null.
 """
 
 import argparse
+import heapq
 import json
 import sys
 import time
@@ -26,13 +28,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from draftsmith.eval.decode import generate
 from draftsmith.eval.lossless import prove
-from draftsmith.eval.measurement.measure import tau
+from draftsmith.eval.measurement.interval import quotient_interval
+from draftsmith.eval.measurement.measure import Looped, interleaved, summary, tokens_and_passes
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.launch.methods import Methods
-from draftsmith.models.drafters import HeadDrafter
+from draftsmith.models.drafters import Drafter, HeadDrafter, NoDrafter
 from draftsmith.models.drafters.lookup import LookupDrafter
 from draftsmith.models.drafters.stand import StandDrafter
 from draftsmith.models.drafters.suffix import SuffixDrafter
@@ -46,17 +48,28 @@ from tests.conftest import tiny_head
 from tests.models.targets.test_recurrent import FAMILIES, FIXED, decode_error
 from tests.models.targets.test_targets import model_of, prompts_of
 
+BUNDLED = {
+    kind: [f"bundled:targets/code-{kind}", f"bundled:drafters/eagle3-code-{kind}"] for kind in ("hybrid", "mamba2")
+}
 ROWS, PROMPT = (8, 16, 32), 64
-SIXTEEN = {  # trees of 16 rows, root included
-    "chain": StaticTree(tuple((0,) * d for d in range(1, 16)), "chain"),
-    "deep": StaticTree(((0,), (1,), (2,), *((0,) * d for d in range(2, 11)), (0, 1), (1, 0), (0, 0, 1)), "deep"),
-    "even": StaticTree(
-        ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 0),
-         (0, 0, 0, 1), (0, 0, 1, 0), (0, 0, 0, 0, 0)), "even",
-    ),
-    "wide": StaticTree(((0,), (1,), (2,), (3,), (4,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (0, 0, 0),
-                        (0, 0, 1), (1, 0, 0), (0, 0, 0, 0)), "wide"),
-}  # fmt: skip
+# How trees of a size are filled: chances that a child of rank 0, 1, ... is the accepted one.
+FORMS = {"deep": (0.8, 0.1, 0.05), "even": (0.6, 0.2, 0.1, 0.05), "wide": (0.4, 0.25, 0.15, 0.1)}
+
+
+def shapes(rows: int) -> dict[str, StaticTree]:
+    """The chain and some trees of so many rows, root included."""
+    found = {"chain": StaticTree(tuple((0,) * depth for depth in range(1, rows)), "chain")}
+    for form, chances in FORMS.items():
+        paths, waiting = [], [(-chances[0], (0,))]
+        while len(paths) < rows - 1:
+            chance, path = heapq.heappop(waiting)
+            paths.append(path)
+            heapq.heappush(waiting, (chance * chances[0], (*path, 0)))
+            if path[-1] + 1 < len(chances):
+                sibling = chance / chances[path[-1]] * chances[path[-1] + 1]
+                heapq.heappush(waiting, (sibling, (*path[:-1], path[-1] + 1)))
+        found[form] = StaticTree(tuple(paths), form)
+    return found
 
 
 def differences(families: list[str]) -> dict[str, tuple[float, float]]:
@@ -71,7 +84,7 @@ def lossless(families: list[str]) -> bool:
             "eagle3": HeadDrafter(tiny_head(target, 40), parse_tree("dynamic:4x3x10")),
             "lookup": LookupDrafter(6),
             "suffix": SuffixDrafter(8),
-            "stand": StandDrafter(SIXTEEN["even"]),
+            "stand": StandDrafter(shapes(16)["even"]),
         }
         prompts, samplings = prompts_of(5, 3, 9, 1, 7, 2, 4, 6), [Sampling(), Sampling(1.0, seed=3)]
         for batch in (1, 8):
@@ -150,45 +163,57 @@ def passes(targets: dict[str, TextTarget], times: int) -> list[dict]:
     ]
 
 
-def trees_over_chain(names: list[str], prompts: int, tokens: int, report) -> float | None:
-    """tau of the best tree of 16 rows over that of the chain, at T = 1, by whatever drafts best."""
+def trees_over_chain(names: list[str], quick: bool, console: Console) -> float | None:
+    """Prints, by rows, temperature and drafter, tau and tokens a second of the chain and of the trees. Returns tau of
+    the best tree of 16 rows over that of the chain, at T = 1, with the rule that suits each.
+    """
     target_name, folder = names[0], names[1:]
     try:
-        methods = Methods.open(folder or ["stand"], target_name, None, torch.float32, report)
+        methods = Methods.open(folder or ["stand"], target_name, None, torch.float32, console.print)
     except UserError as error:
-        report(f"{target_name}: not measured ({error})")
+        console.print(f"{target_name}: not measured ({error})")
         return None
-    texts = [
-        prompt.tokens for prompt in methods.prompts("bundled:prompts/code.jsonl", prompts, tokens, 16, False, report)
-    ]
-    found: dict[str, dict[str, float]] = {}
-    for shape, tree in SIXTEEN.items():
-        ways = {"stand": (StandDrafter(tree), "match")}
-        if folder:
-            place = next(iter(methods.folders.values()))
-            ways["eagle3"] = (
-                methods.drafters.drafter(place, SampledTree(tree, Kind.WITHOUT_REPLACEMENT, None)),
-                "traversal",
-            )
-        for way, (drafter, rule) in ways.items():
-            traces = decode_by(methods, drafter, texts, tokens, rule)
-            found.setdefault(way, {})[shape] = tau(traces)
-    for way, values in found.items():
-        report(f"{target_name} {way}: " + ", ".join(f"{shape} {value:.3f}" for shape, value in values.items()))
-    best = found.get("eagle3") or found["stand"]
-    return max(value for shape, value in best.items() if shape != "chain") / best["chain"]
+    count, tokens = (6, 40) if quick else (16, 64)
+    prompts = methods.prompts("bundled:prompts/code.jsonl", None, tokens, max(ROWS), False, console.print)
+    prompts = [prompt.tokens for prompt in prompts[:: max(1, len(prompts) // count)][:count]]
+    table, best = Table("rows", "T", "drafter", "tree", "tau", "of the chain (95 %)", "tokens/s"), []
+    table.title = f"{target_name}, {len(prompts)} prompts"
+    for rows in (16,) if quick else ROWS:
+        for temperature in (1.0,) if quick else (0.0, 1.0):
+            decoders = {("plain", ""): Looped(methods.target, NoDrafter())}
+            for name, tree in shapes(rows).items():
+                for way, (drafter, rule) in drafters(methods, tree).items():
+                    decoders[way, name] = Looped(methods.target, drafter, verifier=RULES[rule])
+            runs = interleaved(decoders, prompts, Sampling(temperature, seed=1), tokens, methods.stops)
+            found = {key: summary(run, None, runs["plain", ""]) for key, run in runs.items()}
+            for (way, name), figures in found.items():
+                quotient = ""
+                if name not in ("", "chain"):
+                    low, high = quotient_interval(*(tokens_and_passes(runs[way, x].traces) for x in (name, "chain")))
+                    quotient = f"{figures['tau'] / found[way, 'chain']['tau']:.3f} ({low:.3f}-{high:.3f})"
+                rate = f"{figures['robust_tokens_per_second']:.0f}"
+                table.add_row(str(rows), f"{temperature:g}", way, name, f"{figures['tau']:.2f}", quotient, rate)
+            if rows == 16 and temperature == 1:
+                way = "eagle3" if folder else "stand"
+                best = [found[way, name]["tau"] / found[way, "chain"]["tau"] for name in FORMS]
+    console.print(table)
+    return max(best)
 
 
-def decode_by(methods, drafter, texts, tokens, rule):
-    sampling = Sampling(1.0, seed=1)
-    return generate(methods.target, drafter, texts, sampling, tokens, methods.stops, verifier=RULES[rule])
+def drafters(methods: Methods, tree: StaticTree) -> dict[str, tuple[Drafter, str]]:
+    """Those that fill a tree of this shape, each with the rule that suits it."""
+    found = {"stand": (StandDrafter(tree), "match")}
+    for place in methods.folders.values():
+        sampled = SampledTree(tree, Kind.WITHOUT_REPLACEMENT, None)
+        found["eagle3"] = methods.drafters.drafter(place, sampled), "traversal"
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and prompts (under ten minutes)")
-    parser.add_argument("--hybrid", nargs="+", default=["bundled:targets/code-hybrid"], metavar="NAME")
-    parser.add_argument("--mamba2", nargs="+", default=["bundled:targets/code-mamba2"], metavar="NAME")
+    parser.add_argument("--hybrid", nargs="+", default=BUNDLED["hybrid"], metavar="NAME")
+    parser.add_argument("--mamba2", nargs="+", default=BUNDLED["mamba2"], metavar="NAME")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # so that a pass's own seconds are counted, whatever else the machine does
     console, quick = Console(), arguments.quick
@@ -204,8 +229,7 @@ def main():
         share = "" if line["layers"] == "attention" else f"{line['scan_share']:.0%}"
         table.add_row(line["layers"], str(line["rows"]), f"{line['ms']:.2f}", f"{line['over_step']:.2f}", share)
     console.print(table)
-    size = (6, 40) if quick else (40, 120)
-    gains = {kind: trees_over_chain(getattr(arguments, kind), *size, console.print) for kind in ("hybrid", "mamba2")}
+    gains = {kind: trees_over_chain(getattr(arguments, kind), quick, console) for kind in ("hybrid", "mamba2")}
     over = {(line["layers"], line["rows"]): round(line["over_step"], 3) for line in measured}
     print(
         json.dumps(

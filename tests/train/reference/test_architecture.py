@@ -70,7 +70,7 @@ def test_a_shape_without_what_its_family_needs_is_refused(family, missing):
         Architecture(family="llama", vocab_size=61, hidden_size=32, **ATTENTION, states=STATES)
 
 
-@pytest.mark.parametrize("name, layers, most", [("code-hybrid", 16, 12e6), ("code-mamba2", 24, 12e6)])
+@pytest.mark.parametrize("name, layers, most", [("code-hybrid", 8, 12e6), ("code-mamba2", 12, 12e6)])
 def test_the_recipes_of_recurrent_targets_are_those_of_code(name, layers, most):
     recipe = read_recipe(ROOT / "recipes" / "targets" / f"{name}.yaml", TargetRecipe, [])
     code = yaml.safe_load((ROOT / "recipes" / "targets" / "code.yaml").read_text())
