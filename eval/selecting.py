@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from draftsmith.eval.measurement.shared_prefill import Tapped, shared_spec
 from draftsmith.models.drafters import Drafter
@@ -31,7 +30,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Distribution, DistributionSpec, Features, FeatureSpec
 from draftsmith.models.noise import column, uniform
 from draftsmith.models.transfer import on_host
-from draftsmith.models.tree import DraftTree, Kind
+from draftsmith.models.tree import DraftTree, rows_of
 
 TOP = 32  # ids of the target's distributions that are looked at; the rest counts as nobody's
 HORIZON = 10  # positions of a loss: a drafter that goes deeper is scored up to here
@@ -200,7 +199,7 @@ class SelectingDrafter:
                 walks = {i: Replayed(tokens[b], trees[i].form.row(b)[0]) for i, tokens in rows.items()}
                 ledger.starts.append(Start(ledger.place, choice, walks | {i: Walk() for i in heads}))
         self.passes += 1
-        self.chosen, self.tree, self.temperature = chosen, merged(trees, chosen, self.root), draw.temperature
+        self.chosen, self.tree, self.temperature = chosen, rows_of(trees[i] for i in chosen), draw.temperature
         self.seconds += time.thread_time() - clock - spent
         return self.tree
 
@@ -335,27 +334,3 @@ class SelectingDrafter:
 
 def likely(ids: np.ndarray, probs: np.ndarray) -> dict[int, float]:
     return {int(t): float(p) for t, p in zip(ids, probs) if p > 0}
-
-
-def merged(trees: dict[int, DraftTree], chosen: list[int], root: torch.Tensor) -> DraftTree:
-    """Each request's tree is that of its chosen drafter; narrower ones are padded."""
-    if len(set(chosen)) == 1:
-        return trees[chosen[0]]
-    size, rows = max(trees[i].size for i in chosen), range(len(chosen))
-    pick = lambda name, fill: torch.stack(  # noqa: E731
-        [F.pad(getattr(trees[chosen[b]], name)[b], (0, size - trees[chosen[b]].size), value=fill) for b in rows]
-    )
-    tree = DraftTree(pick("tokens", 0), pick("parents", -1), pick("kind", int(Kind.ONE_HOT)))
-    tree = replace(tree, probes=any(trees[i].probes for i in chosen))
-    carrying = [b for b in rows if trees[chosen[b]].q is not None]
-    if not carrying:
-        return tree
-    most = max(trees[chosen[b]].q.size(1) for b in carrying)
-    width = max(trees[chosen[b]].q.size(2) for b in carrying)
-    q = torch.zeros(len(chosen), most, width, dtype=torch.float64, device=root.device)
-    ids = torch.zeros(len(chosen), most, width, dtype=torch.int64, device=root.device)
-    for b in carrying:
-        one = trees[chosen[b]]
-        q[b, : one.q.size(1), : one.q.size(2)] = one.q[b]
-        ids[b, : one.q.size(1), : one.q.size(2)] = one.ids if one.ids.dim() == 1 else one.ids[b]
-    return replace(tree, q=q, ids=ids)

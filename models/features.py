@@ -111,6 +111,13 @@ class Features:
         rows = zip(self.tokens.tolist(), self.lengths.tolist(), root.tolist())
         return [[*tokens[:length], last] for tokens, length, last in rows]
 
+    def of(self, row: int) -> "Features":
+        """One request alone: its tokens, hidden states, length, probes and distributions."""
+        part = slice(row, row + 1)
+        told = self.distribution and Distribution(self.distribution.ids[part], self.distribution.probs[part])
+        probes = None if self.probes is None else self.probes[part]
+        return Features(self.tokens[part], self.hidden[part], self.lengths[part], probes, distribution=told)
+
     def joined(self, other: "Features") -> "Features":
         """The requests of `other` behind these: their tokens, hidden states and lengths, nothing else."""
         width = max(self.tokens.size(1), other.tokens.size(1))

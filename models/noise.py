@@ -7,7 +7,7 @@ random numbers that judge it.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -87,6 +87,12 @@ class Draw:
     positions: list[int]
     left: list[int] | None = None
     stops: frozenset[int] = frozenset()
+
+    def of(self, row: int) -> "Draw":
+        """That of one request alone."""
+        part = slice(row, row + 1)
+        left = self.left and self.left[part]
+        return replace(self, requests=self.requests[part], positions=self.positions[part], left=left)
 
     def uniform(self, count: int, device="cpu") -> torch.Tensor:
         """[B, count] fp64 in [0, 1), the same at every call: to be called once a cycle."""

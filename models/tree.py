@@ -6,11 +6,13 @@ nowhere. Ragged batches are padded with nodes of parent -1 that see only themsel
 the root; depth counts drafted levels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 
 class Kind(IntEnum):
@@ -128,3 +130,28 @@ class DraftTree:
         on_path = self.ancestors[rows, torch.where(reached, self.depths, -1).argmax(1)]
         counts = on_path.sum(1)
         return torch.sort((~on_path).to(torch.int8), dim=1, stable=True).indices[:, : int(counts.max())], counts
+
+
+def rows_of(trees: Iterable[DraftTree]) -> DraftTree:
+    """A batch of trees, request b having row b of the b-th of `trees`, or its only row. Smaller ones are padded."""
+    trees = list(trees)
+    if all(tree is trees[0] for tree in trees):
+        return trees[0]
+    rows = [b % len(tree.tokens) for b, tree in enumerate(trees)]
+    size = max(tree.size for tree in trees)
+    pick = lambda name, fill: torch.stack(  # noqa: E731
+        [F.pad(getattr(tree, name)[b], (0, size - tree.size), value=fill) for tree, b in zip(trees, rows)]
+    )
+    joined = DraftTree(pick("tokens", 0), pick("parents", -1), pick("kind", int(Kind.ONE_HOT)))
+    joined = replace(joined, probes=any(tree.probes for tree in trees))
+    drawn = [tree.q for tree in trees if tree.q is not None]
+    if not drawn:
+        return joined
+    shape = len(trees), max(q.size(1) for q in drawn), max(q.size(2) for q in drawn)
+    q = torch.zeros(shape, dtype=torch.float64, device=drawn[0].device)
+    ids = torch.zeros(shape, dtype=torch.int64, device=drawn[0].device)
+    for number, (tree, b) in enumerate(zip(trees, rows)):
+        if tree.q is not None:
+            q[number, : tree.q.size(1), : tree.q.size(2)] = tree.q[b]
+            ids[number, : tree.q.size(1), : tree.q.size(2)] = tree.ids if tree.ids.dim() == 1 else tree.ids[b]
+    return replace(joined, q=q, ids=ids)

@@ -1,8 +1,8 @@
 """Test-time scaling: many samples (trajectories) of each prompt, and what a drafter learns from one to the next.
 
 Every method decodes the trajectories of a prompt one after the other, or a few at a time, with one drafter, so that
-what it learns from them stays until the next prompt. Trajectory n of prompt r is request r + n * prompts: the first
-ones are the texts of a usual measurement.
+what it learns from them stays until the next prompt. Several prompts may be decoded abreast, each with a drafter of its
+own. Trajectory n of prompt r is request r + n * prompts: the first ones are the texts of a usual measurement.
 """
 
 from collections.abc import Callable
@@ -15,25 +15,35 @@ from draftsmith.eval.measurement.measure import PHASES, tau, tokens_and_passes
 from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.verifier import Verifier
 from draftsmith.models.drafters import Drafter
+from draftsmith.models.drafters.abreast import Abreast
 from draftsmith.models.targets import TextTarget
 
 
 @dataclass(frozen=True)
 class Method:
-    """make(): a drafter for one prompt, which learns for as long as it lives; rule: the one that judges its trees."""
+    """make(): a drafter for one prompt, which learns for as long as it lives; rule: the one that judges its trees;
+    learns: whether it does, so that prompts must not share one.
+    """
 
     make: Callable[[], Drafter]
     rule: Verifier
+    learns: bool = True
+
+    def of(self, prompts: int) -> Drafter:
+        """The drafter of so many prompts."""
+        return Abreast([self.make() for _ in range(prompts)]) if self.learns and prompts > 1 else self.make()
 
 
 @dataclass
 class Scaled:
-    """One method. traces[prompt][n] and seconds[prompt][round] {phase: ...}, a round being the trajectories that are
-    decoded together; sizes[prompt]: bytes of the drafter's memory behind the last one, where it says so.
+    """One method. traces[prompt][n]; seconds[group][round] {phase: ...} and passes[group][round], a group being prompts
+    that are decoded abreast and a round those of their trajectories that are decoded together; sizes[group]: bytes of
+    the drafter's memory (of the largest one) behind the last one, where it says so.
     """
 
     traces: list[list[Trace]] = field(default_factory=list)
     seconds: list[list[dict]] = field(default_factory=list)
+    passes: list[list[int]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
 
@@ -49,48 +59,52 @@ def trajectories(
     progress=lambda done: None,
     journal: Journal | None = None,
     key: str = "",
+    abreast: int = 1,
 ) -> dict[str, Scaled]:
-    """All methods in turn on each prompt. With a journal, finished prompts are kept under KEY/PROMPT."""
-    found, cold = {name: Scaled() for name in methods}, True
-    for row, prompt in enumerate(prompts):
-        place = f"{key}/{row}"
+    """All methods in turn on each prompt, or on each `abreast` of them. With a journal, finished ones are kept under
+    KEY/FIRST PROMPT.
+    """
+    found = {name: Scaled() for name in methods}
+    groups = [range(start, min(start + abreast, len(prompts))) for start in range(0, len(prompts), abreast)]
+    cold = True
+    for rows in groups:
+        place = f"{key}/{rows[0]}"
         if journal is None or place not in journal:
             for method in methods.values() if cold else ():  # a warm-up that is forgotten
-                generate(
-                    target, method.make(), [prompt], sampling, min(16, max_new_tokens), stops, verifier=method.rule
-                )
+                texts = [prompts[rows[0]]]
+                generate(target, method.make(), texts, sampling, min(16, max_new_tokens), stops, verifier=method.rule)
             cold, entry = False, {}
             for name, method in methods.items():
-                drafter, traces, seconds = method.make(), [], []
+                drafter, traces, seconds, passes = method.of(len(rows)), [[] for _ in rows], [], []
                 for start in range(0, count, batch):
                     numbers = range(start, min(start + batch, count))
                     clock = Clock(target.device)
-                    traces += generate(
+                    texts = generate(
                         target,
                         drafter,
-                        [prompt] * len(numbers),
+                        [prompts[row] for row in rows for _ in numbers],
                         sampling,
                         max_new_tokens,
                         stops,
-                        [row + number * len(prompts) for number in numbers],
+                        [row + number * len(prompts) for row in rows for number in numbers],
                         clock,
                         verifier=method.rule,
                     )
+                    for at in range(len(rows)):
+                        traces[at] += map(asdict, texts[at * len(numbers) : (at + 1) * len(numbers)])
+                    passes.append(max(len(text.emitted) for text in texts))
                     seconds.append(clock.seconds | ({"busy": clock.busy} if clock.busy else {}))
-                entry[name] = {
-                    "traces": [asdict(trace) for trace in traces],
-                    "seconds": seconds,
-                    "size": drafter.nbytes,
-                }
+                entry[name] = {"traces": traces, "seconds": seconds, "passes": passes, "size": drafter.nbytes}
             if journal is not None:
                 journal.add(place, entry)
         else:
             entry = journal[place]
         for name, scaled in found.items():
-            scaled.traces.append([Trace(**trace) for trace in entry[name]["traces"]])
+            scaled.traces += [[Trace(**trace) for trace in traces] for traces in entry[name]["traces"]]
             scaled.seconds.append(entry[name]["seconds"])
+            scaled.passes.append(entry[name]["passes"])
             scaled.sizes.append(entry[name]["size"])
-        progress(row + 1)
+        progress(rows[-1] + 1)
     return found
 
 
@@ -107,7 +121,7 @@ def _part(scaled: Scaled, plain: Scaled, batch: int, rounds: list[int], seed: in
     some = [_of(traces, batch, rounds) for traces in scaled.traces]
     tokens, passes = _by_prompt(some)
     split = {phase: _seconds(scaled, rounds, phase) for phase in PHASES}
-    cycles = sum(max(len(t.emitted) for t in _of(traces, batch, [n])) for traces in scaled.traces for n in rounds)
+    cycles = sum(passes[number] for passes in scaled.passes for number in rounds)
     plain_tokens = sum(_by_prompt([_of(traces, batch, rounds) for traces in plain.traces])[0])
     rate, plain_rate = sum(tokens) / split["total"], plain_tokens / _seconds(plain, rounds, "total")
     return {

@@ -3,6 +3,7 @@
     python tests/benchmarks/training_free.py --quick [--output FILE]
     python tests/benchmarks/training_free.py --target TARGET --suite FILE [--drafter DIR] [--tree FILE.json]
         [--temperature T] [--trajectories N] [--prompts N] [--new-tokens N] [--texts 50000] [--output FILE]
+        [--dtype bf16] [--abreast N]
         [--reader DIR --reader-suite FILE [--datastore DIR] [--reader-tree TREE] [--reader-prompts N]]
 
 * law: whole steps of STAND and Token Recycling (memory, draw, verify, learn) enumerated exactly on small vocabularies:
@@ -11,7 +12,8 @@
 * trajectories: every method samples each prompt N times, memories kept from one to the next (`draftsmith eval
   --trajectories`). STAND in its three modes (with --tree also its tuned tree), Token Recycling, suffix decoding with
   the other trajectories in its index, prompt lookup, a trained drafter, plain decoding. Differences are paired by
-  prompt.
+  prompt. --abreast decodes so many prompts in one batch, each with memories of its own: the same acceptance lengths
+  sooner, and seconds that are those of a batch.
 * memory: entries, bytes, lookups and updates a second after a million tokens.
 * reader: READER over the trained drafter DIR beside that drafter alone, greedy, one tree, one prompt at a time, on the
   categories of Spec-Bench that copy from their prompts (`rag`, `summarization`), paired by prompt; with --datastore its
@@ -34,7 +36,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from draftsmith.eval.lossless import dtype_of  # noqa: E402
 from draftsmith.eval.measurement.interval import quotient_interval  # noqa: E402
+from draftsmith.eval.measurement.journal import Journal  # noqa: E402
 from draftsmith.eval.measurement.measure import decode_batches, tau, tokens_and_passes  # noqa: E402
 from draftsmith.eval.measurement.progress import Progress  # noqa: E402
 from draftsmith.eval.measurement.trajectories import Method, Scaled, ahead, figures, trajectories  # noqa: E402
@@ -106,7 +110,11 @@ def made(methods: Methods, drafter: str | None, tree: str | None) -> dict[str, M
     drafters: Drafters = methods.drafters
     names = {name: name for name in ("plain", "stand", "stand:sequential", "stand:deterministic", *OTHERS)}
     found = {
-        name: Method(lambda method=method: drafters.drafter(method, None, lasting=True), drafters.rule(method))
+        name: Method(
+            lambda method=method: drafters.drafter(method, None, lasting=True),
+            drafters.rule(method),
+            method not in ("plain", "lookup"),
+        )
         for name, method in names.items()
     }
     if tree is not None:
@@ -114,14 +122,18 @@ def made(methods: Methods, drafter: str | None, tree: str | None) -> dict[str, M
         found["stand, tuned tree"] = Method(lambda: drafters.drafter("stand", tuned, True), drafters.rule("stand"))
     if drafter is not None:
         grown = parse_tree("dynamic:10x7x60")
-        found["trained drafter"] = Method(lambda: drafters.drafter(drafter, grown), drafters.rule(drafter))
+        found["trained drafter"] = Method(lambda: drafters.drafter(drafter, grown), drafters.rule(drafter), False)
     return found
 
 
 def scaled(arguments) -> tuple[dict[str, dict], dict[str, Scaled], int]:
-    methods = Methods.open(["stand"], arguments.target, ASSISTANT)
+    methods = Methods.open(["stand"], arguments.target, ASSISTANT, arguments.dtype and dtype_of(arguments.dtype))
     prompts = methods.prompts(arguments.suite, None, arguments.new_tokens, 128, True, print)
     prompts = [p.tokens for p in prompts][:: max(1, len(prompts) // arguments.prompts)][: arguments.prompts]
+    journal = None
+    if arguments.output:
+        settings = {name: str(value) for name, value in vars(arguments).items()} | methods.identity()
+        journal = Journal(Path(f"{arguments.output}.partial"), json.loads(json.dumps(settings)))
     runs = trajectories(
         methods.target,
         made(methods, arguments.drafter, arguments.tree),
@@ -132,6 +144,8 @@ def scaled(arguments) -> tuple[dict[str, dict], dict[str, Scaled], int]:
         arguments.new_tokens,
         methods.stops,
         Progress(print, "trajectories", len(prompts), every=0),
+        journal=journal,
+        abreast=arguments.abreast,
     )
     table = {name: figures(run, runs["plain"], 1, 0) for name, run in runs.items()}
     last = arguments.trajectories - 1
@@ -194,6 +208,8 @@ def main():
     parser.add_argument("--reader-tree", default="dynamic:3x4x10")
     parser.add_argument("--reader-prompts", type=int, default=8, help="of each category")
     parser.add_argument("--datastore", help="what READER retrieves from beside the prompt's own text")
+    parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
+    parser.add_argument("--abreast", type=int, default=1, help="prompts decoded in one batch")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.prompts = arguments.prompts or (6 if arguments.quick else 24)

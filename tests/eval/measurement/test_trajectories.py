@@ -12,9 +12,13 @@ from draftsmith.eval.verification.rules import RULES
 from draftsmith.eval.verification.verifier import MATCH
 from draftsmith.launch.cli import app
 from draftsmith.models.drafters import NoDrafter
+from draftsmith.models.drafters.lookup import LookupDrafter
+from draftsmith.models.drafters.recycling import RecyclingDrafter
 from draftsmith.models.drafters.stand import StandDrafter
+from draftsmith.models.drafters.suffix import SuffixDrafter
+from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.errors import UserError
-from draftsmith.models.grow import chain
+from draftsmith.models.grow import binary, chain
 from tests.table_target import TableTarget
 
 PROMPTS, SAMPLED = [[0, 1], [2, 3, 1]], Sampling(1.0, seed=4)
@@ -25,8 +29,8 @@ METHODS = {
 }
 
 
-def measured(batch=1, count=5, target=None):
-    return trajectories(target or TableTarget(4, 3), METHODS, PROMPTS, count, batch, SAMPLED, 16, set())
+def measured(batch=1, count=5, target=None, methods=METHODS, **options):
+    return trajectories(target or TableTarget(4, 3), methods, PROMPTS, count, batch, SAMPLED, 16, set(), **options)
 
 
 def test_trajectories_are_requests_of_their_own_and_the_first_are_those_of_a_usual_measurement():
@@ -51,6 +55,21 @@ def test_the_drafter_of_a_prompt_learns_from_its_trajectories_and_from_no_other_
     assert [t.accepted for t in again] == [t.accepted for t in found.traces[1]]
     assert [len(seconds) for seconds in found.seconds] == [len(range(0, 5, batch))] * 2
     assert found.sizes[1] == drafter.memory.nbytes
+
+
+def test_prompts_abreast_learn_what_they_learn_alone():
+    methods = METHODS | {
+        "recycling": Method(lambda: RecyclingDrafter(4, lasting=True), MATCH),
+        "suffix": Method(lambda: SuffixDrafter(6, SuffixRule(), 100), MATCH),
+        "gumbel tree": Method(lambda: StandDrafter(binary(2), lasting=True), RULES["traversal"]),
+        "lookup": Method(lambda: LookupDrafter(5), MATCH, learns=False),
+    }
+    alone, abreast = measured(methods=methods), measured(methods=methods, abreast=2)
+    for name in methods:
+        assert abreast[name].traces == alone[name].traces, name
+        assert len(abreast[name].seconds) == 1 and len(abreast[name].passes[0]) == 5
+    rounds = [max(len(traces[n].emitted) for traces in alone["stand"].traces) for n in range(5)]
+    assert abreast["stand"].passes == [rounds] and abreast["stand"].sizes == [max(alone["stand"].sizes)]
 
 
 def test_figures_are_those_of_the_traces():
