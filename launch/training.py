@@ -95,6 +95,7 @@ def dry_run(arguments: list[str]) -> int:
     from draftsmith.models.chat import load_tokenizer
     from draftsmith.models.notes import notes
     from draftsmith.models.targets import describe
+    from draftsmith.train.checks import check
     from draftsmith.train.distributed import read_engine_file
     from draftsmith.train.estimate import estimate
     from draftsmith.train.preparation import head_config, prepared
@@ -103,6 +104,7 @@ def dry_run(arguments: list[str]) -> int:
     recipe = read_recipe(arguments[0], DrafterRecipe, arguments[1:])
     read_engine_file(recipe.engine.config, Path(arguments[0]))
     described, corpus, world = describe(recipe.target), None, int(os.environ.get("WORLD_SIZE", "1"))
+    check(recipe, described)
     if all(file.startswith("hub:") or Path(file).is_file() for file in recipe.data.files):
         with tempfile.TemporaryDirectory() as folder:
             rows = prepared(recipe, described, Path(folder), say).rows

@@ -23,7 +23,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.features import Packing
 from draftsmith.models.rendering import Renderer
 from draftsmith.train.encoding import Encoder, encoded, usual_processes
-from draftsmith.train.files import identity, pinned, read_records
+from draftsmith.train.files import check_readable, identity, pinned, read_records
 
 EARLY = 1000  # records after which a file that is mostly unusable is refused without reading on
 
@@ -173,6 +173,8 @@ def prepare(
     files, renderer = pinned(files), Renderer.of(reader)
     place = folder / key_of(files, max_length, renderer, stops, vocab_size, pictures)
     if not place.is_dir():
+        for file in files:  # the last of them as well, before the first takes its minutes
+            check_readable(file)
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{place.name}-{socket.gethostname()}-{os.getpid()}"  # machines may share the folder
         try:

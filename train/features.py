@@ -55,6 +55,17 @@ class Online:
         """Nothing can have come."""
 
 
+def check_cached(spec: FeatureSpec) -> None:
+    """Raises UserError for a head whose features no cache holds."""
+    if spec.probe is not None:
+        raise UserError("data.features: found cached, expected online with a probe (its states change as it learns)")
+    if spec.rows == "text" or spec.columns or spec.middle:
+        raise UserError(
+            "data.features: found cached, expected online for this head (the cache holds taps and final states "
+            "of all rows only)"
+        )
+
+
 class Cached:
     """The same, kept on disk: rows whose entries were there at the last `refresh` are read, others computed and
     written.
@@ -64,10 +75,7 @@ class Cached:
     """
 
     def __init__(self, target, rows: Rows, spec: FeatureSpec, folder: Path, rank: int, report=print):
-        if spec.probe is not None:
-            raise UserError(
-                "data.features: found cached, expected online with a probe (its states change as it learns)"
-            )
+        check_cached(spec)
         if rows.seen:
             raise UserError("data.features: found cached, expected online for rows with pictures")
         self.online, self.folder, self.rank = Online(target, rows, spec), folder, rank
@@ -83,11 +91,6 @@ class Cached:
         self.open: dict[str, object] = {}
         self.waiting: dict[str, torch.Tensor] = {}
         self.size = 0
-        if spec.rows == "text" or spec.columns or spec.middle:
-            raise UserError(
-                "data.features: found cached, expected online for this head (the cache holds taps and final states "
-                "of all rows only)"
-            )
         folder.mkdir(parents=True, exist_ok=True)
         self._check_header()
         self.refresh()

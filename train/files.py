@@ -97,6 +97,21 @@ def content(path: Path) -> bytes:
         )
 
 
+def kind_of(file: str) -> str:
+    """The suffix that says how a file is read. Raises UserError for one of no known kind."""
+    path = Path(file)
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if kind not in (".jsonl", ".json") and path.suffix != ".parquet":
+        raise UserError(f"{path}: found suffix {path.suffix!r}, expected .jsonl, .json (either with .gz) or .parquet")
+    return kind
+
+
+def check_readable(file: str) -> None:
+    """Raises UserError for a file of no known kind, and where the package that reads it is missing."""
+    if file.startswith(HUB) or kind_of(file) == ".parquet":
+        load_datasets(file)
+
+
 def read_records(file: str) -> Iterator[tuple[int, object]]:
     """(row number from 1, record) of a file or Hub data set, one at a time; a line that is no JSON comes as a
     `UserError` in the record's place. In JSONL the number is that of the line.
@@ -106,13 +121,10 @@ def read_records(file: str) -> Iterator[tuple[int, object]]:
         options = {} if found.local else {"revision": found.revision}
         yield from enumerate(_stream(file, found.name, found.config, split=found.split, **options), 1)
         return
-    path = Path(file)
-    if path.suffix == ".parquet":
+    path, kind = Path(file), kind_of(file)
+    if kind == ".parquet":
         yield from enumerate(_stream(file, "parquet", data_files=str(path), split="train"), 1)
         return
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind not in (".jsonl", ".json"):
-        raise UserError(f"{path}: found suffix {path.suffix!r}, expected .jsonl, .json (either with .gz) or .parquet")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             yield from _lines(path, stream, kind)
@@ -140,13 +152,20 @@ def _lines(path: Path, stream, kind: str) -> Iterator[tuple[int, object]]:
                 yield number, UserError(f"not valid JSON ({error})")
 
 
-def _stream(file: str, *name, **options) -> Iterator[dict]:
+def load_datasets(file: str):
+    """The package. Raises UserError where it is missing, or lacks what it needs itself."""
     try:
         import datasets
-    except ImportError:
+    except ImportError as error:
+        found = "none" if error.name == "datasets" else f"one that cannot be imported ({error})"
         raise UserError(
-            f"{file}: reading it needs the package datasets, found none; pip install 'draftsmith[train]'"
+            f"{file}: reading it needs the package datasets, found {found}; pip install 'draftsmith[train]'"
         ) from None
+    return datasets
+
+
+def _stream(file: str, *name, **options) -> Iterator[dict]:
+    datasets = load_datasets(file)
     datasets.disable_progress_bars()
     try:
         stream = datasets.load_dataset(*name, streaming=True, **options)

@@ -27,10 +27,11 @@ from draftsmith.train.checkpoint import (
     termination,
     unwritable,
 )
+from draftsmith.train.checks import check, check_output
 from draftsmith.train.features import Cached, Online
 from draftsmith.train.lora import Adapter
 from draftsmith.train.partitioned import consolidated, gathered, size
-from draftsmith.train.preparation import Prepared, head_config, prepared
+from draftsmith.train.preparation import Prepared, prepared
 from draftsmith.train.recipe import DrafterRecipe
 from draftsmith.train.schedule import Schedule, held_out, rate_scale
 from draftsmith.train.start import build_head, build_optimizer, regress, target_dtype, tree_objectives
@@ -69,22 +70,23 @@ def train(
     """
     with distributed.launched() as (rank, world, local), contextlib.ExitStack() as stack:
         say = report if rank == 0 else (lambda line: None)
-        distributed.check_dtype(recipe.engine.dtype)
         described = describe(recipe.target)
-        head_config(recipe, described)  # what it refuses leaves no folder behind
+        check(recipe, described, rank)  # what it refuses leaves no folder behind
         output = Path(recipe.output)
-        if rank == 0:
-            stack.enter_context(alone(output, "train", recipe.output))
-        made = prepared(recipe, described, output / "rows", say, waits=local != 0)
         silent = {
             "output": True,
             "wandb": True,
             "engine": {"checkpoint_minutes"},
             "data": {"max_image_pixels", "chat_template_kwargs"},
         }  # the last two are part of the rows' key
-        settings = recipe.model_dump(mode="json", exclude=silent) | {"rows": made.rows.key}
+        settings = recipe.model_dump(mode="json", exclude=silent)
         if described.weights is not None:
             settings["weights"] = described.weights.sha256
+        check_output(output, settings)
+        if rank == 0:
+            stack.enter_context(alone(output, "train", recipe.output))
+        made = prepared(recipe, described, output / "rows", say, waits=local != 0)
+        settings["rows"] = made.rows.key
         if finished(output / "drafter", settings):
             say(
                 f"{recipe.output}/drafter is there already, trained by this recipe on these rows; remove it to train "

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.features import TrainingFeatures
-from draftsmith.models.formats import load_drafter
+from draftsmith.models.features import Shared, TrainingFeatures
+from draftsmith.models.formats import fetch, load_drafter, open_head, read_files
+from draftsmith.models.formats.layout import Stored
 from draftsmith.models.heads.regression import FEWEST, wanted_rows
 from draftsmith.models.heads.vocabulary import most_frequent
 from draftsmith.models.targets import TextTarget
@@ -30,24 +31,37 @@ def target_dtype(name: str, device: torch.device) -> torch.dtype | None:
 def build_head(recipe: DrafterRecipe, target: TextTarget, counts: torch.Tensor, stops: set[int]) -> nn.Module:
     """The head with its draft vocabulary (the most frequent ids of the data), fresh or from a drafter directory."""
     spec, kind = recipe.head, recipe.kind
-    config = kind.Config.for_target(target.config, **spec.shape)
     if spec.start_from is not None:
-        head = load_drafter(spec.start_from, target.shared, target.layers)
-        if type(head) is not kind:
-            raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
-        if head.grow is not None:
-            head.grow(config)
-        for key in spec.shape:
-            if getattr(head.config, key) != getattr(config, key):
-                raise UserError(
-                    f"head.{key}: found {getattr(config, key)}, expected {getattr(head.config, key)} as in "
-                    f"{spec.start_from}"
-                )
-        return head.train()
+        stored = read_files(fetch(spec.start_from))
+        silent = lambda line: None  # noqa: E731  (told before the rows were prepared)
+        return open_start(recipe, stored, target.shared, target.config, target.layers, silent).train()
+    config = kind.Config.for_target(target.config, **spec.shape)
     ids = most_frequent(counts, config.draft_vocab_size, sorted(stops))
     torch.manual_seed(recipe.seed)
     head = kind(config, target.shared, ids)
     head.start_from(target)
+    return head
+
+
+def open_start(
+    recipe: DrafterRecipe, stored: Stored, shared: Shared, config, layers: int, tell: Callable[[str], None]
+) -> nn.Module:
+    """The drafter of `head.start_from`, with what a wider head of the recipe adds. config, layers: the target's; tell:
+    as for `open_head`. Raises UserError for a drafter of another head, shape or target.
+    """
+    spec, kind = recipe.head, recipe.kind
+    wanted = kind.Config.for_target(config, **spec.shape)
+    head = open_head(stored, shared, layers, tell=tell)
+    if type(head) is not kind:
+        raise UserError(f"head.name: found {kind.name}, expected {head.name} as in {spec.start_from}")
+    if head.grow is not None:
+        head.grow(wanted)
+    for key in spec.shape:
+        if getattr(head.config, key) != getattr(wanted, key):
+            raise UserError(
+                f"head.{key}: found {getattr(wanted, key)}, expected {getattr(head.config, key)} as in "
+                f"{spec.start_from}"
+            )
     return head
 
 

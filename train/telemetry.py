@@ -128,17 +128,23 @@ def logged_in() -> bool:
         return False
 
 
+def load_wandb():
+    """The package. Raises UserError where it is missing."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "wandb: the recipe names a project, but the package wandb is not installed; pip install wandb, or "
+            "wandb: null"
+        ) from None
+    return wandb
+
+
 class Wandb:
     """A run in the given project; offline where nobody is logged in. Raises UserError when the package is missing."""
 
     def __init__(self, project: str, output: Path, recipe: dict):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "wandb: the recipe names a project, but the package wandb is not installed; pip install wandb, or "
-                "wandb: null"
-            ) from None
+        wandb = load_wandb()
         mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         output.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
