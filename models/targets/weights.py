@@ -7,6 +7,7 @@ model: its own checks would all pass.
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -122,8 +123,9 @@ def load_model(place: str, name: str, config, dtype: torch.dtype | None, device:
     check_files(place, name)
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     if quantizer is not None:  # packed weights are not moved afterwards
+        check_scales(place, name, quantizer)
         model = _loaded(place, name, config, dtype=dtype, device_map={"": device})
-        check_scales(place, name)
+        check_scales(place, name, quantizer)  # of files that were fetched just now
         return model
     return _loaded(place, name, config, dtype=dtype).to(device)
 
@@ -152,20 +154,52 @@ def check_files(place: str, name: str) -> None:
         raise UserError(f"target {name}: found no weights ({found}), expected model.safetensors")
 
 
-def check_scales(place: str, name: str) -> None:
-    """Raises UserError for a weight of a quantised checkpoint that is stored as 8-bit floats with no scale beside it:
-    transformers takes the bare numbers for the weight.
+def check_scales(place: str, name: str, quantizer) -> None:
+    """Raises UserError for a weight of a quantised checkpoint that is stored as 8-bit floats with no scale beside it,
+    or with scales of other blocks than the config's: transformers takes bare numbers for the weight, and spreads any
+    scales evenly that divide it.
     """
-    folder, kinds = folder_of(place), {}
-    for file in sorted(folder.glob("*.safetensors")) if folder else ():
-        with safe_open(file, "pt") as stored:
-            kinds |= {key: stored.get_slice(key).get_dtype() for key in stored.keys()}
+    folder, kinds, shapes = folder_of(place), {}, {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")) if folder else ():
+            with safe_open(file, "pt") as stored:
+                for key in stored.keys():
+                    kinds[key], shapes[key] = (found := stored.get_slice(key)).get_dtype(), tuple(found.get_shape())
+    except (OSError, SafetensorError):  # of files that cannot be read, loading says so
+        return
     scaled = {key.rpartition(".")[0] for key in kinds if "scale" in key.rpartition(".")[2]}
-    bare = [key for key, kind in kinds.items() if kind in FLOAT8 and key.rpartition(".")[0] not in scaled]
-    if bare:
-        raise differing_keys(
-            f"target {name}", [f"{key}: found 8-bit floats without a scale" for key in sorted(bare)], len(kinds)
+    packed = sorted(key for key, kind in kinds.items() if kind in FLOAT8)
+    differences = [
+        f"{key}: found 8-bit floats without a scale" for key in packed if key.rpartition(".")[0] not in scaled
+    ]
+    rules = quantizer.quantization_config
+    if hasattr(rules, "weight_block_size"):
+        differences += [line for key in packed if (line := other_blocks(key, shapes, rules))]
+    if differences:
+        raise differing_keys(f"target {name}", differences, len(kinds))
+
+
+def other_blocks(key: str, shapes: dict[str, tuple[int, ...]], rules) -> str | None:
+    """What is wrong with the scales of a weight [..., rows, columns]: `weight_block_size` asks for one a block, the
+    last blocks of a row or column may be smaller; without it one scale is for all. rules: the quantization config.
+    """
+    shape, grid, blocks = shapes[key], shapes.get(f"{key}_scale_inv"), rules.weight_block_size
+    if grid is None:
+        return None
+    if blocks is None:
+        what = "one scale: weight_block_size is null"
+        return None if math.prod(grid) == 1 else f"{key}_scale_inv: found {grid}, expected {what}"
+    sizes, blocks = shape[-2:], tuple(blocks)
+    expected = *shape[:-2], *(-(-size // block) for size, block in zip(sizes, blocks))
+    if grid != expected:
+        what = f"a scale for each block of weight_block_size {blocks} of {shape}"
+        return f"{key}_scale_inv: found {grid}, expected {expected}, {what}"
+    uneven = any(size > block and size % block for size, block in zip(sizes, blocks))
+    if uneven and getattr(rules, "dequantize", False):
+        return (
+            f"{key}: found {shape}, expected multiples of weight_block_size {blocks} (transformers would shift blocks)"
         )
+    return None
 
 
 def check_checkpoint(place: str, name: str, config, quantizer=None) -> None:
@@ -177,8 +211,7 @@ def check_checkpoint(place: str, name: str, config, quantizer=None) -> None:
         return
     config = copy.deepcopy(config)
     if quantizer is not None:
-        with suppress(OSError, SafetensorError):  # of files that cannot be read, loading says so
-            check_scales(place, name)
+        check_scales(place, name, quantizer)
     if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
         with without_bars():
             _loaded(place, name, config, device_map="meta")

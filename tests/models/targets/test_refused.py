@@ -274,9 +274,25 @@ PACKED = {
         lambda t: {k: v for k, v in t.items() if not k.endswith("_scale_inv")},
         "found 49 differences from the 66 expected keys: model.layers.0.mlp.down_proj.weight: found 8-bit floats",
     ),
-    "a scale of other blocks": (
+    "fewer scales than blocks": (
         lambda t: {**t, SCALE: t[SCALE][:5].clone()},
-        "its packed numbers and their scales do not fit together",
+        f"{SCALE}: found (5, 4), expected (6, 4), a scale for each block of weight_block_size (8, 8) of (48, 32)",
+    ),
+    "scales of larger blocks": (
+        lambda t: {**t, SCALE: t[SCALE][::2, ::2].clone()},
+        f"{SCALE}: found (3, 2), expected (6, 4)",
+    ),
+    "scales of smaller blocks": (
+        lambda t: {**t, SCALE: t[SCALE].repeat_interleave(2, 0)},
+        f"{SCALE}: found (12, 4), expected (6, 4)",
+    ),
+    "scales the other way round": (
+        lambda t: {**t, SCALE: t[SCALE].T.contiguous()},
+        f"{SCALE}: found (4, 6), expected (6, 4)",
+    ),
+    "one scale for all": (
+        lambda t: {**t, SCALE: t[SCALE][0, 0].clone()},
+        f"{SCALE}: found (), expected (6, 4)",
     ),
     "a layer too many": (
         lambda t: {**t, **{key.replace("5", "99"): t[key].clone() for key in (UP, SCALE)}},
@@ -295,6 +311,48 @@ def test_a_packed_checkpoint_that_lacks_something_is_refused_before_its_numbers_
             look(copied)
         line = str(caught.value)
         assert line.startswith(f"target {copied}: ") and message in line and "\n" not in line, line
+
+
+BLOCKS = {
+    "larger": ([16, 8], "down_proj.weight_scale_inv: found (4, 6), expected (2, 6), a scale for each block of"),
+    "smaller": ([4, 4], "down_proj.weight_scale_inv: found (4, 6), expected (8, 12)"),
+    "no blocks": (None, "down_proj.weight_scale_inv: found (4, 6), expected one scale: weight_block_size is null"),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_config_of_other_blocks_than_the_scales_are_for_is_refused(kind, copied):
+    """Any of them divides the weights, so that transformers would take the scales as they come."""
+    size, message = BLOCKS[kind]
+    fp8(copied)
+    quantised("fp8", activation_scheme="dynamic", weight_block_size=size)(copied)
+    for look in (describe, TextTarget.load):
+        with pytest.raises(UserError) as caught:
+            look(copied)
+        assert message in str(caught.value), caught.value
+
+
+def test_blocks_that_do_not_fill_a_weight_are_refused_where_it_is_dequantised(copied):
+    """48 rows in blocks of 32: the second block is half a one, and transformers would make two of 24."""
+    packed = fp8(copied)
+    packed = {
+        key: value[: -(-value.size(0) // 4), : -(-value.size(1) // 4)].clone() if key.endswith("_scale_inv") else value
+        for key, value in packed.items()
+    }
+    save_file(packed, copied / "model.safetensors", metadata={"format": "pt"})
+    quantised("fp8", activation_scheme="dynamic", weight_block_size=[32, 32])(copied)
+    for look in (describe, TextTarget.load):
+        with pytest.raises(UserError, match=r"down_proj.weight: found \(32, 48\), expected multiples of weight_block"):
+            look(copied)
+
+
+def test_a_weight_smaller_than_a_block_has_one_scale(copied):
+    packed = fp8(copied)
+    packed = {key: value[:1, :1].clone() if key.endswith("_scale_inv") else value for key, value in packed.items()}
+    save_file(packed, copied / "model.safetensors", metadata={"format": "pt"})
+    quantised("fp8", activation_scheme="dynamic", weight_block_size=[128, 128])(copied)
+    assert describe(copied).weights == Weights(None, "fp8")
+    assert torch.equal(TextTarget.load(copied).model.state_dict()[UP], packed[UP].float() * packed[SCALE].float())
 
 
 def test_a_packing_that_stays_is_refused_without_its_scales(copied):
