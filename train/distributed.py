@@ -79,6 +79,7 @@ def process_group(rank: int, world: int, local: int):
         yield torch.device(accelerator.device_name(local))
     finally:
         deepspeed.comm.destroy_process_group()
+        deepspeed.utils.groups._WORLD_GROUP = None  # before 0.19.8 it is kept, and the next run of this process fails
 
 
 def _join_attempt(rank: int, world: int, backend: str) -> None:

@@ -1,6 +1,8 @@
 """What a target (`TextTarget`) must be for drafting on it; whatever cannot is refused before any work, by name."""
 
 import torch
+import transformers
+from packaging import version
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec
@@ -11,6 +13,7 @@ from draftsmith.models.targets.weights import one_line
 from draftsmith.models.tree import DraftTree
 
 STATEFUL = {"linear_attention", "hybrid", "conv", "mlp", "moe"}  # kinds of layer beside those of attention alone
+RECURRENT = version.parse("5.23")  # of transformers: before it caches held states in other ways
 FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # of models of another form
 
 
@@ -79,6 +82,11 @@ def scale_of(target) -> float:
 
 def cache_layout(target) -> Layout:
     """As `layout_of`. Raises UserError for a cache of another form."""
+    if version.parse(transformers.__version__) < RECURRENT:
+        raise UserError(
+            f"target {target.name}: {target.config.model_type} has layers with a state: found transformers "
+            f"{transformers.__version__}, expected {RECURRENT} or newer"
+        )
     try:
         return layout_of(target)
     except FAILURES as error:

@@ -24,6 +24,8 @@ from draftsmith.models.targets.training import training_features
 from draftsmith.models.targets.vision import Vision
 from draftsmith.models.targets.weights import Weights, identity_of, load_model, one_line, weights_of
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # as versions of transformers 5 and their models name it
+
 
 class TextTarget:
     """A frozen decoder with its output head, and the forward hooks that read the taps a FeatureSpec names. weights:
@@ -48,10 +50,8 @@ class TextTarget:
         grouped.use_grouped(self.body.config)
         self.vocab_size = self.head.weight.size(0)
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
-        # The name changed within transformers 5.
-        self.cache_argument = (
-            "cache" if "cache" in inspect.signature(self.body.forward).parameters else "past_key_values"
-        )
+        known = inspect.signature(self.body.forward).parameters
+        self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in known)
         self.scale, self.sharded = 1.0, None
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()

@@ -24,7 +24,7 @@ def layout_of(target) -> Layout:
     kinds = {*target.config.layer_types, "linear_attention", "full_attention"}
     masks = {"attention_mask": dict.fromkeys(kinds)} if target.masked else {}
     out = target.body(input_ids=torch.zeros_like(places), position_ids=places, use_cache=True, **masks)
-    cache = out.cache if "cache" in out else out.past_key_values
+    cache = out[target.cache_argument]
     shapes = {
         index: (*layer.keys.shape[1::2], layer.values.size(3))
         for index, layer in enumerate(cache.layers)
