@@ -2,14 +2,15 @@
 runs alike.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from draftsmith.models.features import Shared
+from draftsmith.models.features import FeatureSpec, Shared
 from draftsmith.models.formats import fetch, read_files, told_once_a_run
 from draftsmith.models.grow import parse_tree
-from draftsmith.models.targets import Description
+from draftsmith.models.targets import Description, TextTarget
 from draftsmith.train.checkpoint import Checkpoints, finished, latest
 from draftsmith.train.distributed import check_dtype
 from draftsmith.train.estimate import head_like
@@ -32,6 +33,7 @@ def check(recipe: DrafterRecipe, described: Description, rank: int = 0) -> None:
     head_config(recipe, described)
     with torch.device("meta"):
         head = head_like(recipe, described.config, torch.empty(described.vocab_size, described.config.hidden_size))
+    check_target(recipe, described, replace(head.feature_spec, trees=recipe.on_trees))
     if recipe.data.features == "cached":
         check_cached(head.feature_spec)
     if recipe.gto is not None:
@@ -46,6 +48,16 @@ def check(recipe: DrafterRecipe, described: Description, rank: int = 0) -> None:
         load_wandb()
     if recipe.head.start_from is not None:
         check_start(recipe, described)
+
+
+def check_target(recipe: DrafterRecipe, described: Description, spec: FeatureSpec) -> None:
+    """What training asks of a target beside decoding, of a small one of its form where there can be one."""
+    small = TextTarget.check(described.config, recipe.target)
+    if small is None:
+        return
+    if recipe.engine.target == "sharded":
+        small.shard(lambda layers: layers)
+    small.check_features(spec)
 
 
 def check_start(recipe: DrafterRecipe, described: Description) -> None:

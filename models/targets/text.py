@@ -170,11 +170,15 @@ class TextTarget:
         architecture sees what it sees in decoding. For a spec with a probe or with trees the features hold on to the
         keys and values of the row. Raises UserError where the target can do neither, and for images that do not fit.
         """
+        self.check_features(spec)
+        return training_features(self, tokens, packing, spec, images or [{}] * (len(packing.borders) - 1))
+
+    def check_features(self, spec: FeatureSpec) -> None:
+        """Raises UserError where `features` cannot give what a spec asks for."""
         checks.check_spec(self, spec)
         if spec.probe is not None or spec.trees:
             checks.check_whole(self)
             checks.check_behind(self)
-        return training_features(self, tokens, packing, spec, images or [{}] * (len(packing.borders) - 1))
 
     def open(self, spec: FeatureSpec, batch: int, capacity: int) -> "TextSession":
         """A decoding session for `batch` prompts with room for `capacity` rows each (prompt, new tokens, and one tree

@@ -3,6 +3,7 @@ that whoever reads it first says so.
 """
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,10 +13,13 @@ import yaml
 from draftsmith.launch.training import main
 from draftsmith.models.formats import save_drafter
 from draftsmith.models.heads import EagleConfig, EagleHead
-from tests.conftest import tiny_head, tiny_target
+from tests.conftest import ROOT, tiny_head, tiny_target
+from tests.models.targets.test_recurrent import FAMILIES as RECURRENT
+from tests.models.targets.test_targets import model_of
 from tests.train.test_train_errors import refused
 from tests.train.test_zero import GTO
 
+SHIPPED = {"dream": "dream-shapes.yaml", "owl": "owl-code.yaml"}
 COMMANDS = pytest.mark.parametrize("command", [[], ["--dry-run"]], ids=["train", "--dry-run"])
 
 
@@ -133,6 +137,35 @@ def test_a_cache_of_what_changes_as_it_learns(command, arguments, tmp_path, caps
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     line = refused(capsys, [f"{tmp_path}/recipe.yaml", *arguments[1:], "data.features=cached", *command])
     assert "data.features: found cached, expected online with a probe" in line
+
+
+HEADS_FOR = {
+    "DREAM": ("dream", [], "mamba2 has no attention statistics"),
+    "probes of a sharded target": (
+        "owl",
+        ["engine.target=sharded", "head.spec_mode=replace"],
+        "expected a whole target to train on probes",
+    ),
+    "a sharded target with states": ("eagle3", ["engine.target=sharded"], "found 'sharded' for mamba2, whose layers"),
+}
+
+
+@COMMANDS
+@pytest.mark.parametrize("kind", HEADS_FOR)
+def test_what_a_target_does_not_give_to_training(kind, command, arguments, folder, tmp_path, capsys):
+    head, changes, message = HEADS_FOR[kind]
+    recipe = yaml.safe_load(open(arguments[0]))
+    if head != "owl":
+        target = model_of(RECURRENT["mamba2"]())
+        target.resize_token_embeddings(300)
+        shutil.copytree(folder / "target", tmp_path / "target", ignore=shutil.ignore_patterns("model*", "config*"))
+        target.save_pretrained(tmp_path / "target")
+        recipe |= {"target": str(tmp_path / "target")}
+    if head != "eagle3":
+        ours = yaml.safe_load((ROOT / "recipes" / SHIPPED[head]).read_text())
+        recipe |= {name: ours[name] for name in ("head", "objective")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert message in refused(capsys, [f"{tmp_path}/recipe.yaml", *arguments[1:], *changes, *command])
 
 
 @COMMANDS
