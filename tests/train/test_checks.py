@@ -13,6 +13,7 @@ import yaml
 from draftsmith.launch.training import main
 from draftsmith.models.formats import save_drafter
 from draftsmith.models.heads import EagleConfig, EagleHead
+from draftsmith.models.targets import TextTarget
 from tests.conftest import ROOT, tiny_head, tiny_target
 from tests.models.targets.test_recurrent import FAMILIES as RECURRENT
 from tests.models.targets.test_targets import model_of
@@ -156,7 +157,7 @@ def test_what_a_target_does_not_give_to_training(kind, command, arguments, folde
     head, changes, message = HEADS_FOR[kind]
     recipe = yaml.safe_load(open(arguments[0]))
     if head != "owl":
-        target = model_of(RECURRENT["mamba2"]())
+        target = TextTarget(model_of(RECURRENT["mamba2"]()), "mamba2").model
         target.resize_token_embeddings(300)
         shutil.copytree(folder / "target", tmp_path / "target", ignore=shutil.ignore_patterns("model*", "config*"))
         target.save_pretrained(tmp_path / "target")

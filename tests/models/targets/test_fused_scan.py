@@ -1,11 +1,8 @@
 """The fused scan over trees equals the PyTorch form: on a GPU where there is one, else in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from draftsmith.models.targets.recurrent import fused, ssd  # noqa: E402
