@@ -14,6 +14,12 @@ def load_tokenizer(name: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
         tokenizer("a")  # some values of its config are looked at only here
+        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        if share := getattr(model, "dropout", None):
+            raise UserError(
+                f"tokenizer {name}: found model.dropout {share:g} in tokenizer.json, expected none: it would cut every "
+                f"text at random"
+            )
         return tokenizer
     except UserError:
         raise

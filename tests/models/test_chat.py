@@ -1,9 +1,11 @@
 """What a chat template reads besides the conversation."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
+from draftsmith.models.chat import load_tokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.models.rendering import Renderer
 
@@ -38,3 +40,17 @@ def test_a_broken_template_is_one_line():
 
 def test_the_tests_own_tokenizer_has_none(tokenizer):
     assert Renderer(tokenizer).told() == {}
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.001, 1.0])
+def test_a_tokenizer_that_cuts_at_random_is_refused(tokenizer, tmp_path, dropout):
+    """Byte pair dropout: no text would have the same ids twice."""
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    assert stored["model"]["type"] == "BPE" and not stored["model"]["dropout"]
+    assert load_tokenizer(tmp_path)("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+    stored["model"]["dropout"] = dropout
+    file.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=f"found model.dropout {dropout:g} in tokenizer.json, expected none"):
+        load_tokenizer(tmp_path)
