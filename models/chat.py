@@ -13,7 +13,9 @@ def load_tokenizer(name: str | Path):
     """The tokenizer of a Hub id, a directory or `bundled:NAME`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
-        tokenizer("a")  # some values of its config are looked at only here
+        # Some values of its config are looked at only here
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise UserError(f"tokenizer {name}: found no ids for the text 'a', expected some (see its post_processor)")
         model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
         if share := getattr(model, "dropout", None):
             raise UserError(

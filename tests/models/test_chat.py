@@ -54,3 +54,13 @@ def test_a_tokenizer_that_cuts_at_random_is_refused(tokenizer, tmp_path, dropout
     file.write_text(json.dumps(stored))
     with pytest.raises(UserError, match=f"found model.dropout {dropout:g} in tokenizer.json, expected none"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_leaves_texts_out_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["post_processor"] = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+    file.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="found no ids for the text 'a', expected some"):
+        load_tokenizer(tmp_path)
