@@ -172,7 +172,7 @@ class Renderer:
                 continue
             if any(end in texts(messages[turn]) for end in ends):
                 notes[END_INSIDE] += 1
-            notes[ANSWER] += answer_missing(messages[turn], asked[-SHOWN:] + given + answer)
+            notes[ANSWER] += answer_missing(messages[turn], asked[-SHOWN:], given + answer)
             pieces.append((asked, given, written, ended))
         if pieces:
             notes[TOOLS] += tools_missing(tools, pieces[-1][0])

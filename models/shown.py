@@ -33,12 +33,14 @@ def tools_missing(tools: list[dict] | None, prompt: str) -> bool:
     return bool(names) and not any(name in prompt for name in names)
 
 
-def answer_missing(message: dict, shown: str) -> bool:
-    """Whether anything of an answer does not stand in what the template makes of it (the end of the prompt included,
-    which may open a thought).
+def answer_missing(message: dict, before: str, shown: str) -> bool:
+    """Whether anything of an answer does not stand in what the template makes of it. before: the end of the prompt,
+    where an answer may begin (it may open a thought) but not stand as a whole.
     """
-    shown = bare(THOUGHT_TAG.sub("", shown))
-    return any(bare(THOUGHT_TAG.sub("", part)) not in shown for part in (*pieces(message), reasoning_of(message)))
+    whole, behind = (bare(THOUGHT_TAG.sub("", text)) for text in (before + shown, shown))
+    parts = [bare(THOUGHT_TAG.sub("", part)) for part in (*pieces(message), reasoning_of(message))]
+    ends = [whole.rfind(part) + len(part) if part in whole else 0 for part in parts]
+    return any(part and end <= len(whole) - len(behind) for part, end in zip(parts, ends))
 
 
 def roles_missing(messages: list[dict], shown: str) -> set[str]:

@@ -199,6 +199,7 @@ def tokenizer(folder: Path, draw: random.Random) -> tuple[str, str | None]:
     except UserError as error:
         raise UserError(f"{said}: {error}") from None
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.add_special_tokens(loaded.all_special_tokens)  # those that tokenizer_config.json alone names
     wrong = None
     if (
         file == "tokenizer.json"

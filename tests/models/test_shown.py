@@ -42,6 +42,14 @@ def test_what_is_not_shown_is_told(tokenizer, template, messages, tools, expecte
     assert notes(tokenizer, template, messages, tools) == expected
 
 
+def test_what_the_prompt_says_is_not_the_answer(tokenizer):
+    """An answer of few letters often stands in the prompt, or in a marker of the template."""
+    blind = PLAIN.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else 'fox' }}")
+    assert blind != PLAIN
+    assert notes(tokenizer, blind, [user("import os"), said("os")])[ANSWER] == 1
+    assert notes(tokenizer, PLAIN, [user("import os"), said("os")]) == {}
+
+
 @pytest.mark.parametrize(
     "answer",
     [said("", reasoning_content="sys"), said("<think>sys</think>"), said("<think>sys</think> \n")],
