@@ -52,7 +52,8 @@ def use_prepacked(model: nn.Module) -> None:
     large enough to gain and memory is ample.
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and gains(layer.weight)]
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    known = hasattr(os, "sysconf")  # not on Windows: nothing is prepacked
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
     if sum(layer.weight.nbytes for layer in layers) <= SHARE * memory:
         for layer in layers:
             layer.__class__ = PrepackedLinear
