@@ -19,7 +19,8 @@ SHARE = 0.25  # of the machine's memory that the second copies may take together
 
 class PrepackedLinear(nn.Linear):
     """A linear layer whose matrix is prepacked when it first meets a few rows, and again whenever it has changed (also
-    by an optimizer, but not by what hides from torch's counts of changes, as `weight.data.copy_`).
+    by an optimizer, but not by what hides from torch's counts of changes, as `weight.data.copy_` and all that happens
+    to tensors made in inference mode).
     """
 
     packed = None  # (what of the matrix it was made from, the prepacked matrix)
@@ -28,7 +29,7 @@ class PrepackedLinear(nn.Linear):
         count = rows.numel() // self.in_features
         if torch.is_grad_enabled() or not FEWEST_ROWS[self.weight.dtype] <= count <= MOST_ROWS:
             return linear(rows, self.weight, self.bias)
-        state = self.weight.data_ptr(), self.weight._version
+        state = self.weight.data_ptr(), None if self.weight.is_inference() else self.weight._version
         if self.packed is None or self.packed[0] != state:
             self.packed = state, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), MOST_ROWS)
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed[1], self.bias, "none", [], "")

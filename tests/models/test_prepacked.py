@@ -63,6 +63,13 @@ def test_a_changed_matrix_is_prepacked_anew(change):
     assert close(made(rows), made, rows)
 
 
+def test_matrices_made_in_inference_mode():
+    with torch.inference_mode():
+        made = layer(True)
+    rows = torch.randn(8, 48)
+    assert made.weight.is_inference() and close(made(rows), made, rows) and made.packed is not None
+
+
 def test_rows_that_are_no_block_of_memory():
     made, rows = layer(), torch.randn(48, 10).T
     assert close(made(rows), made, rows)
