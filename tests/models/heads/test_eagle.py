@@ -241,7 +241,7 @@ def test_decoding_with_it_is_plain_greedy_decoding_as_long_as_predicted(target, 
     plain = generate(target, NoDrafter(), prompts, Sampling(), 40)
     features = pack(target, head, [p + t.tokens for p, t in zip(prompts, plain)], [0] * 4)
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
-    for _ in range(30):
+    for _ in range(45):
         optimizer.zero_grad()
         head.loss(features, HASS)[0].backward()
         optimizer.step()
