@@ -12,6 +12,7 @@ import draftsmith.launch.measuring  # noqa: F401 (registers its commands)
 from draftsmith.launch.program import (
     Count,
     Drafter,
+    Dtype,
     HeldOut,
     Limit,
     Recipe,
@@ -229,7 +230,7 @@ def regenerate(
     batch: Annotated[int, typer.Option(min=1, help="prompts at a time, in each process")] = 64,
     limit: Limit = None,
     seed: Seed = 0,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else the checkpoint's")] = None,
+    dtype: Dtype = None,
     processes: Annotated[int, typer.Option(min=1, help="that share the prompts and the cores, or the GPUs")] = 1,
     drafter: Annotated[str, typer.Option(help="drafts meanwhile: directory, Hub id or bundled:NAME")] = None,
     tree: Annotated[str, typer.Option(help="of the drafter: chain:DEPTH or dynamic:TOP_KxDEPTHxSIZE")] = None,

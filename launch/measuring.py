@@ -8,6 +8,7 @@ import typer
 from draftsmith.launch.program import (
     Batches,
     Drafter,
+    Dtype,
     Limit,
     NewTokens,
     Output,
@@ -55,9 +56,7 @@ def evaluate(
     skip_long: Annotated[bool, typer.Option(help="leave out prompts that do not fit the context")] = False,
     seed: Seed = 0,
     threads: Threads = None,
-    dtype: Annotated[
-        str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else that of the checkpoint")
-    ] = None,
+    dtype: Dtype = None,
     trajectories: Annotated[
         int,
         typer.Option(min=1, help="instead: so many samples of each prompt, by trajectory; what drafters learn stays"),
@@ -112,9 +111,7 @@ def generate(
     compare: Annotated[
         bool, typer.Option(help="decode plainly too: speedup, and whether the texts are identical")
     ] = True,
-    dtype: Annotated[
-        str, typer.Option(help="fp32, bf16, fp16; default: fp32 on a CPU, else that of the checkpoint")
-    ] = None,
+    dtype: Dtype = None,
     datastore: Datastore = None,
     template_arg: TemplateArgs = [],
 ):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from draftsmith.models.chat import load_tokenizer
+from draftsmith.models.chat import check_tokenizer, load_tokenizer
 from draftsmith.models.errors import UserError
 from draftsmith.models.rendering import Renderer
 from draftsmith.models.targets import ImagePrompt, locate
@@ -223,7 +223,9 @@ def load_processor(name: str | Path):
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(locate(name), trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(locate(name), trust_remote_code=False)
+        check_tokenizer(processor.tokenizer, name)
+        return processor
     except UserError:
         raise
     except Exception as error:  # as in `load_tokenizer`

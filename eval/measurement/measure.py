@@ -25,10 +25,8 @@ from draftsmith.models.targets import TextTarget
 
 # a divergence is tolerated only where the top-2 gap of the plain scores (logits and keyed noise) is below this
 NEAR_TIE = 1e-4
-IDENTITY = (
-    torch.float32,
-    torch.float64,
-)  # in lower precision a tree and a single row round differently: none is claimed
+# in which identity is claimed: in lower precision a tree and a single row round differently
+IDENTITY = (torch.float32, torch.float64)
 PHASES = ("draft", "verify", "overhead", "total")
 
 

@@ -239,6 +239,7 @@ def main():
     }
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1))
+        Path(f"{arguments.output}.partial").unlink()  # a later run measures anew
     print(json.dumps(document["line"]))
 
 

@@ -158,16 +158,21 @@ def test_from_the_command_line_to_the_report(place, monkeypatch, capsys):
     } == PICTURES
 
 
-def test_the_same_measurement_asked_again_takes_what_is_there(place, tmp_path, monkeypatch):
-    request = Request(
+def small_request(place, output, **changes) -> Request:
+    return Request(
         [str(place / "run" / "drafter")],
-        tmp_path,
+        output,
         (str(place / "chat.jsonl"),),
         tree="chain:2",
         temperatures=(0.0,),
         max_new_tokens=8,
         limit=2,
+        **changes,
     )
+
+
+def test_the_same_measurement_asked_again_takes_what_is_there(place, tmp_path, monkeypatch):
+    request = small_request(place, tmp_path)
     first = measure(request, lambda line: None)
     (tmp_path / "runs.jsonl").replace(tmp_path / "runs.jsonl.partial")  # as if it had been killed at the very end
     again = measure(request, lambda line: None)
@@ -175,16 +180,7 @@ def test_the_same_measurement_asked_again_takes_what_is_there(place, tmp_path, m
 
 
 def test_in_bf16_texts_are_counted_and_identity_is_not_claimed(place, tmp_path):
-    request = Request(
-        [str(place / "run" / "drafter")],
-        tmp_path,
-        (str(place / "chat.jsonl"),),
-        tree="chain:2",
-        temperatures=(0.0,),
-        max_new_tokens=8,
-        limit=2,
-        dtype="bf16",
-    )
+    request = small_request(place, tmp_path, dtype="bf16")
     document = measure(request, lambda line: None)
     assert document["conditions"]["dtype"] == "bfloat16" and document["lossless"] is None
     assert all(cell["lossless"] is None for cell in document["cells"] if "identical" in cell)

@@ -1,12 +1,14 @@
 """Rows with pictures have the ids that a family's own processor gives, and cost one pass of it a picture."""
 
+import json
+
 import numpy as np
 import pytest
 import transformers as hf
 from PIL import Image
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.pictures import Reader
+from draftsmith.models.pictures import Reader, load_processor
 from draftsmith.models.rendering import Renderer
 from draftsmith.train.reference.pretrain import train_tokenizer
 
@@ -119,3 +121,15 @@ def test_a_template_that_does_not_show_a_picture_is_refused(processor):
     renderer = Renderer(Reader(processor))
     with pytest.raises(UserError, match="chat template: shows .* 0 times, expected it for 1 picture"):
         renderer.prompt(renderer.reader.placed(TALK[:1], [picture(84, 56)]))
+
+
+def test_a_processor_whose_tokenizer_cuts_at_random_is_refused(tmp_path):
+    processor, _ = llava()
+    processor.save_pretrained(tmp_path)
+    assert load_processor(tmp_path).tokenizer("a b")["input_ids"] == processor.tokenizer("a b")["input_ids"]
+    file = tmp_path / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="found model.dropout 0.5 in tokenizer.json, expected none"):
+        load_processor(tmp_path)
