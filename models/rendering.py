@@ -137,7 +137,8 @@ class Renderer:
         """
         messages = self._ready(messages)
         text = self._text(messages, tools, asked=True)[0]
-        self.hidden[CALLS] += any(self._hidden_call(messages[: n + 1], tools) for n in range(len(messages)))
+        hidden = [self._hidden_call(messages[: n + 1], tools) for n in range(len(messages))]
+        self.hidden[CALLS] += any(name is not None for name in hidden)
         self.hidden[TOOLS] += tools_missing(tools, text)
         self.hidden.update(GIVEN.format(role) for role in roles_missing(messages, text))
         ids = self.encoder.ids(text)
@@ -248,7 +249,7 @@ class Renderer:
         """Raises UserError for a call of the last message that the template does not show: the target would be taught
         that it said nothing.
         """
-        if name := self._hidden_call(messages, tools):
+        if (name := self._hidden_call(messages, tools)) is not None:
             raise UserError(
                 f"chat template: does not show the call of {ascii(name)[1:-1]} in turn {len(messages) - 1}, expected "
                 f"it in the answer"

@@ -13,6 +13,7 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.rendering import EMPTY_ANSWER, END_INSIDE, Renderer
+from draftsmith.models.shown import CALLS
 from tests import templates
 from tests.conftest import tiny_target
 
@@ -168,6 +169,15 @@ def test_a_call_is_supervised_and_its_result_is_not(tokenizer):
     )
     with pytest.raises(UserError, match="chat template: does not show the call of calc in turn 1"):
         shown(of(tokenizer, PLAIN), parsed)
+
+
+def test_a_call_without_a_name_is_missed_as_well(tokenizer):
+    nameless = CALL | {"function": CALL["function"] | {"name": ""}}
+    talk, renderer = [user("6*7"), said("os", tool_calls=[nameless]), user("b")], of(tokenizer, PLAIN)
+    with pytest.raises(UserError, match="chat template: does not show the call of  in turn 1"):
+        renderer.encode(talk[:2], None, {2})
+    renderer.prompt(talk)
+    assert renderer.passed_over() == [f"1 {CALLS}"]
 
 
 # ---------------------------------------------------------------------------------- templates that put something
