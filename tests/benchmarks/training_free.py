@@ -4,7 +4,7 @@
     python tests/benchmarks/training_free.py --target TARGET --suite FILE [--drafter DIR] [--tree FILE.json]
         [--temperature T] [--trajectories N] [--prompts N] [--new-tokens N] [--texts 50000] [--output FILE]
         [--dtype bf16] [--abreast N]
-        [--reader DIR --reader-suite FILE [--datastore DIR] [--reader-tree TREE] [--reader-prompts N]]
+        [--reader DIR --suites FOLDER]
 
 * law: whole steps of STAND and Token Recycling (memory, draw, verify, learn) enumerated exactly on small vocabularies:
   the largest total variation to the target's joint law. With --texts N also N sampled texts through the real loop: G
@@ -16,8 +16,7 @@
   sooner, and seconds that are those of a batch.
 * memory: entries, bytes, lookups and updates a second after a million tokens.
 * reader: READER over the trained drafter DIR beside that drafter alone, greedy, one tree, one prompt at a time, on the
-  categories of Spec-Bench that copy from their prompts (`rag`, `summarization`), paired by prompt; with --datastore its
-  texts too. Left out where --reader is not given.
+  categories of Spec-Bench that copy from their prompts, paired by prompt (reader.py measures more). Only with --reader.
 
 --quick takes the bundled `code` target, 6 prompts of 16 trajectories (under ten minutes on a quiet machine). Ends with
 one JSON line: stand_tau by trajectory, best_other_tau_16 of the other training-free methods at the last one,
@@ -28,7 +27,6 @@ those of verify passes; reader_over_head: quotient of tau by category (null wher
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -37,9 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from draftsmith.eval.lossless import dtype_of  # noqa: E402
-from draftsmith.eval.measurement.interval import quotient_interval  # noqa: E402
 from draftsmith.eval.measurement.journal import Journal  # noqa: E402
-from draftsmith.eval.measurement.measure import decode_batches, tau, tokens_and_passes  # noqa: E402
 from draftsmith.eval.measurement.progress import Progress  # noqa: E402
 from draftsmith.eval.measurement.trajectories import Method, Scaled, ahead, figures, trajectories  # noqa: E402
 from draftsmith.eval.sampling import Sampling  # noqa: E402
@@ -50,11 +46,12 @@ from draftsmith.models.drafters.ngrams import NgramMemory  # noqa: E402
 from draftsmith.models.drafters.recycling import RecyclingDrafter  # noqa: E402
 from draftsmith.models.drafters.stand import StandDrafter  # noqa: E402
 from draftsmith.models.grow import StaticTree, binary, parse_tree  # noqa: E402
+from tests.benchmarks import reader  # noqa: E402
 from tests.steps import Enumerated, Table, law_of_steps, learning, recycled, started  # noqa: E402
 from tests.table_target import TableTarget, g_over_bound  # noqa: E402
 
 OTHERS = ("recycling", "suffix", "lookup")
-COPYING = {"rag": "rag", "summarization": "summarisation"}  # categories of Spec-Bench, and their names in the last line
+COPYING = ("rag", "summarisation")
 SHAPES = (StaticTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)), ""), StaticTree(((0,), (1,), (2,), (0, 0)), ""))
 BEFORE = [(0, 1, 2, 0, 1, 1, 2, 0, 2, 1), (0, 1, 1, 2, 0, 1, 2)]
 
@@ -154,43 +151,6 @@ def scaled(arguments) -> tuple[dict[str, dict], dict[str, Scaled], int]:
     return table, runs, last
 
 
-def reader(arguments) -> dict[str, dict]:
-    """{category: {"prompts", tau of both, "quotient", "interval"}}."""
-    name, tree = arguments.reader, parse_tree(arguments.reader_tree)
-    methods = Methods.open([name, f"reader:{name}"], None, ASSISTANT, datastore=arguments.datastore)
-    rows = [line for line in arguments.reader_suite.read_text().splitlines() if line.strip()]
-    found = {}
-    for category, said in COPYING.items():
-        mine = [line for line in rows if json.loads(line).get("category") == category][: arguments.reader_prompts]
-        with tempfile.TemporaryDirectory() as folder:
-            part = Path(folder) / f"{category}.jsonl"
-            part.write_text("\n".join(mine))
-            prompts = methods.prompts(str(part), None, arguments.new_tokens, 128, True)
-        runs = {
-            method: decode_batches(
-                methods.target,
-                methods.drafters.drafter(method, tree),
-                [p.tokens for p in prompts],
-                Sampling(),
-                arguments.new_tokens,
-                methods.stops,
-                1,
-                Progress(print, f"{category}, {method}", len(prompts), every=0),
-            )
-            for method in (name, f"reader:{name}")
-        }
-        alone, widened = runs.values()
-        found[said] = {
-            "prompts": len(prompts),
-            "head": tau(alone),
-            "reader": tau(widened),
-            "quotient": tau(widened) / tau(alone),
-            "interval": quotient_interval(tokens_and_passes(widened), tokens_and_passes(alone)),
-        }
-        print(f"{said}: {found[said]}")
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
@@ -204,14 +164,13 @@ def main():
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--texts", type=int, default=0)
     parser.add_argument("--reader", help="a trained drafter that READER widens")
-    parser.add_argument("--reader-suite", type=Path, help="Spec-Bench's file")
-    parser.add_argument("--reader-tree", default="dynamic:3x4x10")
-    parser.add_argument("--reader-prompts", type=int, default=8, help="of each category")
-    parser.add_argument("--datastore", help="what READER retrieves from beside the prompt's own text")
+    parser.add_argument("--suites", type=Path, help="the folder of Spec-Bench's file")
     parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
     parser.add_argument("--abreast", type=int, default=1, help="prompts decoded in one batch")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.reader and not arguments.suites:
+        parser.error("--reader needs --suites")
     arguments.prompts = arguments.prompts or (6 if arguments.quick else 24)
     arguments.new_tokens = arguments.new_tokens or (48 if arguments.quick else 128)
     document = {"law_error": worst_law_error(4 if arguments.quick else 20)}
@@ -223,7 +182,11 @@ def main():
     for name, cell in table.items():
         by = [round(part["tau"], 2) for part in cell["numbers"]]
         print(f"{name}: tau {cell['tau']:.3f}, by trajectory {by}, {cell['tokens_per_second']:.1f} tokens/s")
-    document["reader"] = reader(arguments) if arguments.reader else {}
+    document["reader"] = {}
+    if arguments.reader:
+        found = reader.compared(arguments.reader, arguments.suites, COPYING, "dynamic:3x4x10", 8, arguments.new_tokens)
+        print("\n".join(reader.shown(found)))
+        document["reader"] = {part: cells["1"] for part, cells in found.items()}
     stand = table["stand"]["numbers"]
     accepted = {name: table[name]["tau"] - 1 for name in ("stand", "stand:deterministic")}
     document["line"] = {
@@ -231,8 +194,7 @@ def main():
         f"best_other_tau_{last + 1}": round(max(table[name]["numbers"][last]["tau"] for name in OTHERS), 3),
         "gumbel_over_deterministic": round(accepted["stand"] / accepted["stand:deterministic"], 3),
         "reader_over_head": {
-            said: round(document["reader"][said]["quotient"], 3) if said in document["reader"] else None
-            for said in COPYING.values()
+            part: document["reader"].get(part, {}).get("reader over it", {}).get("quotient") for part in COPYING
         },
         "draft_share": round(table["stand"]["draft_share"], 4),
         "law_error": document["law_error"],
