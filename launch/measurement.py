@@ -163,7 +163,7 @@ def measured(
     """The measurement itself, and its files."""
     if "threads" not in journal:
         journal.add("threads", {"trial_ms": {str(number): ms for number, ms in tried.items()}})
-    cells, documents, samples = [], {}, {}
+    cells, documents, samples, costs = [], {}, {}, {}
     for name, found in prompts.items():
         suite = Suite(
             name,
@@ -176,6 +176,7 @@ def measured(
             journal,
             report,
             [p.category for p in found],
+            costs,
         )
         results, more, traces = suite.measure()
         cells += more

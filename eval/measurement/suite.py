@@ -8,6 +8,7 @@ does not repeat itself; "categories": acceptance by the suite's own categories, 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 
 from draftsmith.eval.measurement.choose import Costs, Recording, expected_tau, measure_costs, ranking, record
 from draftsmith.eval.measurement.interval import difference_interval
@@ -56,7 +57,8 @@ class Plan:
 
 class Suite:
     """One suite being measured with one plan. heads {name: trained head}; baselines {name: decoder}, timed beside plain
-    decoding; categories: one of each prompt, or none at all.
+    decoding; categories: one of each prompt, or none at all; costs: those that other suites have measured, which hold
+    here where prompts are of like length (the same power of two), and which this one adds to.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Suite:
         journal: Journal | None = None,
         report=print,
         categories: list[str] = (),
+        costs: dict | None = None,
     ):
         self.name, self.target, self.heads, self.baselines, self.prompts, self.stops = (
             name,
@@ -84,7 +87,7 @@ class Suite:
         self.categories = {
             c: [row for row, other in enumerate(categories) if other == c] for c in dict.fromkeys(categories)
         }
-        self.costs: dict[tuple[str, bool, int], Costs] = {}
+        self.costs: dict[tuple[str, bool, int, int], Costs] = {} if costs is None else costs
         self.recordings: dict[tuple[str, float], Recording] = {}
 
     def measure(self) -> tuple[dict[str, dict], list[dict], dict[str, list]]:
@@ -274,7 +277,8 @@ class Suite:
         return expected_tau(self.recordings[name, temperature])
 
     def cost(self, name: str, temperature: float, batch: int) -> Costs:
-        key = name, temperature > 0, batch  # no temperature above 0 costs more than another
+        length = int(median(map(len, self.prompts))).bit_length()
+        key = name, temperature > 0, batch, length  # no temperature above 0 costs more than another
         if key not in self.costs:
             some = self.prompts[: max(2 * batch, self.plan.choice_prompts)]
             self.costs[key] = measure_costs(

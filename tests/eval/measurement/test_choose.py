@@ -81,13 +81,22 @@ def test_where_no_tree_pays_nothing_is_drafted(target):
     """As in batches on a processor whose passes cost what their rows do."""
     head, dear = trained_head(target, 50), Costs(1.0, (0.0, 1.0), (1.0, 1.0), (1.0, 1.0, 0.0))
     plan = Plan(DynamicTree(4, 3, 12), 3, None, 2, (0.0,), ((0.0, 2),), 12, 0)
-    suite = Suite("", target, {"head": head}, {}, PROMPTS[:3], {7}, plan, report=lambda line: None)
-    suite.costs["head", False, 2] = dear
+    costs = {("head", False, 2, 2): dear}  # prompts of 3 tokens in the median
+    suite = Suite("", target, {"head": head}, {}, PROMPTS[:3], {7}, plan, report=lambda line: None, costs=costs)
     results, cells, _ = suite.measure()
     timed = next(cell for cell in cells if cell["method"] == "head")
     assert results["head"]["tree"] == str(NONE) and next(iter(results["head"]["sweep"])) == str(NONE)
     assert timed["tau"] == 1.0 and timed["lossless"] and timed["acceptance_by_depth"] == []
     assert isinstance(drafting(head, parse_tree("none")), NoDrafter)  # the head is not even asked
+
+
+def test_suites_of_like_length_share_their_costs(target):
+    """Prompts of twice the length are timed by themselves."""
+    head, costs = trained_head(target, 50), {}
+    plan = Plan(DynamicTree(4, 3, 12), 3, None, 2, (0.0,), ((0.0, 2),), 8, 0)
+    for prompts, known in ((PROMPTS[:3], 1), (PROMPTS[:3:2], 1), ([p * 2 for p in PROMPTS[:3]], 2)):
+        Suite("", target, {"head": head}, {}, prompts, {7}, plan, report=lambda line: None, costs=costs).measure()
+        assert len(costs) == known
 
 
 def test_sweep_times_the_chosen_tree_among_the_others(target):
