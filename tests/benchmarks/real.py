@@ -4,10 +4,11 @@
         [--temperature T ...] [--dtype bf16] [DRAFTER ...] [--output runs/real]
 
 Suites are the EAGLE repository's evaluation prompts (MT-bench with its two turns, HumanEval, GSM8K, Alpaca, CNN/DM as
-`sum`, QA) and Spec-Bench, read from FOLDER (default: what DRAFTSMITH_SUITES names, else `../shared/data/suites` beside
-the project); a suite whose file is absent is named and left out. Methods: the drafters (default: the shipped EAGLE-3
-and HASS ones, those that are there), prompt lookup, suffix decoding and the library's prompt lookup, all beside plain
-decoding on the same prompts, at T = 0 and 1. A killed run goes on when the same command is given again.
+`sum`, QA) and Spec-Bench (of which rows are taken at even distances: its categories stand one behind the other), read
+from FOLDER (default: what DRAFTSMITH_SUITES names, else `../shared/data/suites` beside the project); a suite whose file
+is absent is named and left out. Methods: the drafters (default: the shipped EAGLE-3 and HASS ones, those that are
+there), prompt lookup, suffix decoding and the library's prompt lookup, all beside plain decoding on the same prompts,
+at T = 0 and 1. A killed run goes on when the same command is given again.
 
 Prints, as Markdown, a table by suite and temperature with 95 % intervals, one by depth, one by category of Spec-Bench.
 --quick: MT-bench, HumanEval and GSM8K, a few prompts each, EAGLE-3 alone. Ends with one JSON line:
@@ -63,6 +64,9 @@ def main():
             print(f"{name}: {folder / SUITES[name]} is absent; left out")
     if not found:
         raise SystemExit(f"error: found no suite in {folder}, expected at least one of {', '.join(SUITES.values())}")
+    limit = arguments.limit or (6 if quick else 20)
+    if "spec_bench" in found:
+        found["spec_bench"] = spread(found["spec_bench"], limit, Path(arguments.output) / "suites")
     drafters = arguments.drafters or [name for name in DRAFTERS[: 1 if quick else 2] if shipped(name)]
     document = measure(
         Request(
@@ -72,7 +76,7 @@ def main():
             temperatures=tuple(arguments.temperature),
             timed=(0.0,) if quick else tuple(arguments.temperature),
             max_new_tokens=arguments.tokens or (64 if quick else 128),
-            limit=arguments.limit or (6 if quick else 20),
+            limit=limit,
             dtype=arguments.dtype,
             skip_long=True,
         )
@@ -84,6 +88,15 @@ def main():
         print("\n".join(lines), end="\n\n")
     first = document["conditions"]["first"]
     print(json.dumps(summary(cells, first, document)))
+
+
+def spread(file: Path, count: int, folder: Path) -> Path:
+    """A file of `count` rows at even distances, kept in `folder`."""
+    rows = file.read_text("utf-8").splitlines()
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / file.name
+    kept.write_text("\n".join(rows[:: max(1, len(rows) // count)][:count]), "utf-8")
+    return kept
 
 
 def shipped(name: str) -> bool:
