@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from draftsmith.eval.lossless import dtype_of  # noqa: E402
 from draftsmith.eval.measurement.interval import quotient_interval, ratio_interval  # noqa: E402
 from draftsmith.eval.measurement.measure import decode_batches, tokens_and_passes  # noqa: E402
 from draftsmith.eval.measurement.prompts import read_prompts  # noqa: E402
@@ -80,7 +81,7 @@ def main():
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     recipe = read_recipe(RECIPES / f"{arguments.recipe}.yaml", DrafterRecipe, arguments.change)
-    target, tokenizer = TextTarget.load(recipe.target), load_tokenizer(recipe.target)
+    target, tokenizer = TextTarget.load(recipe.target, dtype_of(recipe.engine.dtype)), load_tokenizer(recipe.target)
     prompts = [p.tokens for p in read_prompts(arguments.prompts, tokenizer, arguments.limit)]
     stops, table = stop_ids(target, tokenizer), {}
     shipped = Eagle3Head.start_from, Eagle3Head.regress
