@@ -310,7 +310,39 @@ def without_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.cat(picks, -1)
 
 
-TreePolicy = DynamicTree | StaticTree | SampledTree | AdaptiveTree
+@dataclass(frozen=True)
+class TreeByRows:
+    """The tree for so many requests as are decoded together, so that it changes while a batch shrinks. trees: (from how
+    many requests on, dynamic or static tree), ascending from 1.
+    """
+
+    trees: tuple[tuple[int, DynamicTree | StaticTree], ...]
+    draws = False
+
+    def __str__(self) -> str:
+        return "rows:" + ",".join(f"{rows}={tree}" for rows, tree in self.trees)
+
+    @property
+    def size(self) -> int:
+        return max(tree.size for _, tree in self.trees)
+
+    @property
+    def depth(self) -> int:
+        return max(tree.depth for _, tree in self.trees)
+
+    @property
+    def branches(self) -> int:
+        return max(tree.branches for _, tree in self.trees)
+
+    def of(self, requests: int) -> DynamicTree | StaticTree:
+        return next(tree for rows, tree in reversed(self.trees) if rows <= requests)
+
+    def grow(self, head, beam, root: torch.Tensor) -> DraftTree:
+        """root [B] -> trees of the policy for B requests."""
+        return self.of(len(root)).grow(head, beam, root)
+
+
+TreePolicy = DynamicTree | StaticTree | SampledTree | AdaptiveTree | TreeByRows
 
 
 NONE = StaticTree((), "none")  # no drafting: what is best where passes over more rows cost more than they emit
@@ -329,7 +361,7 @@ def parse_tree(text: str) -> TreePolicy:
     """`chain:DEPTH`, `binary:DEPTH`, `dynamic:TOP_KxDEPTHxSIZE` (size counts the root), `eagle` (25 drafted nodes of
     EAGLE-1), a static one of them sampled: `sampled:TREE[:iid][@TEMPERATURE]`,
     `sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE]`, or `none`: no drafting. FILE.json is a static one that `tune-tree`
-    wrote.
+    wrote. `rows:1=TREE,4=TREE`: the first for up to 3 requests that are decoded together, the second for 4 and more.
     """
     if text.endswith(".json") and not text.startswith("sampled:"):
         return StaticTree(tuple(read_slots(text)), text)
@@ -347,6 +379,14 @@ def parse_tree(text: str) -> TreePolicy:
             tree = parse_tree(shape.removesuffix(":iid"))
             if isinstance(tree, StaticTree):
                 return SampledTree(tree, Kind.IID if shape.endswith(":iid") else Kind.WITHOUT_REPLACEMENT, heat)
+        if kind == "rows":
+            parts = [part.partition("=") for part in rest.split(",")]
+            trees = tuple((int(rows), parse_tree(tree)) for rows, _, tree in parts)
+            starts = [rows for rows, _ in trees]
+            plain = all(isinstance(tree, DynamicTree | StaticTree) for _, tree in trees)
+            if plain and starts[0] == 1 and starts == sorted(set(starts)):
+                return TreeByRows(trees)
+            raise ValueError
         numbers = [int(n) for n in rest.split("x")] if rest else []
         if text == str(NONE):
             return NONE
@@ -363,5 +403,5 @@ def parse_tree(text: str) -> TreePolicy:
     raise UserError(
         f"tree: found {text!r}, expected chain:DEPTH, dynamic:TOP_KxDEPTHxSIZE, eagle, binary:DEPTH, "
         f"sampled:TREE[:iid][@TEMPERATURE], "
-        "sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE], none or FILE.json"
+        "sampled:adaptive:WIDTHxDEPTH[@TEMPERATURE], rows:1=TREE,N=TREE, none or FILE.json"
     )

@@ -11,7 +11,7 @@ overhead over the tree's size and of drafting over its depth and width. Expected
 + overhead). No drafting is among the choices: its tau and its speedup are 1.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from draftsmith.eval.measurement.measure import Looped, Run, interleaved
 from draftsmith.eval.measurement.speed import robust_ms
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
-from draftsmith.models.grow import NONE, Candidates, DynamicTree, TreePolicy, chain
+from draftsmith.models.grow import NONE, Candidates, DynamicTree, TreeByRows, TreePolicy, chain
 from draftsmith.models.targets import TextTarget
 from draftsmith.models.tree import DraftTree
 
@@ -191,6 +191,12 @@ class Costs:
     chain: tuple[float, float]
     dynamic: tuple[float, float, float]
 
+    def towards(self, other: "Costs", share: float) -> "Costs":
+        """These costs, `share` of the way to others: what lies between two batch sizes."""
+        mix = lambda a, b: a + share * (b - a)  # noqa: E731
+        lines = (tuple(map(mix, *pair)) for pair in zip(astuple(self)[1:], astuple(other)[1:]))
+        return Costs(mix(self.plain, other.plain), *lines)
+
     def of(self, tree: TreePolicy) -> float:
         flat, levels = self.flat[0] + self.flat[1] * tree.size, tree.depth - 1
         if isinstance(tree, DynamicTree):
@@ -246,3 +252,16 @@ def ranking(taus: dict[TreePolicy, float], costs: Costs) -> list[tuple[TreePolic
     """(tree, tau, expected speedup) of every tree and of no drafting, the best first."""
     table = [(NONE, 1.0, 1.0)] + [(tree, tau, tau * costs.plain / costs.of(tree)) for tree, tau in taus.items()]
     return sorted(table, key=lambda entry: -entry[2])
+
+
+def best_by_rows(taus: dict[TreePolicy, float], single: Costs, full: Costs, batch: int) -> TreePolicy:
+    """The best tree for every number of requests up to `batch`, by costs between those of one request and those of a
+    full batch: one tree where it is the same for all.
+    """
+    trees = []
+    for rows in range(1, batch + 1):
+        costs = single.towards(full, (rows - 1) / (batch - 1)) if batch > 1 else full
+        best = ranking(taus, costs)[0][0]
+        if not trees or trees[-1][1] != best:
+            trees.append((rows, best))
+    return TreeByRows(tuple(trees)) if len(trees) > 1 else trees[0][1]

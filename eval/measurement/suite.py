@@ -10,7 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from draftsmith.eval.measurement.choose import Costs, Recording, expected_tau, measure_costs, ranking, record
+from draftsmith.eval.measurement.choose import (
+    Costs,
+    Recording,
+    best_by_rows,
+    expected_tau,
+    measure_costs,
+    ranking,
+    record,
+)
 from draftsmith.eval.measurement.interval import difference_interval
 from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.measurement.measure import (
@@ -248,21 +256,22 @@ class Suite:
         return found
 
     def choice(self, name: str, temperature: float, batch: int) -> tuple[TreePolicy, dict[str, dict]]:
-        """The timed tree and {tree: {"tau", "speedup"}} of the expected ranking, best first."""
+        """The timed tree, which may change while a batch shrinks, and {tree: {"tau", "speedup"}} of the expected
+        ranking in a full batch, best first.
+        """
         if self.plan.fixed is not None:
             return self.plan.fixed, {}
         key = f"{self.name}/{temperature}/{batch}/{name} tree"
-        if self.journal is None or key not in self.journal:
-            self.report(f"{self.name}, T={temperature:g}, batch {batch}: choosing a tree for {name}")
-            expected = {
-                str(t): {"tau": a, "speedup": s}
-                for t, a, s in ranking(self.expected(name, temperature), self.cost(name, temperature, batch))[:SHOWN]
-            }
-            if self.journal is None:
-                return parse_tree(next(iter(expected))), expected
-            self.journal.add(key, {"expected": expected})
-        expected = self.journal[key]["expected"]
-        return parse_tree(next(iter(expected))), expected
+        if self.journal is not None and key in self.journal:
+            return parse_tree(self.journal[key]["tree"]), self.journal[key]["expected"]
+        self.report(f"{self.name}, T={temperature:g}, batch {batch}: choosing a tree for {name}")
+        taus = self.expected(name, temperature)
+        single, full = (self.cost(name, temperature, rows) for rows in (1, batch))
+        tree = best_by_rows(taus, single, full, batch)
+        expected = {str(t): {"tau": a, "speedup": s} for t, a, s in ranking(taus, full)[:SHOWN]}
+        if self.journal is not None:
+            self.journal.add(key, {"expected": expected, "tree": str(tree)})
+        return tree, expected
 
     def expected(self, name: str, temperature: float) -> dict[TreePolicy, float]:
         if (name, temperature) not in self.recordings:

@@ -5,14 +5,15 @@ timed runs.
 import pytest
 import torch
 
-from draftsmith.eval.decode import Pass, Trace
-from draftsmith.eval.measurement.choose import Costs, expected_tau, fit, ranking, record, walk
+from draftsmith.eval.decode import Clock, Pass, Trace, generate
+from draftsmith.eval.measurement.choose import Costs, best_by_rows, expected_tau, fit, ranking, record, walk
 from draftsmith.eval.measurement.interval import difference_interval, quotient_interval, ratio_interval
 from draftsmith.eval.measurement.measure import Run, decode_batches, tau
 from draftsmith.eval.measurement.suite import Plan, Suite
 from draftsmith.eval.measurement.sweep import sweep
 from draftsmith.eval.sampling import Sampling
 from draftsmith.models.drafters import HeadDrafter, NoDrafter, drafting
+from draftsmith.models.errors import UserError
 from draftsmith.models.grow import NONE, DynamicTree, chain, parse_tree
 from tests.conftest import tiny_target, trained_head
 from tests.eval.measurement.test_measure import PROMPTS
@@ -81,7 +82,7 @@ def test_where_no_tree_pays_nothing_is_drafted(target):
     """As in batches on a processor whose passes cost what their rows do."""
     head, dear = trained_head(target, 50), Costs(1.0, (0.0, 1.0), (1.0, 1.0), (1.0, 1.0, 0.0))
     plan = Plan(DynamicTree(4, 3, 12), 3, None, 2, (0.0,), ((0.0, 2),), 12, 0)
-    costs = {("head", False, 2, 2): dear}  # prompts of 3 tokens in the median
+    costs = {("head", False, rows, 2): dear for rows in (1, 2)}  # prompts of 3 tokens in the median
     suite = Suite("", target, {"head": head}, {}, PROMPTS[:3], {7}, plan, report=lambda line: None, costs=costs)
     results, cells, _ = suite.measure()
     timed = next(cell for cell in cells if cell["method"] == "head")
@@ -90,11 +91,40 @@ def test_where_no_tree_pays_nothing_is_drafted(target):
     assert isinstance(drafting(head, parse_tree("none")), NoDrafter)  # the head is not even asked
 
 
+def test_the_tree_changes_while_a_batch_shrinks(target):
+    """Where rows cost nothing for one request and much for three; texts stay those of plain decoding."""
+    head, free = trained_head(target, 50), Costs(1.0, (1.0, 0.0), (0.0, 0.0), (0.0, 0.0, 0.0))
+    dear = Costs(1.0, (0.0, 1.0), (1.0, 1.0), (1.0, 1.0, 0.0))
+    taus = {chain(2): 1.5, DynamicTree(4, 3, 12): 2.0}
+    tree = best_by_rows(taus, free, dear, 3)
+    assert str(tree) == "rows:1=dynamic:4x3x12,2=none" and parse_tree(str(tree)) == tree
+    assert best_by_rows(taus, free, free, 3) == DynamicTree(4, 3, 12) == best_by_rows(taus, dear, free, 1)
+    middle = free.towards(dear, 0.5)
+    assert middle.plain == 1.0 and middle.of(chain(2)) == pytest.approx((free.of(chain(2)) + dear.of(chain(2))) / 2)
+    drafter = HeadDrafter(head, tree)
+    prompts = PROMPTS[:3]
+    texts = generate(target, NoDrafter(), prompts, Sampling(), 30)
+    stops = {texts[0].tokens[4], texts[1].tokens[8]}  # two end before the third
+    plain = generate(target, NoDrafter(), prompts, Sampling(), 30, stops)
+    clock = Clock(target.device)
+    traces = generate(target, drafter, prompts, Sampling(), 30, stops, clock=clock)
+    assert [t.tokens for t in traces] == [t.tokens for t in plain]
+    assert {(one.rows > 1, one.nodes) for one in clock.passes} == {(True, 1), (False, 12)}
+
+
+@pytest.mark.parametrize(
+    "text", ["rows:2=chain:2", "rows:1=chain:2,1=none", "rows:1=sampled:chain:2", "rows:", "rows:1"]
+)
+def test_trees_by_rows_that_are_none(text):
+    with pytest.raises(UserError, match="rows:1=TREE"):
+        parse_tree(text)
+
+
 def test_suites_of_like_length_share_their_costs(target):
     """Prompts of twice the length are timed by themselves."""
     head, costs = trained_head(target, 50), {}
     plan = Plan(DynamicTree(4, 3, 12), 3, None, 2, (0.0,), ((0.0, 2),), 8, 0)
-    for prompts, known in ((PROMPTS[:3], 1), (PROMPTS[:3:2], 1), ([p * 2 for p in PROMPTS[:3]], 2)):
+    for prompts, known in ((PROMPTS[:3], 2), (PROMPTS[:3:2], 2), ([p * 2 for p in PROMPTS[:3]], 4)):  # of 1 and of 2
         Suite("", target, {"head": head}, {}, prompts, {7}, plan, report=lambda line: None, costs=costs).measure()
         assert len(costs) == known
 
