@@ -2,7 +2,7 @@
 
     python tests/benchmarks/selection.py --quick [--suites FOLDER] [--output FILE]
     python tests/benchmarks/selection.py [--target TARGET] [--method METHOD ...] [--suite NAME=FILE ...] [--limit N]
-        [--tokens N] [--seeds N] [--real N] [--texts 50000] [--output FILE]
+        [--tokens N] [--seeds N] [--real N] [--texts 50000] [--dtype bf16] [--output FILE]
 
 The first method is the generalist. Domains are the EAGLE repository's GSM8K, HumanEval, QA and MT-bench prompts, read
 from FOLDER (default: what DRAFTSMITH_SUITES names, else `../shared/data/suites` beside the project).
@@ -38,6 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from draftsmith.eval.decode import Clock, generate  # noqa: E402
+from draftsmith.eval.lossless import dtype_of  # noqa: E402
 from draftsmith.eval.measurement.interval import difference_interval  # noqa: E402
 from draftsmith.eval.measurement.prompts import read_prompts  # noqa: E402
 from draftsmith.eval.sampling import Sampling  # noqa: E402
@@ -243,6 +244,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--real", type=int, help="requests that are decoded by the drafter itself")
     parser.add_argument("--texts", type=int, default=0)
+    parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -253,7 +255,8 @@ def main():
     if missing:
         raise SystemExit(f"error: found no {', '.join(missing)}, expected the suites' files (--suites FOLDER)")
     tokens, limit = arguments.tokens or (32 if quick else 96), arguments.limit or (6 if quick else 50)
-    methods = Methods.open(list(arguments.method), arguments.target, ASSISTANT)
+    dtype = arguments.dtype and dtype_of(arguments.dtype)
+    methods = Methods.open(list(arguments.method), arguments.target, ASSISTANT, dtype)
     names, drafters = list(arguments.method), methods.drafters
     pool = {name: drafters.drafter(name, CPU_TREE if trained(name) else None) for name in names}
     prompts, domains = [], []
