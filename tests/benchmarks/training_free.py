@@ -2,7 +2,7 @@
 
     python tests/benchmarks/training_free.py --quick [--output FILE]
     python tests/benchmarks/training_free.py --target TARGET --suite FILE [--drafter DIR] [--tree FILE.json]
-        [--temperature T] [--trajectories N] [--prompts N] [--new-tokens N] [--texts 50000] [--output FILE]
+        [--temperature T] [--trajectories N] [--prompts N] [--new-tokens N] [--texts 50000] [--laws N] [--output FILE]
         [--dtype bf16] [--abreast N]
         [--reader DIR --suites FOLDER]
 
@@ -163,6 +163,7 @@ def main():
     parser.add_argument("--prompts", type=int)
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--texts", type=int, default=0)
+    parser.add_argument("--laws", type=int, help="how many random laws are enumerated")
     parser.add_argument("--reader", help="a trained drafter that READER widens")
     parser.add_argument("--suites", type=Path, help="the folder of Spec-Bench's file")
     parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
@@ -173,7 +174,7 @@ def main():
         parser.error("--reader needs --suites")
     arguments.prompts = arguments.prompts or (6 if arguments.quick else 24)
     arguments.new_tokens = arguments.new_tokens or (48 if arguments.quick else 128)
-    document = {"law_error": worst_law_error(4 if arguments.quick else 20)}
+    document = {"law_error": worst_law_error(arguments.laws or (4 if arguments.quick else 20))}
     if arguments.texts:
         document["sampled_texts"] = sampled_texts(arguments.texts)
     document["memory"] = memory(50_000 if arguments.quick else 1_000_000)
