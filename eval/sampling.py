@@ -71,7 +71,8 @@ def process(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None,
         logits = penalise(logits, sampling.repetition_penalty, seen, tree)
     if sampling.temperature == 0:
         return logits
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:  # a division that changes nothing still reads and writes all of them
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], float("-inf"))
     if sampling.top_p < 1:
