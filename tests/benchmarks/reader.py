@@ -17,7 +17,6 @@ bytes on disk, microseconds a query.
 
 import argparse
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -39,8 +38,8 @@ from draftsmith.launch.drafters import Drafters  # noqa: E402
 from draftsmith.launch.methods import ASSISTANT, Methods  # noqa: E402
 from draftsmith.models.drafters.datastore import LONGEST, Datastore, write  # noqa: E402
 from draftsmith.models.grow import parse_tree  # noqa: E402
+from tests.benchmarks.public import suites_folder  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = {  # file, category
     "rag": ("spec_bench.jsonl", "rag"),
     "summarisation": ("spec_bench.jsonl", "summarization"),
@@ -168,10 +167,7 @@ def main():
         print(json.dumps(memory(a.tokens)))
         return
     torch.set_num_threads(1)
-    folder = a.suites or Path(os.environ.get("DRAFTSMITH_SUITES") or ROOT / "../shared/data/suites").resolve()
-    missing = sorted({str(folder / PARTS[part][0]) for part in a.part if not (folder / PARTS[part][0]).is_file()})
-    if missing:
-        raise SystemExit(f"error: found no {', '.join(missing)}, expected the suites' files (--suites FOLDER)")
+    folder = suites_folder(a.suites, [PARTS[part][0] for part in a.part])
     journal = a.output and Path(f"{a.output}.partial")
     found = compared(
         a.drafter,

@@ -21,14 +21,16 @@ robust_speedup       of the timed tree by suite, T = 0
 
 import argparse
 import json
-import os
+import sys
 from pathlib import Path
 
-from draftsmith.launch.measurement import LARGE_TREE, Request, measure
-from draftsmith.models.errors import UserError
-from draftsmith.models.targets import locate
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-ROOT = Path(__file__).resolve().parents[2]
+from draftsmith.launch.measurement import LARGE_TREE, Request, measure  # noqa: E402
+from draftsmith.models.errors import UserError  # noqa: E402
+from draftsmith.models.targets import locate  # noqa: E402
+from tests.benchmarks.public import suites_folder  # noqa: E402
+
 SUITES = {
     "mt_bench": "eagle_mt_bench.jsonl",
     "humaneval": "eagle_humaneval.jsonl",
@@ -56,7 +58,7 @@ def main():
     parser.add_argument("--output", default="runs/real")
     arguments = parser.parse_args()
     quick = arguments.quick
-    folder = arguments.suites or Path(os.environ.get("DRAFTSMITH_SUITES") or ROOT / "../shared/data/suites").resolve()
+    folder = suites_folder(arguments.suites)
     wanted = arguments.suite or (QUICK if quick else SUITES)
     found = {name: folder / SUITES[name] for name in wanted if (folder / SUITES[name]).is_file()}
     for name in wanted:

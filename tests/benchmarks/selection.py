@@ -27,7 +27,6 @@ the share of a pass.
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -48,10 +47,10 @@ from draftsmith.launch.drafters import CPU_TREE, trained  # noqa: E402
 from draftsmith.launch.methods import ASSISTANT, Methods  # noqa: E402
 from draftsmith.models.drafters.learners import Ucb1, learner, loss_of  # noqa: E402
 from draftsmith.models.tree import DraftTree  # noqa: E402
+from tests.benchmarks.public import suites_folder  # noqa: E402
 from tests.eval.test_selecting import table_pool  # noqa: E402
 from tests.table_target import TableTarget, g_over_bound  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
     "gsm8k": "eagle_gsm8k.jsonl",
     "humaneval": "eagle_humaneval.jsonl",
@@ -249,11 +248,10 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quick, document = arguments.quick, {}
-    folder = arguments.suites or Path(os.environ.get("DRAFTSMITH_SUITES") or ROOT / "../shared/data/suites").resolve()
-    files = dict(suite.split("=", 1) for suite in arguments.suite or ()) or {n: folder / f for n, f in SUITES.items()}
-    missing = [str(file) for file in files.values() if not Path(file).is_file()]
-    if missing:
-        raise SystemExit(f"error: found no {', '.join(missing)}, expected the suites' files (--suites FOLDER)")
+    files = dict(suite.split("=", 1) for suite in arguments.suite or ())
+    if not files:
+        folder = suites_folder(arguments.suites, list(SUITES.values()))
+        files = {name: folder / file for name, file in SUITES.items()}
     tokens, limit = arguments.tokens or (32 if quick else 96), arguments.limit or (6 if quick else 50)
     dtype = arguments.dtype and dtype_of(arguments.dtype)
     methods = Methods.open(list(arguments.method), arguments.target, ASSISTANT, dtype)

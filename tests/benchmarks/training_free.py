@@ -4,7 +4,7 @@
     python tests/benchmarks/training_free.py --target TARGET --suite FILE [--drafter DIR] [--tree FILE.json]
         [--temperature T] [--trajectories N] [--prompts N] [--new-tokens N] [--texts 50000] [--laws N] [--output FILE]
         [--dtype bf16] [--abreast N]
-        [--reader DIR --suites FOLDER]
+        [--reader DIR [--suites FOLDER]]
 
 * law: whole steps of STAND and Token Recycling (memory, draw, verify, learn) enumerated exactly on small vocabularies:
   the largest total variation to the target's joint law. With --texts N also N sampled texts through the real loop: G
@@ -47,6 +47,7 @@ from draftsmith.models.drafters.recycling import RecyclingDrafter  # noqa: E402
 from draftsmith.models.drafters.stand import StandDrafter  # noqa: E402
 from draftsmith.models.grow import StaticTree, binary, parse_tree  # noqa: E402
 from tests.benchmarks import reader  # noqa: E402
+from tests.benchmarks.public import suites_folder  # noqa: E402
 from tests.steps import Enumerated, Table, law_of_steps, learning, recycled, started  # noqa: E402
 from tests.table_target import TableTarget, g_over_bound  # noqa: E402
 
@@ -170,8 +171,8 @@ def main():
     parser.add_argument("--abreast", type=int, default=1, help="prompts decoded in one batch")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.reader and not arguments.suites:
-        parser.error("--reader needs --suites")
+    if arguments.reader:
+        suites = suites_folder(arguments.suites, ["spec_bench.jsonl"])
     arguments.prompts = arguments.prompts or (6 if arguments.quick else 24)
     arguments.new_tokens = arguments.new_tokens or (48 if arguments.quick else 128)
     document = {"law_error": worst_law_error(arguments.laws or (4 if arguments.quick else 20))}
@@ -185,7 +186,7 @@ def main():
         print(f"{name}: tau {cell['tau']:.3f}, by trajectory {by}, {cell['tokens_per_second']:.1f} tokens/s")
     document["reader"] = {}
     if arguments.reader:
-        found = reader.compared(arguments.reader, arguments.suites, COPYING, "dynamic:3x4x10", 8, arguments.new_tokens)
+        found = reader.compared(arguments.reader, suites, COPYING, "dynamic:3x4x10", 8, arguments.new_tokens)
         print("\n".join(reader.shown(found)))
         document["reader"] = {part: cells["1"] for part, cells in found.items()}
     stand = table["stand"]["numbers"]
