@@ -3,7 +3,7 @@
     python tests/benchmarks/training_free.py --quick [--output FILE]
     python tests/benchmarks/training_free.py --target TARGET --suite FILE [--drafter DIR] [--tree FILE.json]
         [--temperature T] [--trajectories N] [--prompts N] [--new-tokens N] [--texts 50000] [--laws N] [--output FILE]
-        [--dtype bf16] [--abreast N]
+        [--dtype bf16] [--abreast N] [--nodes N]
         [--reader DIR [--suites FOLDER]]
 
 * law: whole steps of STAND and Token Recycling (memory, draw, verify, learn) enumerated exactly on small vocabularies:
@@ -13,7 +13,8 @@
   --trajectories`). STAND in its three modes (with --tree also its tuned tree), Token Recycling, suffix decoding with
   the other trajectories in its index, prompt lookup, a trained drafter, plain decoding. Differences are paired by
   prompt. --abreast decodes so many prompts in one batch, each with memories of its own: the same acceptance lengths
-  sooner, and seconds that are those of a batch.
+  sooner, and seconds that are those of a batch. --nodes: static trees of so many drafted nodes, the likeliest by the
+  shape's own prior, in place of the papers' of 80, and of the trained drafter's in place of 59: what a CPU can afford.
 * memory: entries, bytes, lookups and updates a second after a million tokens.
 * reader: READER over the trained drafter DIR beside that drafter alone, greedy, one tree, one prompt at a time, on the
   categories of Spec-Bench that copy from their prompts, paired by prompt (reader.py measures more). Only with --reader.
@@ -40,12 +41,13 @@ from draftsmith.eval.measurement.progress import Progress  # noqa: E402
 from draftsmith.eval.measurement.trajectories import Method, Scaled, ahead, figures, trajectories  # noqa: E402
 from draftsmith.eval.sampling import Sampling  # noqa: E402
 from draftsmith.eval.verification.rules import RULES  # noqa: E402
-from draftsmith.launch.drafters import Drafters  # noqa: E402
+from draftsmith.launch.drafters import Drafters, shaped  # noqa: E402
 from draftsmith.launch.methods import ASSISTANT, Methods  # noqa: E402
 from draftsmith.models.drafters.ngrams import NgramMemory  # noqa: E402
 from draftsmith.models.drafters.recycling import RecyclingDrafter  # noqa: E402
 from draftsmith.models.drafters.stand import StandDrafter  # noqa: E402
-from draftsmith.models.grow import StaticTree, binary, parse_tree  # noqa: E402
+from draftsmith.models.grow import DynamicTree, StaticTree, binary, parse_tree  # noqa: E402
+from draftsmith.models.topology import CHAIN, candidates  # noqa: E402
 from tests.benchmarks import reader  # noqa: E402
 from tests.benchmarks.public import suites_folder  # noqa: E402
 from tests.steps import Enumerated, Table, law_of_steps, learning, recycled, started  # noqa: E402
@@ -104,12 +106,13 @@ def memory(tokens: int) -> dict:
     return found
 
 
-def made(methods: Methods, drafter: str | None, tree: str | None) -> dict[str, Method]:
+def made(methods: Methods, drafter: str | None, tree: str | None, nodes: int | None) -> dict[str, Method]:
     drafters: Drafters = methods.drafters
+    own = nodes and StaticTree(tuple(candidates(nodes, CHAIN)), f"{nodes} nodes")
     names = {name: name for name in ("plain", "stand", "stand:sequential", "stand:deterministic", *OTHERS)}
     found = {
         name: Method(
-            lambda method=method: drafters.drafter(method, None, lasting=True),
+            lambda method=method: drafters.drafter(method, own if shaped(method) else None, lasting=True),
             drafters.rule(method),
             method not in ("plain", "lookup"),
         )
@@ -119,7 +122,7 @@ def made(methods: Methods, drafter: str | None, tree: str | None) -> dict[str, M
         tuned = parse_tree(tree)
         found["stand, tuned tree"] = Method(lambda: drafters.drafter("stand", tuned, True), drafters.rule("stand"))
     if drafter is not None:
-        grown = parse_tree("dynamic:10x7x60")
+        grown = DynamicTree(10, 7, (nodes or 59) + 1)
         found["trained drafter"] = Method(lambda: drafters.drafter(drafter, grown), drafters.rule(drafter), False)
     return found
 
@@ -134,7 +137,7 @@ def scaled(arguments) -> tuple[dict[str, dict], dict[str, Scaled], int]:
         journal = Journal(Path(f"{arguments.output}.partial"), json.loads(json.dumps(settings)))
     runs = trajectories(
         methods.target,
-        made(methods, arguments.drafter, arguments.tree),
+        made(methods, arguments.drafter, arguments.tree, arguments.nodes),
         prompts,
         arguments.trajectories,
         1,
@@ -169,6 +172,7 @@ def main():
     parser.add_argument("--suites", type=Path, help="the folder of Spec-Bench's file")
     parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
     parser.add_argument("--abreast", type=int, default=1, help="prompts decoded in one batch")
+    parser.add_argument("--nodes", type=int, help="drafted nodes of the trees; default: the papers'")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.reader:
