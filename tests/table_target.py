@@ -76,6 +76,11 @@ class TableSession:
         tokens = self.tree.tokens.gather(1, path).tolist()
         self.texts = [text + new[:count] for text, new, count in zip(self.texts, tokens, counts.tolist())]
 
+    def copy(self):
+        new = TableSession(self.target)
+        new.texts = list(self.texts)
+        return new
+
     def rewind(self, lengths):
         self.texts = [text[:length] for text, length in zip(self.texts, lengths.tolist())]
 

@@ -8,7 +8,9 @@ own. Trajectory n of prompt r is request r + n * prompts: the first ones are the
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from draftsmith.eval.decode import Clock, Trace, generate
+import torch
+
+from draftsmith.eval.decode import Clock, Trace, check_prompts, decode, generate
 from draftsmith.eval.measurement.interval import difference_interval, ratio_interval
 from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.measurement.measure import PHASES, tau, tokens_and_passes
@@ -16,7 +18,7 @@ from draftsmith.eval.sampling import Sampling
 from draftsmith.eval.verification.verifier import Verifier
 from draftsmith.models.drafters import Drafter
 from draftsmith.models.drafters.abreast import Abreast
-from draftsmith.models.targets import TextTarget
+from draftsmith.models.targets import Prefill, TextSession, TextTarget
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,12 @@ def trajectories(
             cold, entry = False, {}
             for name, method in methods.items():
                 drafter, traces, seconds, passes = method.of(len(rows)), [[] for _ in rows], [], []
+                begun = Prompted(target, drafter, [prompts[row] for row in rows], max_new_tokens)
                 for start in range(0, count, batch):
                     numbers = range(start, min(start + batch, count))
                     clock = Clock(target.device)
-                    texts = generate(
-                        target,
-                        drafter,
-                        [prompts[row] for row in rows for _ in numbers],
+                    texts = decode(
+                        *begun.times(len(numbers)),
                         sampling,
                         max_new_tokens,
                         stops,
@@ -106,6 +107,26 @@ def trajectories(
             scaled.sizes.append(entry[name]["size"])
         progress(rows[-1] + 1)
     return found
+
+
+class Prompted:
+    """Prompts in front of a target, processed once for all rounds of trajectories."""
+
+    def __init__(self, target: TextTarget, drafter: Drafter, prompts: list[list[int]], max_new_tokens: int):
+        check_prompts(target, prompts, max_new_tokens, drafter.size)
+        self.target, self.drafter, self.prompts = target, drafter, prompts
+        self.capacity = max(map(len, prompts)) + max_new_tokens + 2 * drafter.size
+        self.begun: dict[int, tuple[TextSession, Prefill, list[list[int]]]] = {}
+
+    @torch.inference_mode()
+    def times(self, count: int) -> tuple[TextSession, Prefill, Drafter, list[list[int]]]:
+        """A session of its own with each prompt `count` times in a row, its prefill, the drafter, these prompts."""
+        if count not in self.begun:
+            prompts = [prompt for prompt in self.prompts for _ in range(count)]
+            session = self.target.open(self.drafter.feature_spec, len(prompts), self.capacity)
+            self.begun[count] = session, session.prefill(prompts), prompts
+        session, prefill, prompts = self.begun[count]
+        return session.copy(), prefill, self.drafter, prompts
 
 
 def figures(scaled: Scaled, plain: Scaled, batch: int, seed: int) -> dict:

@@ -54,7 +54,7 @@ class TextSession:
     """
 
     def __init__(self, target, spec: FeatureSpec, batch: int, capacity: int):
-        self.target, self.spec = target, spec
+        self.target, self.spec, self.capacity = target, spec, capacity
         self.cache = self._new_cache(batch, capacity)
         self.shift = torch.zeros_like(self.cache.lengths)  # what rope positions behind the prompts are more than places
 
@@ -147,6 +147,14 @@ class TextSession:
         self.cache.join(new.cache)
         self.shift = torch.cat([self.shift, new.shift])
         return prefill
+
+    def copy(self) -> "TextSession":
+        """A session of its own with the same kept rows, so that one prefill serves batches whose requests end."""
+        new = type(self)(self.target, self.spec, len(self.lengths), self.capacity)
+        new.cache.select(self.lengths[:0])
+        new.cache.join(self.cache)
+        new.shift = self.shift
+        return new
 
     def rewind(self, lengths: torch.Tensor) -> None:
         """Drops the kept rows behind the first lengths [B] of each row, so that one prefill serves several methods.

@@ -8,14 +8,16 @@ import torch
 from draftsmith.eval.decode import decode, generate
 from draftsmith.eval.measurement.shared_prefill import SharedSession, Tapped, shared_spec
 from draftsmith.eval.sampling import Sampling
-from draftsmith.models.drafters import HeadDrafter
+from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.drafters.howl import HowlDrafter
 from draftsmith.models.drafters.suffix import SuffixDrafter
 from draftsmith.models.drafters.suffix_index import SuffixRule
 from draftsmith.models.features import FeatureSpec
 from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads.owl import OwlConfig, OwlHead
+from draftsmith.models.targets import TextTarget
 from tests.conftest import tiny_head, tiny_target
+from tests.models.targets.test_recurrent import FAMILIES, model_of
 
 START = [4, 8, 15, 16, 23, 42] * 4
 PROMPTS = [
@@ -58,6 +60,22 @@ def test_every_method_decodes_as_on_its_own():
             assert together == alone, (prompt, name)
             sources |= {step.source for step in drafter.steps} if name == "howl" else set()
     assert sources == {"suffix", "head"}
+
+
+@pytest.mark.parametrize("target", [tiny_target, lambda: TextTarget(model_of(FAMILIES["qwen3_next"]()), "")])
+def test_copies_of_a_session_decode_as_it_would(target):
+    """Also where requests of an earlier copy have ended and given up their rows."""
+    target = target()
+    session = target.open(SuffixDrafter(6).feature_spec, len(PROMPTS), 64)
+    prefill = session.prefill(PROMPTS)
+    for seed in (3, 4):
+        sampling = Sampling(1.0, seed=seed)
+        texts = generate(target, NoDrafter(), PROMPTS, sampling, 12)
+        eos = {texts[0].tokens[3], texts[2].tokens[6]}
+        usual = generate(target, SuffixDrafter(6), PROMPTS, sampling, 12, eos)
+        copied = decode(session.copy(), prefill, SuffixDrafter(6), PROMPTS, sampling, 12, eos)
+        assert copied == usual and len({len(trace.tokens) for trace in usual}) > 1
+    assert session.lengths.tolist() == [len(prompt) for prompt in PROMPTS]
 
 
 def test_features_of_a_prompt_that_goes_on_are_those_of_the_whole():
