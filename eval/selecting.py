@@ -95,8 +95,9 @@ class Ledger:
 class SelectingDrafter:
     """drafters {name: drafter}, which can be idle (`Drafter.idle`). learner(count) -> a learner, one a
     request. estimator of the acceptance length: `product` for heads (chances behind every row; trees that were really
-    proposed are scored by `rb`), `rb` or `realised`. every: heads that are not chosen predict in every so many passes,
-    behind all rows since then at once. replay: heads propose in every pass too, instead (exact, at the price of
+    proposed are scored by `rb`), `rb` or `realised`. every: a head that is not chosen predicts in every so many passes,
+    behind all rows since then at once, the heads in turn; default: as many passes as there are heads, so that one idle
+    head predicts in a pass. replay: heads propose in every pass too, instead (exact, at the price of
     drafting). lasting: one learner for all requests, as long as this drafter lives.
 
     A loss is fed once all drafters' are known, in the order of the text, up to `HORIZON` tokens late. What an
@@ -113,7 +114,7 @@ class SelectingDrafter:
         width: int,
         learner: Callable[[int], Learner] = NormalHedge,
         estimator: Estimator = "product",
-        every: int = 1,
+        every: int | None = None,
         replay: bool = False,
         lasting: bool = False,
     ):
@@ -125,7 +126,8 @@ class SelectingDrafter:
                 )
         self.names, self.drafters = list(drafters), list(drafters.values())
         self.shared = learner(len(drafters)) if lasting else None
-        self.learner, self.estimator, self.every, self.replay = learner, estimator, every, replay
+        self.learner, self.estimator, self.replay = learner, estimator, replay
+        self.every = every or max(1, sum(drafter.idle == "predict" for drafter in self.drafters))
         self.bandit = learner(len(self.drafters)).bandit
         shared = shared_spec([drafter.feature_spec for drafter in self.drafters])
         asked = [d.feature_spec.distribution for d in self.drafters if d.feature_spec.distribution is not None]
@@ -183,7 +185,8 @@ class SelectingDrafter:
             for w, c in zip(weights, chances)
         ]
         played, heads = sorted(set(chosen)), self._heads
-        followed = {i: self._follow(i, draw.temperature) for i in heads if i in played or self.passes % self.every == 0}
+        due = {i for turn, i in enumerate(heads) if (self.passes + turn) % self.every == 0}
+        followed = {i: self._follow(i, draw.temperature) for i in heads if i in played or i in due}
         trees, spent = {}, 0.0
         for i, drafter in enumerate(self.drafters):
             if i in played:

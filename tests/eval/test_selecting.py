@@ -64,7 +64,7 @@ def pool(target, head, **options):
 # The law
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 3}, {"replay": True}, {"learner": Ucb1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"every": 1}, {"every": 3}, {"replay": True}, {"learner": Ucb1}], ids=str)
 def test_texts_are_those_of_plain_decoding_while_drafters_switch(pair, options):
     target, head = pair
     for sampling, prompts in ((Sampling(), PROMPTS), (Sampling(0.7, seed=3), PROMPTS), (Sampling(), PROMPTS[:1])):
@@ -157,6 +157,21 @@ def test_idle_drafters_hold_what_a_fresh_prefill_gives(pair):
                 same = min(*known, 18)
                 assert same > 10 and torch.allclose(keys[0][..., :same, :], keys[1][..., :same, :], atol=1e-3), name
     assert sum(drafter.caught_up.values()) > 0
+
+
+def test_idle_heads_predict_in_turn(pair):
+    """One in a pass; what was not asked for yet is predicted at once, so that all losses are found."""
+    target, head = pair
+    heads = [HeadDrafter(head, chain(1)) for _ in range(3)]
+    drafters, asked, fed = dict(zip("abcd", (heads[0], LookupDrafter(4), *heads[1:]))), [], []
+    drafter = SelectingDrafter(drafters, target.config.hidden_size, Second)
+    follow, feed = drafter._follow, drafter._feed
+    drafter._follow = lambda number, temperature: (asked.append(number), follow(number, temperature))[1]
+    drafter._feed = lambda ledger: (feed(ledger), fed.append(len(ledger.history)))
+    (trace,) = generate(target, drafter, PROMPTS[:1], Sampling(), 16)
+    passes = len(trace.emitted)
+    assert passes > 6 and asked == [[0, 2, 3][-number % 3] for number in range(passes)]
+    assert passes - 3 <= fed[-1] <= passes
 
 
 def test_predictions_behind_rows_are_those_of_proposing_there(pair):
