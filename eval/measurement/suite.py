@@ -289,7 +289,7 @@ class Suite:
         length = int(median(map(len, self.prompts))).bit_length()
         key = name, temperature > 0, batch, length  # no temperature above 0 costs more than another
         if key not in self.costs:
-            some = self.prompts[: max(2 * batch, self.plan.choice_prompts)]
+            some = self.prompts[: max(2 * batch, self.plan.choice_prompts // 2)]  # low quantiles of passes need few
             self.costs[key] = measure_costs(
                 self.target, self.heads[name], some, self.sampling(temperature), self.stops, batch
             )
