@@ -66,7 +66,7 @@ class Plan:
 class Suite:
     """One suite being measured with one plan. heads {name: trained head}; baselines {name: decoder}, timed beside plain
     decoding; categories: one of each prompt, or none at all; costs: those that other suites have measured, which hold
-    here where prompts are of like length (the same power of two), and which this one adds to.
+    here where prompts are of like length (the same power of four), and which this one adds to.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class Suite:
         return expected_tau(self.recordings[name, temperature])
 
     def cost(self, name: str, temperature: float, batch: int) -> Costs:
-        length = int(median(map(len, self.prompts))).bit_length()
+        length = int(median(map(len, self.prompts))).bit_length() // 2
         key = name, temperature > 0, batch, length  # no temperature above 0 costs more than another
         if key not in self.costs:
             some = self.prompts[: max(2 * batch, self.plan.choice_prompts // 2)]  # low quantiles of passes need few

@@ -82,7 +82,7 @@ def test_where_no_tree_pays_nothing_is_drafted(target):
     """As in batches on a processor whose passes cost what their rows do."""
     head, dear = trained_head(target, 50), Costs(1.0, (0.0, 1.0), (1.0, 1.0), (1.0, 1.0, 0.0))
     plan = Plan(DynamicTree(4, 3, 12), 3, None, 2, (0.0,), ((0.0, 2),), 12, 0)
-    costs = {("head", False, rows, 2): dear for rows in (1, 2)}  # prompts of 3 tokens in the median
+    costs = {("head", False, rows, 1): dear for rows in (1, 2)}  # prompts of 3 tokens in the median
     suite = Suite("", target, {"head": head}, {}, PROMPTS[:3], {7}, plan, report=lambda line: None, costs=costs)
     results, cells, _ = suite.measure()
     timed = next(cell for cell in cells if cell["method"] == "head")
@@ -121,10 +121,10 @@ def test_trees_by_rows_that_are_none(text):
 
 
 def test_suites_of_like_length_share_their_costs(target):
-    """Prompts of twice the length are timed by themselves."""
+    """Prompts of six times the length are timed by themselves."""
     head, costs = trained_head(target, 50), {}
     plan = Plan(DynamicTree(4, 3, 12), 3, None, 2, (0.0,), ((0.0, 2),), 8, 0)
-    for prompts, known in ((PROMPTS[:3], 2), (PROMPTS[:3:2], 2), ([p * 2 for p in PROMPTS[:3]], 4)):  # of 1 and of 2
+    for prompts, known in ((PROMPTS[:3], 2), (PROMPTS[:3:2], 2), ([p * 6 for p in PROMPTS[:3]], 4)):  # of 1 and of 2
         Suite("", target, {"head": head}, {}, prompts, {7}, plan, report=lambda line: None, costs=costs).measure()
         assert len(costs) == known
 
