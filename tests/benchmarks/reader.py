@@ -12,7 +12,7 @@ intervals. tokens a second are those of the decoding thread's own seconds, where
 and ends with one JSON line: {part: {batch: {method: {"tau", "quotient", "interval", "tokens_per_second"}}}}.
 
 --memory: a datastore of so many tokens (ids of a power law) is built and asked: seconds, peak memory of the process,
-bytes on disk, microseconds a query.
+bytes on disk, microseconds a query; the same of the index of a request's own text after a million tokens.
 """
 
 import argparse
@@ -37,6 +37,8 @@ from draftsmith.eval.sampling import Sampling  # noqa: E402
 from draftsmith.launch.drafters import Drafters  # noqa: E402
 from draftsmith.launch.methods import ASSISTANT, Methods  # noqa: E402
 from draftsmith.models.drafters.datastore import LONGEST, Datastore, write  # noqa: E402
+from draftsmith.models.drafters.retrieval import matches  # noqa: E402
+from draftsmith.models.drafters.suffix_index import SuffixIndex  # noqa: E402
 from draftsmith.models.grow import parse_tree  # noqa: E402
 from tests.benchmarks.public import suites_folder  # noqa: E402
 
@@ -124,27 +126,48 @@ def shown(found: dict) -> list[str]:
     return lines
 
 
+def drawn(generator, count: int) -> np.ndarray:
+    return np.minimum(generator.zipf(1.3, count), 49_151)
+
+
+def microseconds(ask, generator) -> int:
+    contexts = [drawn(generator, LONGEST).tolist() for _ in range(1000)]
+    started = time.thread_time()
+    for context in contexts:
+        ask(context)
+    return round(1e6 * (time.thread_time() - started) / len(contexts))
+
+
 def memory(tokens: int) -> dict:
-    """A datastore of `tokens` ids of a power law, in texts of 511 and their ends."""
-    generator, vocabulary = np.random.default_rng(0), 49_152
-    drawn = lambda count: np.minimum(generator.zipf(1.3, count), vocabulary - 1)  # noqa: E731
+    """Of a datastore, in texts of 511 tokens and their ends."""
+    generator = np.random.default_rng(0)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # noqa: E731
     with tempfile.TemporaryDirectory() as place:
         folder, before, started = Path(place) / "store", peak(), time.time()
-        write((drawn(511) for _ in range(tokens // 512)), folder, vocabulary, {})
+        write((drawn(generator, 511) for _ in range(tokens // 512)), folder, 49_152, {})
         seconds, after, store = time.time() - started, peak(), Datastore(folder)
-        contexts = [drawn(LONGEST).tolist() for _ in range(1000)]
-        started = time.thread_time()
-        for context in contexts:
-            store.following(store.search(context)[1])
-        asked = time.thread_time() - started
         return {
             "tokens": len(store),
             "seconds": round(seconds, 1),
             "peak_mb_more": round(after - before),
             "mb_on_disk": round(sum(file.stat().st_size for file in folder.iterdir()) / 1e6),
-            "microseconds_a_query": round(1e6 * asked / len(contexts)),
+            "microseconds_a_query": microseconds(lambda text: store.following(store.search(text)[1]), generator),
         }
+
+
+def index_memory(tokens: int) -> dict:
+    """Of the index of the text itself, four tokens a pass."""
+    generator, index = np.random.default_rng(0), SuffixIndex(tokens)
+    text = drawn(generator, tokens).tolist()
+    started = time.thread_time()
+    for start in range(0, tokens, 4):
+        index.append(0, text[start : start + 4])
+    return {
+        "tokens": len(index),
+        "bytes": index.nbytes,
+        "tokens_per_second": round(tokens / (time.thread_time() - started)),
+        "microseconds_a_query": microseconds(lambda context: matches(context, index, None), generator),
+    }
 
 
 def main():
@@ -164,7 +187,7 @@ def main():
     parser.add_argument("--output", type=Path)
     a = parser.parse_args()
     if a.memory:
-        print(json.dumps(memory(a.tokens)))
+        print(json.dumps({"datastore": memory(a.tokens), "index": index_memory(1_000_000)}))
         return
     torch.set_num_threads(1)
     folder = suites_folder(a.suites, [PARTS[part][0] for part in a.part])
