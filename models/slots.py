@@ -116,7 +116,8 @@ class SlotCache(Cache):
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
         """Keeps the rows path [B, M] (offsets into the last forward, ascending; padding after counts [B] is
-        ignored).
+        ignored). They move to the front at once: a move costs less than the dead rows that a later one would have
+        passes read (tests/benchmarks/compaction.py).
         """
         width = path.size(1)
         steps = torch.arange(width, device=path.device)
