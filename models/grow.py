@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from draftsmith.models.errors import UserError
-from draftsmith.models.noise import Draw
+from draftsmith.models.noise import Draw, with_replacement, without_replacement
 from draftsmith.models.topology import EAGLE_PATHS, ordered, read_slots
 from draftsmith.models.tree import DraftTree, Form, Kind
 
@@ -288,26 +288,6 @@ class AdaptiveTree:
             ids=head.ids,
             known=tree.form,
         )
-
-
-def with_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """q [..., V], uniform [..., k] fp64 -> [..., k] independent draws, by inverse CDF in fp64. Tokens of probability 0
-    are never drawn.
-    """
-    below = q.double().cumsum(-1)
-    return torch.searchsorted(below, uniform * below[..., -1:], right=True).clamp(max=q.size(-1) - 1)
-
-
-def without_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """As `with_replacement`, each draw from what the earlier ones left. The ordered law is that of Gumbel-top-k (Kool
-    et al., 2019), for which every node would need a row of V noise values in place of k. Once nothing is left, tokens
-    of probability 0 stand in.
-    """
-    left, picks = q.clone(), []
-    for chance in uniform.split(1, -1):
-        picks.append(with_replacement(left, chance))
-        left = left.scatter(-1, picks[-1], 0.0)
-    return torch.cat(picks, -1)
 
 
 @dataclass(frozen=True)

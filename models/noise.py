@@ -3,7 +3,7 @@
 They come from a counter, by Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), so that
 they are made where they are needed: the same bits on every device, in any order, for any batch. Streams of different
 names are independent. Drafters draw from "draft", verifiers from others: a sampled tree must not know the
-random numbers that judge it.
+random numbers that judge it. What is drawn from them, with and without replacement, stands here too.
 """
 
 import hashlib
@@ -97,3 +97,23 @@ class Draw:
     def uniform(self, count: int, device="cpu") -> torch.Tensor:
         """[B, count] fp64 in [0, 1), the same at every call: to be called once a cycle."""
         return uniform(self.seed, self.requests, column(self.positions, device), count, "draft")[:, 0]
+
+
+def with_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """q [..., V], uniform [..., k] fp64 -> [..., k] independent draws, by inverse CDF in fp64. Tokens of probability 0
+    are never drawn.
+    """
+    below = q.double().cumsum(-1)
+    return torch.searchsorted(below, uniform * below[..., -1:], right=True).clamp(max=q.size(-1) - 1)
+
+
+def without_replacement(q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """As `with_replacement`, each draw from what the earlier ones left. The ordered law is that of Gumbel-top-k (Kool
+    et al., 2019), for which every node would need a row of V noise values in place of k. Once nothing is left, tokens
+    of probability 0 stand in.
+    """
+    left, picks = q.clone(), []
+    for chance in uniform.split(1, -1):
+        picks.append(with_replacement(left, chance))
+        left = left.scatter(-1, picks[-1], 0.0)
+    return torch.cat(picks, -1)

@@ -16,8 +16,8 @@ from draftsmith.models.drafters.ngrams import NONE, NgramMemory
 from draftsmith.models.drafters.static import Offer, fill
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import DistributionSpec, Features, FeatureSpec
-from draftsmith.models.grow import StaticTree, without_replacement
-from draftsmith.models.noise import Draw
+from draftsmith.models.grow import StaticTree
+from draftsmith.models.noise import Draw, without_replacement
 from draftsmith.models.topology import heuristic
 from draftsmith.models.transfer import on_host
 from draftsmith.models.tree import DraftTree

@@ -10,8 +10,8 @@ from draftsmith.eval.sampling import Noise, Sampling
 from draftsmith.eval.verification.rules import RULES
 from draftsmith.models.drafters import HeadDrafter, NoDrafter
 from draftsmith.models.errors import UserError
-from draftsmith.models.grow import parse_tree, with_replacement, without_replacement
-from draftsmith.models.noise import Draw, uniform
+from draftsmith.models.grow import parse_tree
+from draftsmith.models.noise import Draw, uniform, with_replacement, without_replacement
 from draftsmith.models.tree import Form, Kind
 from tests.conftest import trained_head
 from tests.laws import TableHead, continuations, g_test, random_rows, texts_up_to

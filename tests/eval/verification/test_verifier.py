@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftsmith.eval.verification.rejection import Residuals
 from draftsmith.eval.verification.rules import RULES
-from draftsmith.models.grow import binary, chain, parse_tree, without_replacement
+from draftsmith.models.grow import binary, chain, parse_tree
+from draftsmith.models.noise import without_replacement
 from draftsmith.models.tree import DraftTree, Form, Kind
 from tests.laws import (
     Bulk,
