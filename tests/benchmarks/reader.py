@@ -4,8 +4,8 @@
         [--batch 1 4 8] [--prompts N] [--new-tokens N] [--tree TREE] [--temperature T] [--dtype bf16] [--output FILE]
     python tests/benchmarks/reader.py --memory [--tokens 10000000]
 
-Parts: `rag` and `summarisation`, the categories of Spec-Bench that copy from their prompts, and `humaneval`, which does
-not, read from FOLDER (default: what DRAFTSMITH_SUITES names, else `../shared/data/suites` beside the project).
+Parts: `rag` and `summarisation`, the categories of Spec-Bench that copy from their prompts, and what does not:
+`humaneval`, `chat` (MT-bench) and Spec-Bench's `qa`, `maths` and `translation`, read from FOLDER (default: what DRAFTSMITH_SUITES names, else `../shared/data/suites` beside the project).
 Methods: the drafter, `reader` alone and `reader:DRAFTER`; with --datastore (`draftsmith datastore build`) the last two
 once more with its texts. All in turn on the same batches, one tree for all; quotients of tau are paired by prompt, 95 %
 intervals. tokens a second are those of the decoding thread's own seconds, where it is alone. Prints a Markdown table
@@ -46,6 +46,10 @@ PARTS = {  # file, category
     "rag": ("spec_bench.jsonl", "rag"),
     "summarisation": ("spec_bench.jsonl", "summarization"),
     "humaneval": ("eagle_humaneval.jsonl", None),
+    "chat": ("eagle_mt_bench.jsonl", None),
+    "qa": ("spec_bench.jsonl", "qa"),
+    "maths": ("spec_bench.jsonl", "math_reasoning"),
+    "translation": ("spec_bench.jsonl", "translation"),
 }
 
 
