@@ -5,11 +5,12 @@
     python tests/benchmarks/reader.py --memory [--tokens 10000000]
 
 Parts: `rag` and `summarisation`, the categories of Spec-Bench that copy from their prompts, and what does not:
-`humaneval`, `chat` (MT-bench) and Spec-Bench's `qa`, `maths` and `translation`, read from FOLDER (default: what DRAFTSMITH_SUITES names, else `../shared/data/suites` beside the project).
-Methods: the drafter, `reader` alone and `reader:DRAFTER`; with --datastore (`draftsmith datastore build`) the last two
-once more with its texts. All in turn on the same batches, one tree for all; quotients of tau are paired by prompt, 95 %
-intervals. tokens a second are those of the decoding thread's own seconds, where it is alone. Prints a Markdown table
-and ends with one JSON line: {part: {batch: {method: {"tau", "quotient", "interval", "tokens_per_second"}}}}.
+`humaneval`, `chat` (MT-bench) and Spec-Bench's `qa`, `maths` and `translation`, read from FOLDER (default: what
+DRAFTSMITH_SUITES names, else `../shared/data/suites` beside the project). Methods: the drafter, `reader` alone and
+`reader:DRAFTER`; with --datastore (`draftsmith datastore build`) the last two once more with its texts. All in turn on
+the same batches, one tree for all; quotients of tau are paired by prompt, 95 % intervals. tokens a second are those of
+the decoding thread's own seconds, where it is alone. Prints a Markdown table and ends with one JSON line: {part:
+{batch: {method: {"tau", "quotient", "interval", "tokens_per_second"}}}}.
 
 --memory: a datastore of so many tokens (ids of a power law) is built and asked: seconds, peak memory of the process,
 bytes on disk, microseconds a query; the same of the index of a request's own text after a million tokens.
