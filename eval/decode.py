@@ -132,10 +132,7 @@ def generate(
     Raises UserError for an empty prompt, one that leaves no room in the target's context, and trees that the verifier
     refuses.
     """
-    check_prompts(target, prompts, max_new_tokens, drafter.size)
-    session = target.open(
-        drafter.feature_spec, len(prompts), max(map(len, prompts)) + max_new_tokens + 2 * drafter.size
-    )
+    session = opened(target, drafter, prompts, max_new_tokens)
     return decode(
         session,
         session.prefill(prompts),
@@ -150,6 +147,15 @@ def generate(
         verifier,
         emit,
     )
+
+
+def opened(target: TextTarget, drafter: Drafter, prompts: list[list[int]], max_new_tokens: int) -> TextSession:
+    """A session with room for these prompts, their new tokens and the drafter's trees. Raises UserError as `generate`
+    does for prompts.
+    """
+    check_prompts(target, prompts, max_new_tokens, drafter.size)
+    room = max(map(len, prompts)) + max_new_tokens + 2 * drafter.size
+    return target.open(drafter.feature_spec, len(prompts), room)
 
 
 @torch.inference_mode()

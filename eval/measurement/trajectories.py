@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from draftsmith.eval.decode import Clock, Trace, check_prompts, decode, generate
+from draftsmith.eval.decode import Clock, Trace, decode, generate, opened
 from draftsmith.eval.measurement.interval import difference_interval, ratio_interval
 from draftsmith.eval.measurement.journal import Journal
 from draftsmith.eval.measurement.measure import PHASES, tau, tokens_and_passes
@@ -113,9 +113,7 @@ class Prompted:
     """Prompts in front of a target, processed once for all rounds of trajectories."""
 
     def __init__(self, target: TextTarget, drafter: Drafter, prompts: list[list[int]], max_new_tokens: int):
-        check_prompts(target, prompts, max_new_tokens, drafter.size)
-        self.target, self.drafter, self.prompts = target, drafter, prompts
-        self.capacity = max(map(len, prompts)) + max_new_tokens + 2 * drafter.size
+        self.target, self.drafter, self.prompts, self.max_new_tokens = target, drafter, prompts, max_new_tokens
         self.begun: dict[int, tuple[TextSession, Prefill, list[list[int]]]] = {}
 
     @torch.inference_mode()
@@ -123,7 +121,7 @@ class Prompted:
         """A session of its own with each prompt `count` times in a row, its prefill, the drafter, these prompts."""
         if count not in self.begun:
             prompts = [prompt for prompt in self.prompts for _ in range(count)]
-            session = self.target.open(self.drafter.feature_spec, len(prompts), self.capacity)
+            session = opened(self.target, self.drafter, prompts, self.max_new_tokens)
             self.begun[count] = session, session.prefill(prompts), prompts
         session, prefill, prompts = self.begun[count]
         return session.copy(), prefill, self.drafter, prompts

@@ -22,6 +22,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,11 @@ def part_of(methods: Methods, folder: Path, part: str, limit: int, new_tokens: i
 def compared(
     drafter: str,
     folder: Path,
-    parts: list[str],
+    parts: Sequence[str],
     tree: str,
     limit: int,
     new_tokens: int,
-    batches: list[int] = (1,),
+    batches: Sequence[int] = (1,),
     datastore: str | None = None,
     temperature: float = 0.0,
     dtype: str | None = None,
