@@ -3,7 +3,7 @@ shapes whose nodes are sampled.
 
 A policy sees the head only through `roots` and `expand`. All scores are fp32 log-probabilities at temperature 1. One
 that draws has `sample(head, beam, root, draw)`, the others `grow(head, beam, root)`. branches: how many children the
-root has at most.
+root has at most; expanded: how many nodes a policy that does not draw expands, the root included.
 """
 
 from dataclasses import dataclass, replace
@@ -48,6 +48,10 @@ class DynamicTree:
     @property
     def branches(self) -> int:
         return self.top_k
+
+    @property
+    def expanded(self) -> int:
+        return 1 + (self.depth - 1) * self.top_k
 
     def candidates(self, head, beam, root: torch.Tensor) -> "Candidates":
         """root [B] -> every node that the beam search meets, level by level, before the best are kept."""
@@ -107,6 +111,10 @@ class StaticTree:
     def branches(self) -> int:
         return sum(len(path) == 1 for path in self.paths)
 
+    @property
+    def expanded(self) -> int:
+        return sum(len(level["rows"]) for level in self.levels)
+
     @cached_property
     def children(self) -> tuple[np.ndarray, np.ndarray]:
         """(how many children each node has, the number of its first one) [size]. The ranks of siblings must be without
@@ -118,6 +126,24 @@ class StaticTree:
             widths[number[path[:-1]]] += 1
             first[number[path[:-1]]] = number[(*path[:-1], 0)]
         return widths, first
+
+    @cached_property
+    def _indices(self) -> dict:
+        return {}
+
+    def indices(self, device: torch.device) -> list[dict]:
+        """`levels` as tensors on a device, copied to it once: a captured pass must not wait for the host. source: for
+        each expanded node the row of the expand before that its parent's state came from.
+        """
+        if device not in self._indices:
+            found, of = [], [0]
+            with torch.inference_mode(False):  # training on trees reads them too
+                for level in self.levels:
+                    numbers = {**level, "source": [of[r] for r in level["rows"]]}
+                    found.append({name: torch.tensor(some, device=device) for name, some in numbers.items()})
+                    of = level["of"]
+            self._indices[device] = found
+        return self._indices[device]
 
     @cached_property
     def levels(self) -> list[dict]:
@@ -142,17 +168,14 @@ class StaticTree:
 
     def grow(self, head, beam, root: torch.Tensor) -> DraftTree:
         """root [B] -> trees of `size` nodes."""
-        tokens, parents, level_tokens, of = [root[:, None]], [-1], root[:, None], [0]
-        for level in self.levels:
-            # A node's hidden state comes from the expanded row of its parent.
-            source = torch.tensor([of[r] for r in level["rows"]], device=root.device).expand(len(root), -1)
-            logp, beam = head.expand(beam, level_tokens[:, level["rows"]], source)
-            picks = logp.topk(max(level["rank"]) + 1).indices[:, level["of"], level["rank"]]
-            level_tokens, of = head.ids[picks], level["of"]
+        tokens, parents, level_tokens = [root[:, None]], [torch.full_like(root[:1], -1)], root[:, None]
+        for level, at in zip(self.levels, self.indices(root.device)):
+            logp, beam = head.expand(beam, level_tokens[:, at["rows"]], at["source"].expand(len(root), -1))
+            picks = logp.topk(max(level["rank"]) + 1).indices[:, at["of"], at["rank"]]
+            level_tokens = head.ids[picks]
             tokens.append(level_tokens)
-            parents += level["parent"]
-        parents = torch.tensor(parents, device=root.device).expand(len(root), -1).contiguous()
-        return DraftTree.of(torch.cat(tokens, 1), parents)
+            parents.append(at["parent"])
+        return DraftTree.of(torch.cat(tokens, 1), torch.cat(parents).expand(len(root), -1).contiguous())
 
 
 @dataclass(frozen=True)
@@ -201,13 +224,12 @@ class SampledTree:
             with_replacement if self.kind == Kind.IID else without_replacement,
         )
         uniform = draw.uniform(self.size, root.device)  # one for each node
-        tokens, rows, level_tokens, of, first = [root[:, None]], [], root[:, None], [0], 1
-        for level in self.shape.levels:
-            source = torch.tensor([of[r] for r in level["rows"]], device=root.device).expand(len(root), -1)
-            logp, beam = head.expand(beam, level_tokens[:, level["rows"]], source)
+        tokens, rows, level_tokens, first = [root[:, None]], [], root[:, None], 1
+        for level, at in zip(self.shape.levels, self.shape.indices(root.device)):
+            logp, beam = head.expand(beam, level_tokens[:, at["rows"]], at["source"].expand(len(root), -1))
             rows.append((logp / temperature).softmax(-1))
-            of, rank = level["of"], level["rank"]
-            chances = uniform.new_zeros(len(root), len(level["rows"]), max(rank) + 1)
+            of, rank = at["of"], at["rank"]
+            chances = uniform.new_zeros(len(root), len(level["rows"]), max(level["rank"]) + 1)
             chances[:, of, rank] = uniform[:, first : first + len(of)]
             level_tokens, first = head.ids[pick(rows[-1], chances)[:, of, rank]], first + len(of)
             tokens.append(level_tokens)

@@ -6,6 +6,8 @@ row has its own length; a forward of T tokens writes slots length .. length + T 
 `visible` slots.
 """
 
+from contextlib import contextmanager
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -51,12 +53,12 @@ class SlotCache(Cache):
     forward writes.
 
     `store` is the part of the tensor that the B requests have. What `select` gives up stays allocated, for those that
-    `join`.
+    `join`. graphs: captured passes that write to this tensor (models/graphs.py).
     """
 
     def __init__(self, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype, device):
         self.whole = torch.zeros(2 * layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self.store = self.whole
+        self.store, self.standing_visible, self.graphs = self.whole, None, {}
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         super().__init__(layers=[SlotLayer(self, self.store[2 * i], self.store[2 * i + 1]) for i in range(layers)])
 
@@ -94,7 +96,7 @@ class SlotCache(Cache):
             width,
         )
         wider[:, : len(self.lengths), :, :capacity] = self.store
-        self.whole = wider
+        self.whole, self.graphs = wider, {}
         self._bind()
 
     @property
@@ -106,13 +108,37 @@ class SlotCache(Cache):
 
         `start` is set when all rows agree (a plain slice). The store grows when it is too small.
         """
-        shortest, longest = min(self.known_lengths) + offset, max(self.known_lengths) + offset
-        self.visible = longest + new
-        self._make_room(len(self.lengths), self.visible)
-        self.start = shortest if shortest == longest else None
+        if self.standing_visible is None:
+            shortest, longest = min(self.known_lengths) + offset, max(self.known_lengths) + offset
+            self.visible = longest + new
+            self._make_room(len(self.lengths), self.visible)
+            self.start = shortest if shortest == longest else None
+        else:
+            self.visible, self.start = self.standing_visible, None
         if self.start is None:
             self.rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
             self.slots = self.lengths[:, None] + offset + torch.arange(new, device=self.lengths.device)
+
+    @contextmanager
+    def standing(self, lengths: torch.Tensor, visible: int):
+        """Forwards inside stand behind `lengths` [B] and read `visible` slots, whatever the lengths are: shapes are
+        static and the host reads nothing. The cache has its own lengths again behind it.
+        """
+        before = self._lengths, self._known
+        self.lengths, self.standing_visible = lengths, visible
+        try:
+            yield
+        finally:
+            (self._lengths, self._known), self.standing_visible = before, None
+
+    def hold(self, visible: int) -> None:
+        """Makes room for `visible` slots of each row."""
+        self._make_room(len(self.lengths), visible)
+
+    def reset(self, batch: int) -> None:
+        """Empty, for `batch` other requests, of which there is room for."""
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.whole.device)
+        self._bind()
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
         """Keeps the rows path [B, M] (offsets into the last forward, ascending; padding after counts [B] is

@@ -7,6 +7,7 @@ import torch
 from draftsmith.models.drafters.drafter import Drafter
 from draftsmith.models.drafters.plain import NoDrafter
 from draftsmith.models.grow import NONE, TreePolicy
+from draftsmith.models.heads.captured import grown
 
 
 def drafting(head, policy: TreePolicy) -> Drafter:
@@ -47,7 +48,9 @@ class HeadDrafter:
         self.context, self.root = self.head.prefill(features), root
 
     def propose(self, draw):
-        return self._grown(self.head, self.head.roots(self.context), draw)
+        if self.policy.draws:
+            return self._grown(self.head, self.head.roots(self.context), draw)
+        return replace(grown(self.head, self.context, self.policy, self.root), probes=self.probes)
 
     def follow(self):
         """What the head predicts behind all rows that no root was expanded behind yet: log-probs [B, M, Vd] and counts

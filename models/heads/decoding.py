@@ -9,11 +9,13 @@ request's cache never holds more than 2 W complete rows before a round.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from draftsmith.models.features import Features, TrainingFeatures
+from draftsmith.models.graphs import Graphs
 from draftsmith.models.heads.head import DraftHead
 from draftsmith.models.heads.rooted import RootedTrees
 from draftsmith.models.slots import SlotCache
@@ -63,18 +65,20 @@ def prefill(head, features: Features, places: torch.Tensor | None = None) -> Con
         features, places = latest(features, places, head.window)
     attention, batch, width = head.layer.self_attn, *features.tokens.shape
     dtype, device = attention.o_proj.weight.dtype, features.hidden.device
-    cache = SlotCache(1, batch, attention.kv_heads, width + 64, attention.head_dim, dtype, device)
+    form = 1, batch, attention.kv_heads, width + 64, attention.head_dim, dtype, device
     last = (features.lengths - 1)[:, None]
     rows = torch.arange(batch, device=device)[:, None]
     places = torch.arange(width, device=device).expand(batch, -1) if places is None else places
+    pending = Features(features.tokens[rows, last], features.hidden[rows, last], torch.ones_like(features.lengths))
+    context = Context(None, pending, (places.gather(1, last) - last)[:, 0])
+    cache = context.cache = head.graphs.spare.take(context, *form) if head.graphs.on else SlotCache(*form)
     if width > 1:
         _, u = head.enter(features.tokens[:, 1:], head.first(features.hidden[:, :-1]), 0)
         key, value = attention.key_value(u, *head.angles(places[:, :-1]))
         cache.place(width - 1)
         cache.layers[0].update(key.transpose(1, 2), value.transpose(1, 2))
     cache.lengths = features.lengths - 1
-    pending = Features(features.tokens[rows, last], features.hidden[rows, last], torch.ones_like(features.lengths))
-    return Context(cache, pending, (places.gather(1, last) - last)[:, 0])
+    return context
 
 
 def latest(features: Features, places: torch.Tensor | None, window: int) -> tuple[Features, torch.Tensor]:
@@ -210,6 +214,10 @@ class LayerHead(DraftHead):
     """The part of a head's contract that is decoding, for heads of this form."""
 
     window: int | None = None
+
+    @cached_property
+    def graphs(self) -> Graphs:
+        return Graphs(self.layer.self_attn.o_proj.weight.device)
 
     def prefill(self, features: Features) -> Context:
         """Keys and values of all rows whose next token is known; the last row of each request stays pending."""

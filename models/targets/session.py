@@ -2,15 +2,19 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from draftsmith.models.features import Features, FeatureSpec
+from draftsmith.models.graphs import STEP, bucket
 from draftsmith.models.slots import SlotCache
 from draftsmith.models.targets.attention import Watch
 from draftsmith.models.targets.reading import ImagePrompt, keep, kept_rows
 from draftsmith.models.tree import DraftTree
 
+NODES = 8  # captured passes have one node or a multiple of this
 PREFILL_ROWS = 512  # rows of one prefill chunk: the mask is [chunk, prefix], never [length, length]
 
 
@@ -113,10 +117,7 @@ class TextSession:
         rows, v with its ancestors, and itself. No node sees a probe.
         """
         if not tree.probes:
-            final, hidden = self._run(
-                *self._layout(tree.depths, tree.ancestors), own=tree.ancestors, input_ids=tree.tokens
-            )
-            return Verified(self.target.project(final), hidden, self.lengths)
+            return Verified(*(self._captured(tree) or self._eager(tree)), self.lengths)
         size, alone = (
             tree.size,
             torch.eye(tree.size, dtype=torch.bool, device=tree.tokens.device).expand_as(tree.ancestors),
@@ -128,6 +129,37 @@ class TextSession:
         rows = torch.cat([self.target.embed(tree.tokens), self._probe_rows(*tree.tokens.shape)], 1)
         final, hidden = self._run(*self._layout(depths, own), own=own, inputs_embeds=rows)
         return Verified(self.target.project(final[:, :size]), hidden[:, :size], self.lengths, final[:, size:])
+
+    def _eager(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and tapped states of a tree without probes."""
+        layout = self._layout(tree.depths, tree.ancestors)
+        final, hidden = self._run(*layout, own=tree.ancestors, input_ids=tree.tokens)
+        return self.target.project(final), hidden
+
+    def _captured(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same from a captured graph: nodes and visible slots are padded to buckets; padding sees what is kept and
+        itself, and stands behind the tree. None where passes are not captured.
+        """
+        target, cache, size = self.target, self.cache, tree.size
+        if not target.graphs.on or type(cache) is not SlotCache:
+            return None
+        count = bucket(size, NODES) if size > 1 else 1
+        visible = bucket(max(self.known_lengths) + count, STEP)
+        cache.hold(visible)
+        pad = (0, count - size)
+        own = torch.eye(count, dtype=torch.bool, device=tree.tokens.device).repeat(len(tree.tokens), 1, 1)
+        own[:, :size, :size] = tree.ancestors
+        inputs = {
+            "tokens": F.pad(tree.tokens, pad),
+            "depths": F.pad(tree.depths, pad),
+            "own": own,
+            "lengths": self.lengths,
+            "shift": self.shift,
+        }
+        key = ("verify", self.spec.taps, tree.tokens.size(0), count, visible)
+        run = partial(static_pass, target, self.spec, cache, visible)
+        found = target.graphs(cache, key, run, lambda: self._eager(tree), inputs)
+        return found and tuple(x[:, :size] for x in found)
 
     def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
         """Keeps the nodes path [B, M] (root first; only the first counts [B] of a row are real) of the last verified
@@ -189,29 +221,22 @@ class TextSession:
         return self.spec.probe.detach().to(self.target.device, self.target.dtype).expand(batch, count, -1)
 
     def _layout(self, depths, own):
-        """Rows depths [B, T] positions behind the kept ones, each seeing all of these and own [B, T, T] of one another
-        -> (positions [B, T], seen [B, T, visible] without windows, places [B, visible]).
-        """
-        lengths, size = self.cache.lengths, depths.size(1)
-        places = torch.arange(max(self.known_lengths) + size, device=lengths.device).expand(len(lengths), -1)
-        seen = (places < lengths[:, None])[:, None].repeat(1, size, 1)
-        slots = lengths[:, None] + torch.arange(size, device=lengths.device)
-        seen.scatter_(2, slots[:, None].expand(-1, size, -1), own)
-        positions = lengths[:, None] + depths
-        return positions, seen, places.scatter(1, slots, positions)
+        """As `layout_behind`, reading no slot behind the longest row."""
+        return layout_behind(self.cache.lengths, depths, own, max(self.known_lengths) + depths.size(1))
 
     def _new_cache(self, batch: int, capacity: int):
-        config = self.target.config
+        config, target = self.target.config, self.target
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return SlotCache(
+        form = (
             config.num_hidden_layers,
             batch,
             config.num_key_value_heads,
             capacity,
             head_dim,
-            self.target.dtype,
-            self.target.device,
+            target.dtype,
+            target.device,
         )
+        return target.graphs.spare.take(self, *form) if target.graphs.on else SlotCache(*form)
 
     def _rewind(self, lengths) -> None:
         self.cache.lengths = lengths
@@ -233,3 +258,26 @@ class TextSession:
             places,
             **{"position_ids": positions + self.shift[:, None], **inputs},
         )
+
+
+def layout_behind(lengths: torch.Tensor, depths: torch.Tensor, own: torch.Tensor, visible: int):
+    """Rows depths [B, T] positions behind lengths [B] kept ones, each seeing all of these and own [B, T, T] of one
+    another -> (positions [B, T], seen [B, T, visible] without windows, places [B, visible]).
+    """
+    size = depths.size(1)
+    places = torch.arange(visible, device=lengths.device).expand(len(lengths), -1)
+    seen = (places < lengths[:, None])[:, None].repeat(1, size, 1)
+    slots = lengths[:, None] + torch.arange(size, device=lengths.device)
+    seen.scatter_(2, slots[:, None].expand(-1, size, -1), own)
+    positions = lengths[:, None] + depths
+    return positions, seen, places.scatter(1, slots, positions)
+
+
+def static_pass(target, spec: FeatureSpec, cache: SlotCache, visible: int, tokens, depths, own, lengths, shift):
+    """A verify pass in which no shape depends on the lengths [B] -> logits and tapped states of all nodes."""
+    positions, seen, places = layout_behind(lengths, depths, own, visible)
+    with cache.standing(lengths, visible):
+        cache.place(tokens.size(1))
+        rope = positions + shift[:, None]
+        final, hidden = target.behind(spec, cache, positions, seen, places, position_ids=rope, input_ids=tokens)
+    return target.project(final), hidden

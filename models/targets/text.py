@@ -12,6 +12,7 @@ import torch
 
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import FeatureSpec, Packing, Shared, TrainingFeatures
+from draftsmith.models.graphs import Graphs
 from draftsmith.models.prepacked import use_prepacked
 from draftsmith.models.targets import checks, grouped
 from draftsmith.models.targets.form import check_figures, completed, context_length, small_model
@@ -53,6 +54,7 @@ class TextTarget:
         known = inspect.signature(self.body.forward).parameters
         self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in known)
         self.scale, self.sharded = 1.0, None
+        self.graphs = Graphs(self.head.weight.device)
         self._taps: dict[int, torch.Tensor] = {}
         self._hooked: set[int] = set()
         self.scale = checks.scale_of(self)
@@ -205,6 +207,7 @@ class TextTarget:
                 f"'replicated'"
             )
         self.sharded = spread(self.body.layers)  # kept alive: its hooks gather the weights
+        self.graphs.on = False  # gathered weights have no addresses of their own
 
     def whole(self, spec: FeatureSpec, reading: Reading, cache=None):
         """Runs documents from their beginnings -> (final [B, S, h], tapped [B, S, taps * h]). No mask where all

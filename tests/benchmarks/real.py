@@ -51,8 +51,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="3 suites, few prompts (under 10 minutes on 2 cores)")
     parser.add_argument("--suites", type=Path, help="folder of the suites' files")
     parser.add_argument("--suite", nargs="*", choices=list(SUITES), help="default: all")
-    parser.add_argument("--limit", type=int, help="conversations of a suite; default 20, with --quick 6")
-    parser.add_argument("--tokens", type=int, help="new tokens of a text; default 128, with --quick 64")
+    parser.add_argument("--limit", type=int, help="conversations of a suite; default 20, with --quick 4")
+    parser.add_argument("--tokens", type=int, help="new tokens of a text; default 128, with --quick 40")
     parser.add_argument("--temperature", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
     parser.add_argument("--output", default="runs/real")
@@ -66,7 +66,7 @@ def main():
             print(f"{name}: {folder / SUITES[name]} is absent; left out")
     if not found:
         raise SystemExit(f"error: found no suite in {folder}, expected at least one of {', '.join(SUITES.values())}")
-    limit = arguments.limit or (6 if quick else 20)
+    limit = arguments.limit or (4 if quick else 20)
     if "spec_bench" in found:
         found["spec_bench"] = spread(found["spec_bench"], limit, Path(arguments.output) / "suites")
     drafters = arguments.drafters or [name for name in DRAFTERS[: 1 if quick else 2] if shipped(name)]
@@ -77,7 +77,7 @@ def main():
             suites=tuple(map(str, found.values())),
             temperatures=tuple(arguments.temperature),
             timed=(0.0,) if quick else tuple(arguments.temperature),
-            max_new_tokens=arguments.tokens or (64 if quick else 128),
+            max_new_tokens=arguments.tokens or (40 if quick else 128),
             limit=limit,
             dtype=arguments.dtype,
             skip_long=True,

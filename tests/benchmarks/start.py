@@ -5,11 +5,12 @@
 
 Starts: `output head` takes the target's rows of the output head and its final norm, and nothing else; `high tap` also
 lets `fc` pass the high tap through; `last layer` also takes the target's last decoder layer; `regression` then fits
-`fc` and the attention to rows of the answers (what a run does), also with a tenth of the recipe's usual rates; `three
-steps` is that with three steps of training-time test instead of the recipe's.
+`fc` and the attention to rows of the answers (what a run does); `three steps` is that with three steps of training-time
+test instead of the recipe's. `large rates` and `small rates`: those of random starts and a tenth of them, whatever the
+recipe says.
 answers: what all trainings read; prompts: those that are decoded (other ones). A run takes as many steps as fit its
 minutes of processor time, by the time of a short run of its own; what stands in the folder is not trained again. tau:
-60-node tree, T = 0, 64 new tokens; 95 % intervals resample prompts, of gains over `output head` prompts are paired.
+60-node tree, T = 0, 64 new tokens; 95 % intervals resample prompts, of gains over the first start prompts are paired.
 Prints a Markdown table and ends with one JSON line: {minutes: {start: {"tau", "interval", "gain", ...}}}.
 """
 
@@ -53,17 +54,17 @@ def high_tap(head: Eagle3Head, target: TextTarget) -> None:
     head.fc.weight[:, -head.config.hidden_size :] = torch.eye(head.config.hidden_size)
 
 
+LARGE = ["optimization.lr=0.003", "optimization.muon_lr=0.02"]
+SMALL = ["optimization.lr=0.0003", "optimization.muon_lr=0.002"]
 # name -> (what replaces `Eagle3Head.start_from` and `Eagle3Head.regress`, changes of the recipe)
 STARTS = {
     "output head": (output_head, None, []),
+    "output head, large rates": (output_head, None, LARGE),
     "high tap": (high_tap, None, []),
     "last layer": (Eagle3Head.start_from, None, []),
+    "last layer, large rates": (Eagle3Head.start_from, None, LARGE),
     "regression": (Eagle3Head.start_from, Eagle3Head.regress, []),
-    "regression, a tenth of the rates": (
-        Eagle3Head.start_from,
-        Eagle3Head.regress,
-        ["optimization.lr=0.0003", "optimization.muon_lr=0.002"],
-    ),
+    "regression, small rates": (Eagle3Head.start_from, Eagle3Head.regress, SMALL),
     "three steps": (Eagle3Head.start_from, Eagle3Head.regress, ["objective.steps=3"]),
 }
 
@@ -86,7 +87,7 @@ def main():
     stops, table = stop_ids(target, tokenizer), {}
     shipped = Eagle3Head.start_from, Eagle3Head.regress
     usual = ["evaluation.rows=0", "engine.checkpoint_minutes=60", "data.features=online", *arguments.change]
-    print("| minutes | start | steps | tau | over `output head` |\n| - | - | - | - | - |", flush=True)
+    print("| minutes | start | steps | tau | over the first |\n| - | - | - | - | - |", flush=True)
     for minutes in arguments.minutes:
         first = None
         for name in arguments.start:
