@@ -82,6 +82,8 @@ class Plan:
         )
         self.prompts = [prompt.tokens for prompt in prompts]
         self.sampling = Sampling(asked.temperature, seed=asked.seed)
+        models = [self.drafters[name].target for name in self.names]
+        self.bare = {width: seconds_per_pass(models, width) for width in WIDTHS}
 
     def lowest(self, name: str):
         """(drafter, rule) below a model: the asked one, where it drafts for that model."""
@@ -107,19 +109,31 @@ class Plan:
         tokens, stops = self.asked.max_new_tokens, self.methods.stops
         return interleaved(decoders, self.prompts, self.sampling, tokens, stops, warm_up=warm_up)
 
-    def measure(self) -> dict:
-        """Costs of all models, tokens a pass of the drafter under each, agreement of all pairs."""
-        timed = {
-            width: seconds_per_pass([self.drafters[name].target for name in self.names], width) for width in WIDTHS
-        }
-        alone = {}
+    def alone(self) -> dict[str, Looped]:
+        """Every model decoding plainly (its name and a blank) and with the drafter."""
+        found = {}
         for name in self.names:
             drafter, rule = self.lowest(name)
             model = self.drafters[name].target
-            alone[f"{name} "] = Looped(model, NoDrafter())
-            alone[name] = Looped(model, drafter, verifier=rule)
-        self.report(f"plan-cascade: {len(self.prompts)} prompts: {self.asked.drafter} under {', '.join(self.names)}")
-        runs = self.run(alone)
+            found |= {f"{name} ": Looped(model, NoDrafter()), name: Looped(model, drafter, verifier=rule)}
+        return found
+
+    def costs(self, runs: dict[str, Run]) -> tuple[dict, dict[str, Bottom]]:
+        """({model: seconds of its passes by rows}, {model: the drafter under it}) of a run of `alone`."""
+        passes, bottoms = {}, {}
+        for place, name in enumerate(self.names):
+            bare = [self.bare[width][place] for width in WIDTHS]
+            loop = busy(runs[f"{name} "], ("verify", "overhead", "draft"))  # a pass over one row, in the loop
+            passes[name] = row_seconds(WIDTHS, [loop * seconds / bare[0] for seconds in bare])
+            bottoms[name] = Bottom(
+                busy(runs[name], ("draft", "verify", "overhead")), busy(runs[name], ("draft",)), tau(runs[name].traces)
+            )
+        return passes, bottoms
+
+    def pairs(self) -> tuple[dict, dict]:
+        """({(above, below): chance that a token of the lower model is accepted}, {(above, below): seconds a token of
+        the lower one with the drafter below it}), while it fills buffers for the upper one.
+        """
         pairs = {}
         for place, above in enumerate(self.names):
             for below in self.names[place + 1 :]:
@@ -129,38 +143,27 @@ class Plan:
                 )
                 pairs[above, below] = Looped(self.drafters[above].target, cascade, verifier=SAMPLED_RULE)
         self.report(f"plan-cascade: {len(pairs)} pairs of models, buffers of {PROBED}")
-        found = self.run(pairs, warm_up=False)  # a cascade counts what it decodes
-        passes, bottoms = {}, {}
-        for place, name in enumerate(self.names):
-            bare = [timed[width][place] for width in WIDTHS]
-            loop = busy(runs[f"{name} "], ("verify", "overhead", "draft"))  # a pass over one row, in the loop
-            passes[name] = row_seconds(WIDTHS, [loop * seconds / bare[0] for seconds in bare])
-            bottoms[name] = Bottom(
-                busy(runs[name], ("draft", "verify", "overhead")), busy(runs[name], ("draft",)), tau(runs[name].traces)
-            )
-        agreement = {
-            pair: accepted_share(
-                [n for t in run.traces for n in t.accepted], [n for t in run.traces for n in t.drafted]
-            )
-            for pair, run in found.items()
-        }
-        stages = {
-            pair: busy(run, ("draft",)) * run.cycles / pairs[pair].drafter.tally.tokens for pair, run in found.items()
-        }
-        return {"passes": passes, "bottoms": bottoms, "agreement": agreement, "stages": stages}
+        found, agreement, stages = self.run(pairs, warm_up=False), {}, {}  # a cascade counts what it decodes
+        for pair, run in found.items():
+            accepted, drafted = ([n for t in run.traces for n in getattr(t, key)] for key in ("accepted", "drafted"))
+            agreement[pair] = accepted_share(accepted, drafted)
+            stages[pair] = busy(run, ("draft",)) * run.cycles / pairs[pair].drafter.tally.tokens
+        return agreement, stages
 
 
 def plan_cascade(asked: Asked, report=print) -> dict:
     """Writes OUTPUT/cascade.json and prints one table: a row for each chain with at most one middle model, and for the
-    chain of least predicted time; predicted and measured. Raises UserError for what `Methods.open` and
-    `Drafters.middle` refuse.
+    chain of least predicted time; predicted and measured, from costs taken beside what they predict.
+    Raises UserError for what `Methods.open` and `Drafters.middle` refuse.
     """
     check_writable(asked.output)
     plan = Plan(asked, report)
-    found = plan.measure()
-    passes, bottoms, agreement = found["passes"], found["bottoms"], found["agreement"]
+    report(f"plan-cascade: {len(plan.prompts)} prompts: {asked.drafter} under {', '.join(plan.names)}")
+    alone = plan.alone()
+    passes, before = plan.costs(plan.run(alone))
+    agreement, stages = plan.pairs()
     chains = [
-        predict(chain, plan.target, passes, bottoms[plan.target], found["stages"], agreement)
+        predict(chain, plan.target, passes, before[plan.target], stages, agreement)
         for chain in all_chains(plan.names[1:], agreement)
     ]
     best = min(chains, key=lambda chain: chain.seconds)
@@ -170,7 +173,15 @@ def plan_cascade(asked: Asked, report=print) -> dict:
         drafter, rule = plan.stacked(chain.models, chain.buffers)
         decoders[label(chain)] = Looped(plan.methods.target, drafter, verifier=rule)
     report(f"plan-cascade: {len(shown)} chains by the clock")
-    runs = plan.run(decoders)
+    # Costs once more beside the chains: a machine is not as fast now as it was when the chains were chosen.
+    runs = plan.run({**{("alone", name): decoder for name, decoder in alone.items()}, **decoders})
+    passes, bottoms = plan.costs({name: runs["alone", name] for name in alone})
+    stages = {pair: s * bottoms[pair[1]].seconds / before[pair[1]].seconds for pair, s in stages.items()}
+    shown = [
+        predict(chain.models, plan.target, passes, bottoms[plan.target], stages, agreement, chain.buffers)
+        for chain in shown
+    ]
+    best = next(chain for chain in shown if chain.models == best.models)
     two, rows = bottoms[plan.target], []
     for chain in shown:
         run = runs[label(chain)]

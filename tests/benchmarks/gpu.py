@@ -9,6 +9,7 @@ soon as it is done, so that a time limit loses only the section in progress. End
 
 Times are medians in milliseconds of synchronised calls after a warm-up. `ms` ends when the device is done, `host_ms`
 when the host has issued all work: where they are close, launching the kernels takes the time and not the device.
+Passes with and without CUDA graphs stand beside each other (without CUDA: of static shapes, and as ever).
 `floor_ms` = bytes that one call must read / bandwidth of a device copy measured here (bytes read + bytes written, per
 second). `--device cpu --tiny` runs every section on toy shapes; its times mean nothing.
 """
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 import traceback
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -126,6 +128,11 @@ def show(title: str, rows: list[dict]) -> None:
     print(f"\n{title}", *["  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in cells], sep="\n", flush=True)
 
 
+def kind(model, asked: bool) -> str:
+    """How the passes of a target or head ran whose graphs were switched on, or not."""
+    return "captured" if model.graphs.on else "eager (graphs given up)" if asked else "eager"
+
+
 # Sections
 
 
@@ -140,11 +147,13 @@ def verify(scale: Scale, device: torch.device) -> dict:
     weights, config = size_of(target.model) - target.embedding.numel() * target.embedding.element_size(), target.config
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * target.embedding.element_size()
     rows = []
-    for count in ROWS:
+    for count, graphs in product(ROWS, (True, False)):
+        target.graphs.on = graphs
         tokens = torch.tensor([random_tokens(scale, count)], device=device)
         parents = torch.tensor([[-1, *[(i - 1) // 2 for i in range(1, count)]]], device=device)
         figures = repeated(device, lambda t=tokens, p=parents: session.verify(DraftTree.of(t, p)), scale.repeats)
-        rows.append({"rows": count, **beside_floor(figures, weights + row * (scale.context + count), bandwidth)})
+        size = weights + row * (scale.context + count)
+        rows.append({"rows": count, "passes": kind(target, graphs), **beside_floor(figures, size, bandwidth)})
     show(
         f"verify pass behind {scale.context} rows, batch 1, bf16; device copy {bandwidth / 1e9:.0f} GB/s, weights "
         f"{weights / 1e9:.2f} GB",
@@ -182,14 +191,15 @@ def draft(scale: Scale, device: torch.device) -> dict:
         rows.append(
             {"what": "later level", "width": width, **beside_floor(medians(later), size_of(head) - fused, bandwidth)}
         )
-    for policy in (parse_tree(LARGE_TREE), chain(CHAIN_DEPTH)):
+    for policy, graphs in product((parse_tree(LARGE_TREE), chain(CHAIN_DEPTH)), (True, False)):
+        head.graphs.on = graphs
         drafter, calls = HeadDrafter(head, policy), []
         drafter.begin(features, root)
         for _ in range(warm_up + scale.repeats):
             calls.append(timed(device, lambda d=drafter: d.propose(Draw(0.0, 0, [0], [scale.context])))[1:])
             drafter.observe(committed, root)
-        size = size_of(head) * policy.depth - fused * (policy.depth - 1)
-        rows.append({"what": str(policy), "width": None, **beside_floor(medians(calls[warm_up:]), size, bandwidth)})
+        size, what = size_of(head) * policy.depth - fused * (policy.depth - 1), f"{policy}, {kind(head, graphs)}"
+        rows.append({"what": what, "width": None, **beside_floor(medians(calls[warm_up:]), size, bandwidth)})
     show(f"drafting behind {scale.context} rows, batch 1, bf16; head {size_of(head) / 1e9:.2f} GB", rows)
     return {"head_bytes": size_of(head), "context": scale.context, "levels": rows}
 
