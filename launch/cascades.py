@@ -3,7 +3,7 @@ the clock agrees.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from draftsmith.eval.cascade import CascadeDrafter
 from draftsmith.eval.measurement.cascades import (
     Bottom,
     Chain,
+    Pair,
     accepted_share,
     all_chains,
     exact_inserts,
@@ -21,7 +22,7 @@ from draftsmith.eval.measurement.cascades import (
     predict,
     row_seconds,
 )
-from draftsmith.eval.measurement.measure import Looped, Run, interleaved, tau
+from draftsmith.eval.measurement.measure import Looped, Run, interleaved, passes_by_depth, tau
 from draftsmith.eval.sampling import Sampling
 from draftsmith.launch.drafters import ACCELERATOR_TREE, CPU_TREE, SAMPLED_RULE, Drafters, trained
 from draftsmith.launch.methods import ASSISTANT, Methods, check_writable, write_json
@@ -32,6 +33,9 @@ from draftsmith.models.targets.copies import seconds_per_pass
 
 WIDTHS = (1, 4, 8, 16)  # rows of timed passes
 PROBED = 8  # tokens of the buffers by which agreement is measured
+REPEATS = 3  # of what is timed
+LEAST = 20  # passes by which the acceptance of a depth is measured; where there are fewer, that of all depths holds
+PHASES = ("draft", "verify", "overhead")
 PLAIN, NOTHING = "plain", "no middle model"
 
 
@@ -51,7 +55,7 @@ class Asked:
     variables: Mapping | None = None
 
 
-def busy(run: Run, phases: tuple[str, ...]) -> float:
+def busy(run: Run, phases: tuple[str, ...] = PHASES) -> float:
     """Seconds of a batch's pass in some phases: the decoding thread's own, where it has them."""
     passes = [one for seconds in run.seconds for one in seconds["passes"]]
     return sum(getattr(one, phase) for one in passes for phase in phases) / max(1, len(passes))
@@ -59,9 +63,23 @@ def busy(run: Run, phases: tuple[str, ...]) -> float:
 
 def seconds_a_token(run: Run) -> float:
     passes = [one for seconds in run.seconds for one in seconds["passes"]]
-    return sum(one.draft + one.verify + one.overhead for one in passes) / max(
+    return sum(getattr(one, phase) for one in passes for phase in PHASES) / max(
         1, sum(sum(t.emitted) for t in run.traces)
     )
+
+
+def undisturbed(runs: list[Run]) -> Run:
+    """One run of several that did the same work: each pass takes what it took at its best, phase by phase. (Passes of
+    a cascade are too unlike for quantiles over them.)
+    """
+    first, seconds = runs[0], []
+    for units in zip(*(run.seconds for run in runs)):
+        passes = [
+            one[0]._replace(**{phase: min(getattr(p, phase) for p in one) for phase in PHASES})
+            for one in zip(*(unit["passes"] for unit in units), strict=True)
+        ]
+        seconds.append({**units[0], "passes": passes})
+    return replace(first, seconds=seconds)
 
 
 class Plan:
@@ -105,9 +123,14 @@ class Plan:
             drafter, rule = CascadeDrafter(model, drafter, rule, buffer, self.methods.target.vocab_size), SAMPLED_RULE
         return drafter, rule
 
-    def run(self, decoders: dict[str, Looped], warm_up: bool = True) -> dict[str, Run]:
+    def run(self, decoders: dict[str, Looped], repeats: int = REPEATS) -> dict[str, Run]:
+        """All in turn, several times over: what else the machine does only makes a pass longer."""
         tokens, stops = self.asked.max_new_tokens, self.methods.stops
-        return interleaved(decoders, self.prompts, self.sampling, tokens, stops, warm_up=warm_up)
+        runs = [
+            interleaved(decoders, self.prompts, self.sampling, tokens, stops, warm_up=repeats > 1 and not turn)
+            for turn in range(repeats)
+        ]
+        return {name: undisturbed([run[name] for run in runs]) for name in decoders}
 
     def alone(self) -> dict[str, Looped]:
         """Every model decoding plainly (its name and a blank) and with the drafter."""
@@ -123,32 +146,32 @@ class Plan:
         passes, bottoms = {}, {}
         for place, name in enumerate(self.names):
             bare = [self.bare[width][place] for width in WIDTHS]
-            loop = busy(runs[f"{name} "], ("verify", "overhead", "draft"))  # a pass over one row, in the loop
+            loop = busy(runs[f"{name} "])  # a pass over one row, in the loop
             passes[name] = row_seconds(WIDTHS, [loop * seconds / bare[0] for seconds in bare])
-            bottoms[name] = Bottom(
-                busy(runs[name], ("draft", "verify", "overhead")), busy(runs[name], ("draft",)), tau(runs[name].traces)
-            )
+            bottoms[name] = Bottom(busy(runs[name]), busy(runs[name], ("draft",)), tau(runs[name].traces))
         return passes, bottoms
 
-    def pairs(self) -> tuple[dict, dict]:
-        """({(above, below): chance that a token of the lower model is accepted}, {(above, below): seconds a token of
-        the lower one with the drafter below it}), while it fills buffers for the upper one.
-        """
-        pairs = {}
+    def pairs(self) -> dict[tuple[str, str], Pair]:
+        """{(above, below)} of all pairs, by buffers of `PROBED`."""
+        decoders, found = {}, {}
         for place, above in enumerate(self.names):
             for below in self.names[place + 1 :]:
                 drafter, rule = self.lowest(below)
                 cascade = CascadeDrafter(
                     self.drafters[below].target, drafter, rule, PROBED, self.methods.target.vocab_size
                 )
-                pairs[above, below] = Looped(self.drafters[above].target, cascade, verifier=SAMPLED_RULE)
-        self.report(f"plan-cascade: {len(pairs)} pairs of models, buffers of {PROBED}")
-        found, agreement, stages = self.run(pairs, warm_up=False), {}, {}  # a cascade counts what it decodes
-        for pair, run in found.items():
+                decoders[above, below] = Looped(self.drafters[above].target, cascade, verifier=SAMPLED_RULE)
+        self.report(f"plan-cascade: {len(decoders)} pairs of models, buffers of {PROBED}")
+        for pair, run in self.run(decoders, repeats=1).items():  # a cascade counts what it decodes
             accepted, drafted = ([n for t in run.traces for n in getattr(t, key)] for key in ("accepted", "drafted"))
-            agreement[pair] = accepted_share(accepted, drafted)
-            stages[pair] = busy(run, ("draft",)) * run.cycles / pairs[pair].drafter.tally.tokens
-        return agreement, stages
+            whole = [n for t in run.traces for n in t.drafted[:-1]]  # a text's end cuts its last buffer
+            pooled = accepted_share(accepted, drafted)
+            found[pair] = Pair(
+                (*(kept / tried for tried, kept in passes_by_depth(run.traces)[:PROBED] if tried >= LEAST), pooled),
+                busy(run, ("draft",)) * run.cycles / decoders[pair].drafter.tally.tokens,
+                max(0.0, sum(whole) / max(1, len(whole)) - PROBED),
+            )
+        return found
 
 
 def plan_cascade(asked: Asked, report=print) -> dict:
@@ -161,10 +184,9 @@ def plan_cascade(asked: Asked, report=print) -> dict:
     report(f"plan-cascade: {len(plan.prompts)} prompts: {asked.drafter} under {', '.join(plan.names)}")
     alone = plan.alone()
     passes, before = plan.costs(plan.run(alone))
-    agreement, stages = plan.pairs()
+    pairs = plan.pairs()
     chains = [
-        predict(chain, plan.target, passes, before[plan.target], stages, agreement)
-        for chain in all_chains(plan.names[1:], agreement)
+        predict(chain, plan.target, passes, before[plan.target], pairs) for chain in all_chains(plan.names[1:], pairs)
     ]
     best = min(chains, key=lambda chain: chain.seconds)
     shown = [chain for chain in chains if len(chain.models) < 2 or chain is best]
@@ -176,11 +198,11 @@ def plan_cascade(asked: Asked, report=print) -> dict:
     # Costs once more beside the chains: a machine is not as fast now as it was when the chains were chosen.
     runs = plan.run({**{("alone", name): decoder for name, decoder in alone.items()}, **decoders})
     passes, bottoms = plan.costs({name: runs["alone", name] for name in alone})
-    stages = {pair: s * bottoms[pair[1]].seconds / before[pair[1]].seconds for pair, s in stages.items()}
-    shown = [
-        predict(chain.models, plan.target, passes, bottoms[plan.target], stages, agreement, chain.buffers)
-        for chain in shown
-    ]
+    pairs = {
+        (above, below): replace(pair, seconds=pair.seconds * bottoms[below].seconds / before[below].seconds)
+        for (above, below), pair in pairs.items()
+    }
+    shown = [predict(chain.models, plan.target, passes, bottoms[plan.target], pairs, chain.buffers) for chain in shown]
     best = next(chain for chain in shown if chain.models == best.models)
     two, rows = bottoms[plan.target], []
     for chain in shown:
@@ -197,7 +219,7 @@ def plan_cascade(asked: Asked, report=print) -> dict:
             (name,), new = chain.models, bottoms[chain.models[0]]
             times = new.seconds - new.drafting, two.seconds - two.drafting
             row |= {
-                "agreement": agreement[plan.target, name],
+                "agreement": pairs[plan.target, name].chances[-1],
                 "cost": times[0] / times[1],
                 "drafter_tau": new.length,
                 "paper_ms": 1e3 * paper_time(times[::-1], (chain.length, new.length), new.drafting),
@@ -211,7 +233,7 @@ def plan_cascade(asked: Asked, report=print) -> dict:
         "recommended": label(best),
         "plain_ms": 1e3 * seconds_a_token(runs[""]),
         "rows": rows,
-        "agreement": {f"{above} | {below}": share for (above, below), share in agreement.items()},
+        "agreement": {f"{above} | {below}": pair.chances[-1] for (above, below), pair in pairs.items()},
         "bottoms": {name: asdict(bottom) for name, bottom in bottoms.items()},
         "prompts": len(plan.prompts),
         "temperature": asked.temperature,

@@ -6,6 +6,7 @@ import pytest
 
 from draftsmith.eval.measurement.cascades import (
     Bottom,
+    Pair,
     accepted_share,
     all_chains,
     best_buffer,
@@ -59,15 +60,30 @@ def test_capped_geometric_lengths():
 def test_chains_are_counted_from_their_end():
     passes = {"target": lambda rows: 25.0, "middle": lambda rows: 10.0, "small": lambda rows: 3.0}
     alone = Bottom(32.2, 7.2, 4.0)
-    stages = {("target", "middle"): 17.2 / 4.2, ("target", "small"): 2.0, ("middle", "small"): 4 / 3}
-    agreement = {("target", "middle"): 0.95, ("target", "small"): 0.6, ("middle", "small"): 0.8}
-    assert predict((), "target", passes, alone, stages, agreement).seconds == pytest.approx(8.05)
-    one = predict(("middle",), "target", passes, alone, stages, agreement)
+    pairs = {
+        ("target", "middle"): Pair((0.95,), 17.2 / 4.2, 0.0),
+        ("target", "small"): Pair((0.6,), 2.0, 0.0),
+        ("middle", "small"): Pair((0.8,), 4 / 3, 0.0),
+    }
+    assert predict((), "target", passes, alone, pairs).seconds == pytest.approx(8.05)
+    one = predict(("middle",), "target", passes, alone, pairs)
     assert one.buffers == (12,) and one.seconds == pytest.approx(7.62, abs=5e-3)
-    both = predict(("middle", "small"), "target", passes, alone, stages, agreement, (12, 4))
+    both = predict(("middle", "small"), "target", passes, alone, pairs, (12, 4))
     below = (10 + 4 * 4 / 3) / tokens_a_pass(0.8, 4)
     assert both.seconds == pytest.approx((25 + 12 * below) / tokens_a_pass(0.95, 12))
-    assert all_chains(["middle", "small"], agreement) == [(), ("middle",), ("small",), ("middle", "small")]
+    assert all_chains(["middle", "small"], pairs) == [(), ("middle",), ("small",), ("middle", "small")]
+
+
+def test_what_the_last_pass_gives_beyond_the_buffer_counts():
+    """A buffer of 4 that holds 5.5 tokens on average: their drafting is paid, and they may be accepted."""
+    passes, alone = {"target": lambda rows: 20.0 + rows, "middle": lambda rows: 10.0}, Bottom(32.2, 7.2, 4.0)
+    found = predict(("middle",), "target", passes, alone, {("target", "middle"): Pair((0.9,), 4.0, 1.5)}, (4,))
+    assert found.length == pytest.approx((tokens_a_pass(0.9, 5) + tokens_a_pass(0.9, 6)) / 2)
+    assert found.seconds == pytest.approx((20 + 6.5 + 5.5 * 4) / found.length)
+    assert tokens_a_pass(1.0, 2.5) == 3.5
+    assert tokens_a_pass((0.5, 0.9, 0.8), 4) == pytest.approx(1 + 0.5 + 0.45 + 0.36 + 0.288)
+    longest = max(range(1, 25), key=lambda m: -time_per_token(passes["target"], 4.0, 0.9, m + 1.5))
+    assert best_buffer(passes["target"], 4.0, 0.9, 1.5)[0] == longest
 
 
 def test_measured_costs_and_chances():
