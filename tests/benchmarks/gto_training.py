@@ -101,18 +101,27 @@ def timed(recipe: str, changes: list[str], answers: str, place: Path, epochs: fl
 
 
 def trained(
-    recipe: str, changes: list[str], answers: str, place: Path, seconds: float, short: tuple[float, ...] = SHORT
+    recipe: str,
+    changes: list[str],
+    answers: str,
+    place: Path,
+    seconds: float,
+    short: tuple[float, ...] = SHORT,
+    like: dict | None = None,
 ) -> dict:
     """A drafter in `place/drafter` and what it took; what is there already is taken as it is. short: epochs of the runs
-    that warm up and time a step.
+    that warm up and time a step; like: what another one took whose steps cost the same, then there are as many of them.
     """
     if not (place / "took.json").exists():
-        *_, (early, few), (late, many) = (timed(recipe, changes, answers, place, epochs) for epochs in short)
-        step = (late - early) / (many - few)
-        took, steps = timed(recipe, changes, answers, place, seconds / step / (many / short[-1]))
-        (place / "took.json").write_text(
-            json.dumps({"seconds": round(took, 1), "steps": steps, "step_ms": round(1e3 * step)})
-        )
+        if like is None:
+            *_, (early, few), (late, many) = (timed(recipe, changes, answers, place, epochs) for epochs in short)
+            step = (late - early) / (many - few)
+            step_ms, epochs = round(1e3 * step), seconds / step / (many / short[-1])
+        else:
+            step_ms, epochs = like["step_ms"], like["epochs"] * seconds / like["asked"]
+        took, steps = timed(recipe, changes, answers, place, epochs)
+        found = {"seconds": round(took, 1), "steps": steps, "step_ms": step_ms, "epochs": epochs, "asked": seconds}
+        (place / "took.json").write_text(json.dumps(found))
     return json.loads((place / "took.json").read_text())
 
 

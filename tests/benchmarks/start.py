@@ -9,7 +9,8 @@ lets `fc` pass the high tap through; `last layer` also takes the target's last d
 test instead of the recipe's. `large rates` and `small rates`: those of random starts and a tenth of them, whatever the
 recipe says.
 answers: what all trainings read; prompts: those that are decoded (other ones). A run takes as many steps as fit its
-minutes of processor time, by the time of a short run of its own; what stands in the folder is not trained again. tau:
+minutes of processor time, by the time of a short run of the first start (a step costs the same whatever it started
+from; `three steps` has a short run of its own); what stands in the folder is not trained again. tau:
 60-node tree, T = 0, 64 new tokens; 95 % intervals resample prompts, of gains over the first start prompts are paired.
 Prints a Markdown table and ends with one JSON line: {minutes: {start: {"tau", "interval", "gain", ...}}}.
 """
@@ -54,6 +55,7 @@ def high_tap(head: Eagle3Head, target: TextTarget) -> None:
     head.fc.weight[:, -head.config.hidden_size :] = torch.eye(head.config.hidden_size)
 
 
+LESS = "three steps"
 LARGE = ["optimization.lr=0.003", "optimization.muon_lr=0.02"]
 SMALL = ["optimization.lr=0.0003", "optimization.muon_lr=0.002"]
 # name -> (what replaces `Eagle3Head.start_from` and `Eagle3Head.regress`, changes of the recipe)
@@ -65,7 +67,7 @@ STARTS = {
     "last layer, large rates": (Eagle3Head.start_from, None, LARGE),
     "regression": (Eagle3Head.start_from, Eagle3Head.regress, []),
     "regression, small rates": (Eagle3Head.start_from, Eagle3Head.regress, SMALL),
-    "three steps": (Eagle3Head.start_from, Eagle3Head.regress, ["objective.steps=3"]),
+    LESS: (Eagle3Head.start_from, Eagle3Head.regress, ["objective.steps=3"]),
 }
 
 
@@ -88,6 +90,7 @@ def main():
     shipped = Eagle3Head.start_from, Eagle3Head.regress
     usual = ["evaluation.rows=0", "engine.checkpoint_minutes=60", "data.features=online", *arguments.change]
     print("| minutes | start | steps | tau | over the first |\n| - | - | - | - | - |", flush=True)
+    like = {}  # of the first run with these steps of training-time test
     for minutes in arguments.minutes:
         first = None
         for name in arguments.start:
@@ -95,9 +98,17 @@ def main():
             place = arguments.folder / f"{minutes:g}-{name.replace(',', '').replace(' ', '-')}"
             Eagle3Head.start_from, Eagle3Head.regress = begin, fit
             try:
-                took = trained(arguments.recipe, [*usual, *changes], arguments.answers, place, 60 * minutes)
+                took = trained(
+                    arguments.recipe,
+                    [*usual, *changes],
+                    arguments.answers,
+                    place,
+                    60 * minutes,
+                    like=like.get(name == LESS),
+                )
             finally:
                 Eagle3Head.start_from, Eagle3Head.regress = shipped
+            like.setdefault(name == LESS, took)
             head = load_drafter(str(place / "drafter"), target.shared, target.layers)
             drafter = HeadDrafter(head, parse_tree(TREE))
             counts = tokens_and_passes(
