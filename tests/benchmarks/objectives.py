@@ -11,8 +11,9 @@ answers: what all trainings read (`draftsmith regenerate`); prompts, development
 start: `early`, a drafter that the head's usual recipe trained for a tenth of what the shipped one took; `late`, the
 shipped one; `fresh`, none, for arms that change the head's form. Each arm (`ARMS`: changes of the recipe) is trained
 with each of the rates (factors of `RATES`), the best on the development prompts stays; more seeds are trained where the
-first one gains. equal: time, as many steps as fit `--seconds` processor seconds by a short run of its own; steps,
-as many as `base` takes in that time. dtype: of the products in training, and of the target. What stands in the folder
+first one gains. equal: time, as many steps as fit `--seconds` processor seconds, by a short run of `base` and by what a
+step of each arm costs beside one of `base`, all in turn (`--cost`; fresh heads by a short run of their own); steps, as
+many as `base` takes in that time. dtype: of the products in training, and of the target. What stands in the folder
 is not trained or decoded again. tau: 60-node tree, 64 new tokens; 95 % intervals resample prompts, of gains over `base`
 of the same seed prompts are paired. Prints a Markdown table.
 
@@ -31,6 +32,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -161,18 +163,32 @@ class Arena:
         """The drafter's place and what it took."""
         changes = [*start, *self.usual(rate, seed), *self.arms[arm]]
         place = self.folder / folder_of(arm, rate, seed, equal)
-        if equal == "time" or arm == "base":
+        if arm == "base" or (equal == "time" and self.a.start == "fresh"):
             took = self.trained(changes, place, self.a.seconds)
         else:
-            wanted = self.train("base", rate, seed, "time", start)[1]["steps"]
-            took = self.steps(changes, place, wanted)
+            base = self.train("base", rate, seed, "time", start)[1]
+            took = self.beside(base, changes, place, self.share(arm, base["step_ms"]) if equal == "time" else 1.0)
         return place / "drafter", took
 
-    def steps(self, changes: list[str], place: Path, wanted: int) -> dict:
-        """As many steps as `wanted`, whatever they take."""
+    def share(self, arm: str, step_ms: float) -> float:
+        """How many steps of an arm take as long as one of `base`, which takes step_ms; the optimizer costs all the
+        same.
+        """
+        rest = max(0.0, step_ms - self.costs["base"])
+        return (self.costs["base"] + rest) / (self.costs[arm] + rest)
+
+    @cached_property
+    def costs(self) -> dict[str, float]:
+        """As `costs`, kept in the folder."""
+        kept = self.folder / "costs.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(costs(self, list(ARMS))))
+        return json.loads(kept.read_text())
+
+    def beside(self, base: dict, changes: list[str], place: Path, share: float) -> dict:
+        """So many times the steps of `base`, whatever they take."""
         if not (place / "took.json").exists():
-            _, few = timed(self.recipe, changes, self.a.answers, place, 0.1)
-            seconds, steps = timed(self.recipe, changes, self.a.answers, place, 0.1 * wanted / few)
+            seconds, steps = timed(self.recipe, changes, self.a.answers, place, share * base["epochs"])
             (place / "took.json").write_text(json.dumps({"seconds": round(seconds, 1), "steps": steps}))
         return json.loads((place / "took.json").read_text())
 
@@ -242,7 +258,7 @@ class Arena:
         return rows
 
 
-def costs(arena: Arena, repeats: int = 4) -> dict[str, float]:
+def costs(arena: Arena, arms: list[str], repeats: int = 4) -> dict[str, float]:
     """Milliseconds of the thread for one step of each arm (features, loss and gradient; not the optimizer), all arms in
     turn on one batch of the answers from the shipped drafter: medians, the first round left out.
     """
@@ -260,7 +276,7 @@ def costs(arena: Arena, repeats: int = 4) -> dict[str, float]:
     packing = Packing((0, *accumulate(len(row["tokens"]) for row in rows)), mask)
     tokens = torch.tensor([token for row in rows for token in row["tokens"]])
     head, steps, times = load_drafter(start, target.shared, target.layers).train(), {}, {}
-    for arm in arena.a.arm or list(ARMS):
+    for arm in arms:
         recipe = read_recipe(
             RECIPES / f"{arena.recipe}.yaml",
             DrafterRecipe,
@@ -366,7 +382,7 @@ def main():
     if len(arguments.rates) > 1 and not arguments.development:
         parser.error("--development is needed to choose between --rates")
     if arguments.cost:
-        print(json.dumps(costs(Arena(arguments))))
+        print(json.dumps(costs(Arena(arguments), arguments.arm or list(ARMS))))
         return
     rows = Arena(arguments).run()
     if arguments.output:
