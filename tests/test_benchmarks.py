@@ -19,14 +19,15 @@ def test_accelerator_benchmark_measures_every_section(tmp_path, monkeypatch, cap
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures == json.loads(output.read_text())
     assert {"date", "card", "torch", "transformers", "command"} <= figures.keys()
-    assert [p["rows"] for p in figures["verify"]["passes"]] == [1, 16, 32, 60]
-    assert {"rows", "ms", "host_ms", "floor_ms", "ratio"} == figures["verify"]["passes"][0].keys()
-    assert [(level["what"], level["width"]) for level in figures["draft"]["levels"]] == [
-        ("root level", 1),
-        ("later level", 1),
-        ("later level", 10),
-        ("dynamic:10x7x60", None),
-        ("chain:5", None),
+    both = ("captured", "eager")
+    rows = [(p["rows"], p["passes"]) for p in figures["verify"]["passes"]]
+    assert rows == [(rows, passes) for rows in (1, 16, 32, 60) for passes in both]
+    assert {"rows", "passes", "ms", "host_ms", "floor_ms", "ratio"} == figures["verify"]["passes"][0].keys()
+    assert [(level["what"], level["passes"], level["width"]) for level in figures["draft"]["levels"]] == [
+        ("root level", "eager", 1),
+        ("later level", "eager", 1),
+        ("later level", "eager", 10),
+        *((tree, passes, None) for tree in ("dynamic:10x7x60", "chain:5") for passes in both),
     ]
     for run in figures["overhead"]["runs"]:  # the phases lie inside the total
         assert (

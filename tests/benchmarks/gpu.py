@@ -187,9 +187,21 @@ def draft(scale: Scale, device: torch.device) -> dict:
                 later += [tuple(times)] * (turn >= warm_up)
             head.extend(context, committed)
         if width == WIDTHS[0]:
-            rows.append({"what": "root level", "width": 1, **beside_floor(medians(first), size_of(head), bandwidth)})
+            rows.append(
+                {
+                    "what": "root level",
+                    "passes": "eager",
+                    "width": 1,
+                    **beside_floor(medians(first), size_of(head), bandwidth),
+                }
+            )
         rows.append(
-            {"what": "later level", "width": width, **beside_floor(medians(later), size_of(head) - fused, bandwidth)}
+            {
+                "what": "later level",
+                "passes": "eager",
+                "width": width,
+                **beside_floor(medians(later), size_of(head) - fused, bandwidth),
+            }
         )
     for policy, graphs in product((parse_tree(LARGE_TREE), chain(CHAIN_DEPTH)), (True, False)):
         head.graphs.on = graphs
@@ -198,8 +210,15 @@ def draft(scale: Scale, device: torch.device) -> dict:
         for _ in range(warm_up + scale.repeats):
             calls.append(timed(device, lambda d=drafter: d.propose(Draw(0.0, 0, [0], [scale.context])))[1:])
             drafter.observe(committed, root)
-        size, what = size_of(head) * policy.depth - fused * (policy.depth - 1), f"{policy}, {kind(head, graphs)}"
-        rows.append({"what": what, "width": None, **beside_floor(medians(calls[warm_up:]), size, bandwidth)})
+        size, passes = size_of(head) * policy.depth - fused * (policy.depth - 1), kind(head, graphs)
+        rows.append(
+            {
+                "what": str(policy),
+                "passes": passes,
+                "width": None,
+                **beside_floor(medians(calls[warm_up:]), size, bandwidth),
+            }
+        )
     show(f"drafting behind {scale.context} rows, batch 1, bf16; head {size_of(head) / 1e9:.2f} GB", rows)
     return {"head_bytes": size_of(head), "context": scale.context, "levels": rows}
 
