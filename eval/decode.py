@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from draftsmith.eval.sampling import Noise, Sampling, most_probable, process, seen_tokens
-from draftsmith.eval.verification.verifier import MATCH, Verifier
+from draftsmith.eval.verification.verifier import MATCH, Accepted, Verifier
 from draftsmith.models.drafters import Drafter
 from draftsmith.models.errors import UserError
 from draftsmith.models.features import Features
@@ -295,9 +295,11 @@ def passes(
                 processed(verified.logits, tree, sampling, active, histories),
                 Noise(sampling, active, roots),
             )
-            accepted = verifier(tree, logits, noise).trimmed()
-            session.commit(accepted.path, accepted.counts)
-            kept = record(traces, histories, active, tree, accepted, max_new_tokens, eos)
+            accepted = verifier(tree, logits, noise)
+            told = Told.of(tree, accepted)
+            accepted = accepted.trimmed(max(told.counts))
+            session.commit(accepted.path, accepted.counts, (told.path, told.counts))
+            kept = record(traces, histories, active, tree, accepted, told, max_new_tokens, eos)
             features = observed(drafter.feature_spec, verified, tree, kept, logits)
         for request in active if emit else ():
             emit(request, traces[request].tokens[-traces[request].emitted[-1] :])
@@ -333,23 +335,40 @@ def observed(spec, verified, tree, accepted, logits):
     return replace(features, distribution=most_probable(logits, asked.top))
 
 
-def record(traces, histories, active, tree, accepted, max_new_tokens, eos):
+@dataclass(frozen=True)
+class Told:
+    """What one pass accepted, as the host knows it after one transfer: path and tokens (of the path's nodes) of each
+    row, counts, the next tokens, the depths of the trees.
+    """
+
+    path: list[list[int]]
+    tokens: list[list[int]]
+    counts: list[int]
+    next_token: list[int]
+    depths: list[int]
+
+    @classmethod
+    def of(cls, tree: DraftTree, accepted: Accepted) -> "Told":
+        tokens = tree.tokens.gather(1, accepted.path)
+        found = on_host(accepted.path, tokens, accepted.counts, accepted.next_token, tree.depths.amax(1))
+        return cls(*(part.tolist() for part in found))
+
+
+def record(traces, histories, active, tree, accepted, told, max_new_tokens, eos):
     """Appends what was emitted in this pass to the traces, cut at EOS and at the limit -> what of `accepted` is left
     by these cuts.
     """
-    path_tokens, left = tree.tokens.gather(1, accepted.path), []
-    found = on_host(path_tokens, accepted.counts, accepted.next_token, tree.depths.amax(1))
-    path_tokens, counts, following, depth = (part.tolist() for part in found)
-    for i, (request, count, token) in enumerate(zip(active, counts, following)):
-        trace, emitted = traces[request], [*path_tokens[i][1:count], token]
+    left = []
+    for i, (request, count, token) in enumerate(zip(active, told.counts, told.next_token)):
+        trace, emitted = traces[request], [*told.tokens[i][1:count], token]
         kept = cut(emitted, max_new_tokens - len(trace.tokens), eos)
         trace.tokens += kept
         histories[request] += kept
         trace.accepted.append(count - 1)
-        trace.drafted.append(depth[i])
+        trace.drafted.append(told.depths[i])
         trace.emitted.append(len(kept))
         left.append(len(kept))
-    return accepted if left == counts else accepted.cut(tree, left)
+    return accepted if left == told.counts else accepted.cut(tree, left)
 
 
 def cut(tokens: list[int], room: int, eos: set[int]) -> list[int]:

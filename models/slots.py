@@ -140,14 +140,15 @@ class SlotCache(Cache):
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.whole.device)
         self._bind()
 
-    def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
+    def commit(self, path: torch.Tensor, counts: torch.Tensor, told: tuple[list, list] | None = None) -> None:
         """Keeps the rows path [B, M] (offsets into the last forward, ascending; padding after counts [B] is
         ignored). They move to the front at once: a move costs less than the dead rows that a later one would have
-        passes read (tests/benchmarks/compaction.py).
+        passes read (tests/benchmarks/compaction.py). told: both on the host, where they are known there.
         """
-        width = path.size(1)
-        steps = torch.arange(width, device=path.device)
-        if not bool(((path == steps) | (steps >= counts[:, None])).all()):
+        width, steps = path.size(1), torch.arange(path.size(1), device=path.device)
+        paths, many = told or (path.tolist(), counts.tolist())
+        lengths = [length + count for length, count in zip(self.known_lengths, many)]
+        if any(row[:count] != list(range(count)) for row, count in zip(paths, many)):
             if len(self.lengths) == 1:
                 start = self.known_lengths[0]
                 self.store[:, 0, :, start : start + width] = self.store[:, 0].index_select(2, start + path[0])
@@ -156,6 +157,7 @@ class SlotCache(Cache):
                 kept = self.store[:, rows, :, self.lengths[:, None] + path]
                 self.store[:, rows, :, self.lengths[:, None] + steps] = kept
         self.lengths = self.lengths + counts
+        self._known = lengths
 
     def forget(self, counts: torch.Tensor) -> None:
         """Gives up the first counts [B] committed rows of each request; the others move to the front."""

@@ -121,7 +121,7 @@ class DraftTree:
 
     def follow(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The path along the tokens that the target itself chooses: chosen [B, N], its token after each node -> (path
-        [B, M] of nodes, root first, counts [B]; behind them other nodes stand). Siblings may be repeated.
+        [B, N] of nodes, root first, counts [B]; behind them other nodes stand). Siblings may be repeated.
         """
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
         wrong = self.tokens != chosen.gather(1, self.parents.clamp(min=0))
@@ -129,7 +129,7 @@ class DraftTree:
         reached = ~(self.ancestors & (wrong | ~self.real)[:, None]).any(-1)
         on_path = self.ancestors[rows, torch.where(reached, self.depths, -1).argmax(1)]
         counts = on_path.sum(1)
-        return torch.sort((~on_path).to(torch.int8), dim=1, stable=True).indices[:, : int(counts.max())], counts
+        return torch.sort((~on_path).to(torch.int8), dim=1, stable=True).indices, counts
 
 
 def rows_of(trees: Iterable[DraftTree]) -> DraftTree:

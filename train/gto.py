@@ -215,7 +215,7 @@ class Gto:
         }
         now, before = (reward(tree, e, spec.reward_agg) for tree, e in zip((mine, theirs), mode[spec.reward_mode]))
         nodes, counts = mine.follow(own)
-        return now, before, mine.tokens.gather(1, nodes[:, 1:]), counts - 1
+        return now, before, mine.tokens.gather(1, nodes[:, 1 : int(counts.max())]), counts - 1
 
 
 def nothing(head) -> torch.Tensor:

@@ -35,9 +35,11 @@ class Accepted:
         following = torch.where(kept < self.counts, tree.tokens.gather(1, at)[:, 0], self.next_token)
         return Accepted(self.path, kept, following)
 
-    def trimmed(self) -> "Accepted":
-        """Without the columns that no row uses (waits for the device)."""
-        return Accepted(self.path[:, : int(self.counts.max())], self.counts, self.next_token)
+    def trimmed(self, width: int | None = None) -> "Accepted":
+        """Without the columns that no row uses. width: the greatest count, where the host knows it (otherwise it waits
+        for the device).
+        """
+        return Accepted(self.path[:, : width or int(self.counts.max())], self.counts, self.next_token)
 
 
 @dataclass(frozen=True)

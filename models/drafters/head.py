@@ -50,7 +50,7 @@ class HeadDrafter:
     def propose(self, draw):
         if self.policy.draws:
             return self._grown(self.head, self.head.roots(self.context), draw)
-        return replace(grown(self.head, self.context, self.policy, self.root), probes=self.probes)
+        return replace(grown(self.head, self.context, self.policy, self.root, max(draw.positions)), probes=self.probes)
 
     def follow(self):
         """What the head predicts behind all rows that no root was expanded behind yet: log-probs [B, M, Vd] and counts

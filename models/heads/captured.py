@@ -13,9 +13,10 @@ from draftsmith.models.slots import SlotCache
 from draftsmith.models.tree import DraftTree
 
 
-def grown(head, context: Context, policy, root: torch.Tensor) -> DraftTree:
+def grown(head, context: Context, policy, root: torch.Tensor, most: int) -> DraftTree:
     """The tree that a policy without draws grows behind a context, root [B]: from a captured graph where the head's
-    passes are captured and have a static shape, level by level otherwise.
+    passes are captured and have a static shape, level by level otherwise. most: rows that no request has more of, so
+    that nobody waits for the device to tell.
     """
     eager = lambda: policy.grow(head, head.roots(context), root)  # noqa: E731
     policy = policy.of(len(root)) if isinstance(policy, TreeByRows) else policy
@@ -24,7 +25,7 @@ def grown(head, context: Context, policy, root: torch.Tensor) -> DraftTree:
     pending, cache, count = context.pending, context.cache, policy.depth + 1
     if pending is None or pending.tokens.size(1) > count:
         return eager()
-    visible = bucket(max(cache.known_lengths) + count + policy.expanded, STEP)
+    visible = bucket(most + count + policy.expanded, STEP)
     cache.hold(visible)
     more = count - pending.tokens.size(1)
     inputs = {

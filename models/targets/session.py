@@ -161,11 +161,11 @@ class TextSession:
         found = target.graphs(cache, key, run, lambda: self._eager(tree), inputs)
         return found and tuple(x[:, :size] for x in found)
 
-    def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
+    def commit(self, path: torch.Tensor, counts: torch.Tensor, told: tuple[list, list] | None = None) -> None:
         """Keeps the nodes path [B, M] (root first; only the first counts [B] of a row are real) of the last verified
-        tree.
+        tree. told: both on the host, where they are known there.
         """
-        self.cache.commit(path, counts)
+        self.cache.commit(path, counts, told)
 
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with only these batch rows."""

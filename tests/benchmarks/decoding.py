@@ -13,7 +13,8 @@ overhead_share     by target: sampling and bookkeeping / a whole pass, the large
 pass_over_library  by target: our pass over one row of plain greedy decoding / the library's step, batch 1
 draft_share        drafting of the tree / its verify pass, `smollm2`, batch 1, T = 0
 t1_over_t0         a drafted pass at T = 1 / at T = 0, `smollm2`, batch 1
-syncs_per_pass     reads by the host in one drafted pass, `code`, batch 1, T = 0 (`Reads`)
+syncs_per_pass     reads by the host in one drafted pass, `code`, batch 1, T = 0 (`Reads`), eager, and of static
+                   shapes as a CUDA device captures them
 auto_over_best     speed of what `--tree auto` chooses / the best of some trees and no drafting (eval/measurement/
                    sweep.py), `code`, by batch size
 """
@@ -172,7 +173,11 @@ def main():
                     f"{name}: our pass over one row {steps['ours']:.2f} ms, the library's step {steps['library']:.2f}"
                 )
         if name == "code":
-            summary["syncs_per_pass"] = reads_per_pass(target, drafters["eagle3"], prompts[0])
+            summary["syncs_per_pass"] = {"eager": reads_per_pass(target, drafters["eagle3"], prompts[0])}
+            target.graphs.on = head.graphs.on = True  # static shapes, which a CUDA device captures
+            generate(target, drafters["eagle3"], prompts[:1], Sampling(), 40)  # what the first use of a shape compares
+            summary["syncs_per_pass"]["captured"] = reads_per_pass(target, drafters["eagle3"], prompts[0])
+            target.graphs.on = head.graphs.on = False
             summary["auto_over_best"] = {}
             for batch in (1, 8):
                 result = sweep(

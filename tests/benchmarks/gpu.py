@@ -207,8 +207,9 @@ def draft(scale: Scale, device: torch.device) -> dict:
         head.graphs.on = graphs
         drafter, calls = HeadDrafter(head, policy), []
         drafter.begin(features, root)
-        for _ in range(warm_up + scale.repeats):
-            calls.append(timed(device, lambda d=drafter: d.propose(Draw(0.0, 0, [0], [scale.context])))[1:])
+        for turn in range(warm_up + scale.repeats):
+            draw = Draw(0.0, 0, [0], [scale.context + turn])
+            calls.append(timed(device, lambda d=drafter, w=draw: d.propose(w))[1:])
             drafter.observe(committed, root)
         size, passes = size_of(head) * policy.depth - fused * (policy.depth - 1), kind(head, graphs)
         rows.append(

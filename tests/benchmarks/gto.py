@@ -88,7 +88,7 @@ def cost(target, prompts, stops) -> dict[str, float]:
     mine, theirs = grown(head), grown(frozen)
     trie, _ = gto.union(mine, theirs)
     nodes, counts = mine.follow(features.score(trie, at)[1][:, : mine.size])
-    path, lengths = mine.tokens.gather(1, nodes[:, 1:]), counts - 1
+    path, lengths = mine.tokens.gather(1, nodes[:, 1 : int(counts.max())]), counts - 1
     parts = {
         "target": lambda: target.features(tokens, packing, head.feature_spec),
         "own loss": lambda: head.loss(features, recipe.goal)[0].backward(),

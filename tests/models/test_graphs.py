@@ -21,6 +21,7 @@ from draftsmith.models.grow import parse_tree
 from draftsmith.models.heads import captured
 from draftsmith.models.slots import SlotCache
 from draftsmith.models.targets import TextTarget, session
+from tests.benchmarks.decoding import reads_per_pass
 from tests.conftest import tiny_head, tiny_target, trained_head
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2]]
@@ -127,6 +128,16 @@ def test_captured_passes_read_nothing_on_the_host(pair, tree, monkeypatch):
     assert len(seen) > 10 and target.graphs.on and head.graphs.on
     with pytest.raises(AssertionError), Reads():
         torch.tensor([1])
+
+
+def test_the_host_waits_once_a_pass(pair):
+    """For what was accepted; an eager pass once more, for the lengths of the head's cache."""
+    target, head = pair
+    drafter = HeadDrafter(head, parse_tree("dynamic:3x3x9"))
+    for on, most in ((False, 2), (True, 1)):
+        switched(target, head, on)
+        generate(target, drafter, PROMPTS[:1], Sampling(), 80)  # the first use of a shape compares
+        assert 0 < reads_per_pass(target, drafter, PROMPTS[0]) <= most
 
 
 def test_other_figures_are_told_once_and_eager_from_then_on(caplog):

@@ -131,12 +131,12 @@ class RecurrentCache(Led, Cache):
         """The kept rows are a prompt: `rewind` comes back to here."""
         self.prompt = self.lengths, self.states
 
-    def commit(self, path: torch.Tensor, counts: torch.Tensor) -> None:
+    def commit(self, path: torch.Tensor, counts: torch.Tensor, told: tuple[list, list] | None = None) -> None:
         """Keeps the rows path [B, M] of the last tree, as `SlotCache.commit`."""
         path = torch.where(path_mask(path, counts), path, 0)
         for index, mixer in self.mixers.items():
             self.kept[index].commit(mixer.scan, path, counts)
-        self.slots.commit(path, counts)
+        self.slots.commit(path, counts, told)
 
     def select(self, rows: torch.Tensor) -> None:
         self.slots.select(rows)
