@@ -136,9 +136,7 @@ def test_the_host_waits_once_a_pass(pair):
     drafter = HeadDrafter(head, parse_tree("dynamic:3x3x9"))
     for on, most in ((False, 2), (True, 1)):
         switched(target, head, on)
-        for _ in range(
-            2
-        ):  # the first use of a shape compares; the drafter holds on to one cache while it takes another
+        for _ in range(4):  # two caches, each of which grows once: the first use of a shape compares
             generate(target, drafter, PROMPTS[:1], Sampling(), 80)
         assert 0 < reads_per_pass(target, drafter, PROMPTS[0]) <= most
 
