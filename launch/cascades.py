@@ -68,18 +68,20 @@ def seconds_a_token(run: Run) -> float:
     )
 
 
-def undisturbed(runs: list[Run]) -> Run:
+def best_of(runs: list[Run]) -> Run:
     """One run of several that did the same work: each pass takes what it took at its best, phase by phase. (Passes of
-    a cascade are too unlike for quantiles over them.)
+    a cascade are too unlike for quantiles over them.) Where a unit took other passes, it counts as it was at first.
     """
-    first, seconds = runs[0], []
+    seconds = []
     for units in zip(*(run.seconds for run in runs)):
-        passes = [
-            one[0]._replace(**{phase: min(getattr(p, phase) for p in one) for phase in PHASES})
-            for one in zip(*(unit["passes"] for unit in units), strict=True)
-        ]
+        passes = units[0]["passes"]
+        if all(len(unit["passes"]) == len(passes) for unit in units):
+            passes = [
+                one[0]._replace(**{phase: min(getattr(p, phase) for p in one) for phase in PHASES})
+                for one in zip(*(unit["passes"] for unit in units))
+            ]
         seconds.append({**units[0], "passes": passes})
-    return replace(first, seconds=seconds)
+    return replace(runs[0], seconds=seconds)
 
 
 class Plan:
@@ -130,7 +132,7 @@ class Plan:
             interleaved(decoders, self.prompts, self.sampling, tokens, stops, warm_up=repeats > 1 and not turn)
             for turn in range(repeats)
         ]
-        return {name: undisturbed([run[name] for run in runs]) for name in decoders}
+        return {name: best_of([run[name] for run in runs]) for name in decoders}
 
     def alone(self) -> dict[str, Looped]:
         """Every model decoding plainly (its name and a blank) and with the drafter."""

@@ -5,10 +5,10 @@ that gives a token in c seconds:
 
     (T(m + 1) + m c) / (1 + a + ... + a^m)        seconds a token
 
-m being an average, since the last pass below may give more than a buffer has room for, and a being measured by depth,
-since texts differ: where the first token is accepted the next one is more often,
 and at the bottom, a drafter under a model: c = (T + t_draft) / L, L tokens a pass. So a chain is counted from its end,
-stage by stage. T, t_draft, L and a are measured, each pair of models by itself.
+stage by stage. T, t_draft, L and a are measured, each pair of models by itself: a by depth, since a text whose first
+token is accepted is more often an easy one, and m on average, since the last pass below may give more than a buffer has
+room for.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,7 +119,7 @@ def predict(
     target: str,
     passes: dict[str, Callable[[float], float]],
     alone: Bottom,
-    pairs: dict[tuple[str, str], "Pair"],
+    pairs: dict[tuple[str, str], Pair],
     buffers: Sequence[int] = (),
 ) -> Chain:
     """A chain of middle models under a target, with the best buffers or the given ones. passes {model: seconds of its
