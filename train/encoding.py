@@ -3,6 +3,7 @@ a bounded number of them in memory.
 """
 
 import os
+import pickle
 import signal
 import threading
 from collections import Counter, deque
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -102,10 +104,21 @@ def encoded(
 def _spread(records: Iterator, file: str, encoder: Encoder, processes: int) -> Iterator[tuple[int, Outcome]]:
     """Spawned, not forked: this process may have threads, and hold an accelerator. It encodes until they have
     started.
+
+    The encoder travels by a file. What a spawned process is given at its start goes through a pipe, in which this
+    process would be stuck for ever if the other one died before it had read it all (as it does in a script without
+    `if __name__ == "__main__"`).
     """
-    workers = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (encoder, file))
-    waiting, starting = deque(), [workers.submit(_started) for _ in range(processes)]
+    with TemporaryDirectory(prefix="draftsmith-") as folder:
+        place = Path(folder) / "encoder"
+        place.write_bytes(pickle.dumps((encoder, file)))
+        yield from _by(processes, place, records, file, encoder)
+
+
+def _by(processes: int, place: Path, records: Iterator, file: str, encoder: Encoder) -> Iterator[tuple[int, Outcome]]:
+    workers, waiting = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (place,)), deque()
     try:
+        starting = [workers.submit(_started) for _ in range(processes)]
         for number, record in islice(records, MEANWHILE):
             yield number, encoder(record, file)
             if any(each.done() for each in starting):
@@ -123,7 +136,8 @@ def _spread(records: Iterator, file: str, encoder: Encoder, processes: int) -> I
         workers.shutdown()
     except BrokenProcessPool:
         raise UserError(
-            f"{file}: a process that prepared rows died (of memory?); data.processes=1 prepares them in this one"
+            f"{file}: a process that prepared rows died (of memory? in a script without `if __name__ == '__main__'`?); "
+            f"data.processes=1 prepares them in this one"
         ) from None
     finally:
         workers.shutdown(wait=False, cancel_futures=True)
@@ -132,9 +146,12 @@ def _spread(records: Iterator, file: str, encoder: Encoder, processes: int) -> I
 _work: tuple[Encoder, str] | None = None  # of a spawned process
 
 
-def _begin(encoder: Encoder, file: str) -> None:
+def _begin(place: Path) -> None:
     global _work
-    _work = encoder, file
+    try:
+        _work = pickle.loads(place.read_bytes())
+    except FileNotFoundError:
+        os._exit(0)  # all was done before this process had started
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 

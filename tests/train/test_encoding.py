@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from itertools import count, islice, takewhile
 
 import numpy as np
@@ -84,6 +86,32 @@ def test_a_process_that_dies_is_one_line(tokenizer, monkeypatch):
     records = ((number, record(number)) for number in range(COUNT))
     with pytest.raises(UserError, match="rows.jsonl: a process that prepared rows died .*data.processes=1"):
         list(encoded(records, "rows.jsonl", Dying(Renderer(tokenizer), {2}, 300, 64), 2))
+
+
+UNGUARDED = """
+from transformers import AutoTokenizer
+from draftsmith.models.errors import UserError
+from draftsmith.models.rendering import Renderer
+from draftsmith.train import encoding
+encoding.ALONE, encoding.MEANWHILE = 10, 0
+records = ((n, {"prompt": "add", "response": f"return {n}"}) for n in range(700))
+encoder = encoding.Encoder(Renderer(AutoTokenizer.from_pretrained("TOKENIZER")), set(range(200_000)), 300, 64)
+try:
+    list(encoding.encoded(records, "rows.jsonl", encoder, 2))
+except UserError as error:
+    print(f"told: {error}")
+"""
+
+
+def test_a_process_that_dies_at_its_start_is_told_of(tokenizer, tmp_path):
+    """As every one of a script without a guard does, which runs it once more: that script ends, however much the
+    processes were to be given.
+    """
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "script.py").write_text(UNGUARDED.replace("TOKENIZER", str(tmp_path / "tokenizer")))
+    ran = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120)
+    assert "told: rows.jsonl: a process that prepared rows died" in ran.stdout, ran.stderr[-2000:]
+    assert "script without `if __name__" in ran.stdout
 
 
 @pytest.mark.parametrize("value", [True, "1", None, float("nan"), 10**400, -1, [1]])
