@@ -171,7 +171,7 @@ class Run:
         if recipe.engine.target == "sharded":
             distributed.shard(self.target)
         self.features = self._features()
-        if found is None and recipe.head.start_from is None:
+        if found is None and recipe.head.start_from is None and recipe.head.regression:
             regress(self.head, self.schedule, self.features, say)
         beside = tree_objectives(recipe, self.target, stops)
         self.optimizer = build_optimizer(recipe, self.head)

@@ -158,14 +158,18 @@ def known(name: str) -> str:
 
 
 class Head(Strict):
-    """name and start_from, beside what the head of this name has in its `Shape`."""
+    """name and what it starts from, beside what the head of this name has in its `Shape`. regression: whether a fresh
+    head that can also starts in closed form from rows of the data: ahead in short trainings, behind in long ones
+    (recipes/README.md).
+    """
 
     name: Annotated[str, AfterValidator(known)]
     start_from: Place | None
+    regression: bool = True
 
     @property
     def shape(self) -> dict:
-        return self.model_dump(exclude={"name", "start_from"})
+        return self.model_dump(exclude={"name", "start_from", "regression"})
 
 
 class Lora(Strict):

@@ -58,16 +58,18 @@ def high_tap(head: Eagle3Head, target: TextTarget) -> None:
 LESS = "three steps"
 LARGE = ["optimization.lr=0.003", "optimization.muon_lr=0.02"]
 SMALL = ["optimization.lr=0.0003", "optimization.muon_lr=0.002"]
-# name -> (what replaces `Eagle3Head.start_from` and `Eagle3Head.regress`, changes of the recipe)
+PLAIN = ["head.regression=false"]
+# name -> (what replaces `Eagle3Head.start_from`, changes of the recipe)
 STARTS = {
-    "output head": (output_head, None, []),
-    "output head, large rates": (output_head, None, LARGE),
-    "high tap": (high_tap, None, []),
-    "last layer": (Eagle3Head.start_from, None, []),
-    "last layer, large rates": (Eagle3Head.start_from, None, LARGE),
-    "regression": (Eagle3Head.start_from, Eagle3Head.regress, []),
-    "regression, small rates": (Eagle3Head.start_from, Eagle3Head.regress, SMALL),
-    LESS: (Eagle3Head.start_from, Eagle3Head.regress, ["objective.steps=3"]),
+    "output head": (output_head, PLAIN),
+    "output head, large rates": (output_head, PLAIN + LARGE),
+    "high tap": (high_tap, PLAIN),
+    "last layer": (Eagle3Head.start_from, PLAIN),
+    "last layer, large rates": (Eagle3Head.start_from, PLAIN + LARGE),
+    "last layer, small rates": (Eagle3Head.start_from, PLAIN + SMALL),
+    "regression": (Eagle3Head.start_from, []),
+    "regression, small rates": (Eagle3Head.start_from, SMALL),
+    LESS: (Eagle3Head.start_from, ["objective.steps=3"]),
 }
 
 
@@ -87,16 +89,16 @@ def main():
     target, tokenizer = TextTarget.load(recipe.target, dtype_of(recipe.engine.dtype)), load_tokenizer(recipe.target)
     prompts = [p.tokens for p in read_prompts(arguments.prompts, tokenizer, arguments.limit)]
     stops, table = stop_ids(target, tokenizer), {}
-    shipped = Eagle3Head.start_from, Eagle3Head.regress
+    shipped = Eagle3Head.start_from
     usual = ["evaluation.rows=0", "engine.checkpoint_minutes=60", "data.features=online", *arguments.change]
     print("| minutes | start | steps | tau | over the first |\n| - | - | - | - | - |", flush=True)
     like = {}  # of the first run with these steps of training-time test
     for minutes in arguments.minutes:
         first = None
         for name in arguments.start:
-            begin, fit, changes = STARTS[name]
+            begin, changes = STARTS[name]
             place = arguments.folder / f"{minutes:g}-{name.replace(',', '').replace(' ', '-')}"
-            Eagle3Head.start_from, Eagle3Head.regress = begin, fit
+            Eagle3Head.start_from = begin
             try:
                 took = trained(
                     arguments.recipe,
@@ -107,7 +109,7 @@ def main():
                     like=like.get(name == LESS),
                 )
             finally:
-                Eagle3Head.start_from, Eagle3Head.regress = shipped
+                Eagle3Head.start_from = shipped
             like.setdefault(name == LESS, took)
             head = load_drafter(str(place / "drafter"), target.shared, target.layers)
             drafter = HeadDrafter(head, parse_tree(TREE))
