@@ -159,13 +159,13 @@ def known(name: str) -> str:
 
 class Head(Strict):
     """name and what it starts from, beside what the head of this name has in its `Shape`. regression: whether a fresh
-    head that can also starts in closed form from rows of the data: ahead in short trainings, behind in long ones
-    (recipes/README.md).
+    head that can also starts in closed form from rows of the data, which is ahead in trainings of minutes and behind in
+    longer ones (recipes/README.md).
     """
 
     name: Annotated[str, AfterValidator(known)]
     start_from: Place | None
-    regression: bool = True
+    regression: bool = False
 
     @property
     def shape(self) -> dict:

@@ -5,9 +5,9 @@
 
 Starts: `output head` takes the target's rows of the output head and its final norm, and nothing else; `high tap` also
 lets `fc` pass the high tap through; `last layer` also takes the target's last decoder layer; `regression` then fits
-`fc` and the attention to rows of the answers (what a run does); `three steps` is that with three steps of training-time
-test instead of the recipe's. `large rates` and `small rates`: those of random starts and a tenth of them, whatever the
-recipe says.
+`fc` and the attention to rows of the answers (`head.regression`); `three steps` is that with three steps of
+training-time test instead of the recipe's. `large rates` and `small rates`: those of random starts and a tenth of them,
+whatever the recipe says.
 answers: what all trainings read; prompts: those that are decoded (other ones). A run takes as many steps as fit its
 minutes of processor time, by the time of a short run of the first start (a step costs the same whatever it started
 from; `three steps` has a short run of its own); what stands in the folder is not trained again. tau:
@@ -58,7 +58,7 @@ def high_tap(head: Eagle3Head, target: TextTarget) -> None:
 LESS = "three steps"
 LARGE = ["optimization.lr=0.003", "optimization.muon_lr=0.02"]
 SMALL = ["optimization.lr=0.0003", "optimization.muon_lr=0.002"]
-PLAIN = ["head.regression=false"]
+PLAIN, REGRESSED = ["head.regression=false"], ["head.regression=true"]
 # name -> (what replaces `Eagle3Head.start_from`, changes of the recipe)
 STARTS = {
     "output head": (output_head, PLAIN),
@@ -67,9 +67,9 @@ STARTS = {
     "last layer": (Eagle3Head.start_from, PLAIN),
     "last layer, large rates": (Eagle3Head.start_from, PLAIN + LARGE),
     "last layer, small rates": (Eagle3Head.start_from, PLAIN + SMALL),
-    "regression": (Eagle3Head.start_from, []),
-    "regression, small rates": (Eagle3Head.start_from, SMALL),
-    LESS: (Eagle3Head.start_from, ["objective.steps=3"]),
+    "regression": (Eagle3Head.start_from, REGRESSED),
+    "regression, small rates": (Eagle3Head.start_from, REGRESSED + SMALL),
+    LESS: (Eagle3Head.start_from, [*REGRESSED, "objective.steps=3"]),
 }
 
 
