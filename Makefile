@@ -13,7 +13,8 @@ demo: setup
 test: setup
 	@PYTHONDONTWRITEBYTECODE= CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
-# The shipped drafter in the real engine (vLLM for the CPU) and in the speculators library, in an environment of their own; about 20 minutes on a quiet machine.
+# The shipped drafters in the real engine (vLLM for the CPU) and one in the speculators library, in an environment of their own; half an hour
+# beside other work on two cores.
 test-vllm:
 	@bash tests/engine/setup.sh
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m tests.engine.speculators_compare
