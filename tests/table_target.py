@@ -72,7 +72,7 @@ class TableSession:
         above[:, 0] = self.last
         return Verified(self.logits[above, tree.tokens], torch.zeros(*tree.tokens.shape, 0), self.lengths)
 
-    def commit(self, path, counts):
+    def commit(self, path, counts, told=None):
         tokens = self.tree.tokens.gather(1, path).tolist()
         self.texts = [text + new[:count] for text, new, count in zip(self.texts, tokens, counts.tolist())]
 
