@@ -319,6 +319,8 @@ class DrafterRecipe(Strict):
                 "optimization.name: found muon, expected adamw with lora (Muon bounds the step of a matrix, not of a "
                 "product of two)"
             )
+        if self.head.regression and self.kind.regress is None:
+            raise ValueError(f"head.regression: found true, expected false ({self.head.name} has no such start)")
         if self.gto is not None and self.head.start_from is None:
             raise ValueError("head.start_from: found null, expected a trained drafter with gto")
         if self.on_trees and (self.data.features, self.engine.target) != ("online", "replicated"):

@@ -38,7 +38,7 @@ def grown(head, context: Context, policy, root: torch.Tensor, most: int) -> Draf
     }
     before = context.mark()
     usual = lambda: noted(head, policy, head.roots(context), root)  # noqa: E731
-    key, run = ("draft", str(policy), len(root), visible), partial(static_draft, head, cache, policy, visible)
+    key, run = ("draft", policy, len(root), visible), partial(static_draft, head, cache, policy, visible)
     found = head.graphs(cache, key, run, usual, inputs)
     cache.lengths, context.pending = before
     if found is None:

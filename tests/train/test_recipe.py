@@ -152,3 +152,9 @@ def test_target_recipe_is_checked_before_anything_runs(tmp_path):
         read_recipe(recipe, TargetRecipe, [f"stages=[{{layers: 4, {one}}}, {{layers: 6, {one}}}]"])
     with pytest.raises(UserError, match="exists; expected a new place"):
         pretrain(read_recipe(recipe, TargetRecipe, [f"output={tmp_path}"]))
+
+
+def test_a_regression_is_for_heads_that_have_one():
+    assert read_recipe(ROOT / "recipes" / "hass-code.yaml", DrafterRecipe, ["head.regression=true"]).head.regression
+    with pytest.raises(UserError, match="head.regression: found true, expected false .owl has no such start"):
+        read_recipe(ROOT / "recipes" / "owl-code.yaml", DrafterRecipe, ["head.regression=true"])
