@@ -11,6 +11,7 @@ from rich.table import Table
 
 from draftsmith.eval.cascade import CascadeDrafter
 from draftsmith.eval.measurement.cascades import (
+    LARGEST_BUFFER,
     Bottom,
     Chain,
     Pair,
@@ -32,7 +33,7 @@ from draftsmith.models.errors import UserError
 from draftsmith.models.targets.copies import seconds_per_pass
 
 WIDTHS = (1, 4, 8, 16)  # rows of timed passes
-PROBED = 8  # tokens of the buffers by which agreement is measured
+PROBED = (8, LARGEST_BUFFER)  # tokens of the buffers by which agreement and costs are measured
 REPEATS = 3  # of what is timed
 LEAST = 20  # passes by which the acceptance of a depth is measured; where there are fewer, that of all depths holds
 PHASES = ("draft", "verify", "overhead")
@@ -98,7 +99,7 @@ class Plan:
             self.drafters[name] = methods.drafters.middle(name)
         self.names, self.target = list(self.drafters), methods.target.name
         prompts = methods.prompts(
-            asked.suite, asked.limit, asked.max_new_tokens, 4 * PROBED + methods.rows, False, report
+            asked.suite, asked.limit, asked.max_new_tokens, 2 * LARGEST_BUFFER + methods.rows, False, report
         )
         self.prompts = [prompt.tokens for prompt in prompts]
         self.sampling = Sampling(asked.temperature, seed=asked.seed)
@@ -154,26 +155,35 @@ class Plan:
         return passes, bottoms
 
     def pairs(self) -> dict[tuple[str, str], Pair]:
-        """{(above, below)} of all pairs, by buffers of `PROBED`."""
-        decoders, found = {}, {}
+        """{(above, below)} of all pairs, by buffers of the sizes `PROBED`."""
+        decoders = {}
         for place, above in enumerate(self.names):
             for below in self.names[place + 1 :]:
-                drafter, rule = self.lowest(below)
-                cascade = CascadeDrafter(
-                    self.drafters[below].target, drafter, rule, PROBED, self.methods.target.vocab_size
-                )
-                decoders[above, below] = Looped(self.drafters[above].target, cascade, verifier=SAMPLED_RULE)
-        self.report(f"plan-cascade: {len(decoders)} pairs of models, buffers of {PROBED}")
-        for pair, run in self.run(decoders, repeats=1).items():  # a cascade counts what it decodes
-            accepted, drafted = ([n for t in run.traces for n in getattr(t, key)] for key in ("accepted", "drafted"))
-            whole = [n for t in run.traces for n in t.drafted[:-1]]  # a text's end cuts its last buffer
-            pooled = accepted_share(accepted, drafted)
-            found[pair] = Pair(
-                (*(kept / tried for tried, kept in passes_by_depth(run.traces)[:PROBED] if tried >= LEAST), pooled),
-                busy(run, ("draft",)) * run.cycles / decoders[pair].drafter.tally.tokens,
-                max(0.0, sum(whole) / max(1, len(whole)) - PROBED),
-            )
-        return found
+                for size in PROBED:
+                    drafter, rule = self.lowest(below)
+                    model, vocab = self.drafters[below].target, self.methods.target.vocab_size
+                    cascade = CascadeDrafter(model, drafter, rule, size, vocab)
+                    decoders[above, below, size] = Looped(self.drafters[above].target, cascade, verifier=SAMPLED_RULE)
+        self.report(f"plan-cascade: {len(decoders)} pairs of models and buffers")
+        runs = self.run(decoders, repeats=1)  # a cascade counts what it decodes
+        return {
+            pair: pair_of([(size, runs[(*pair, size)], decoders[(*pair, size)].drafter) for size in PROBED])
+            for pair in dict.fromkeys(key[:2] for key in decoders)
+        }
+
+
+def pair_of(probes: list[tuple[int, Run, CascadeDrafter]]) -> Pair:
+    """Of runs with buffers of rising sizes. The longest ones say how often each depth is accepted."""
+    *_, (longest, run, _) = probes
+    accepted, drafted = ([n for t in run.traces for n in getattr(t, key)] for key in ("accepted", "drafted"))
+    depths = (kept / tried for tried, kept in passes_by_depth(run.traces)[:longest] if tried >= LEAST)
+    seconds, more = [], []
+    for size, run, cascade in probes:
+        seconds.append(busy(run, ("draft",)) * run.cycles / cascade.tally.tokens)
+        whole = [n for t in run.traces for n in t.drafted[:-1]]  # a text's end cuts its last buffer
+        more.append(max(0.0, sum(whole) / max(1, len(whole)) - size))
+    sizes = tuple(size for size, *_ in probes)
+    return Pair((*depths, accepted_share(accepted, drafted)), sizes, tuple(seconds), tuple(more))
 
 
 def plan_cascade(asked: Asked, report=print) -> dict:
@@ -201,7 +211,9 @@ def plan_cascade(asked: Asked, report=print) -> dict:
     runs = plan.run({**{("alone", name): decoder for name, decoder in alone.items()}, **decoders})
     passes, bottoms = plan.costs({name: runs["alone", name] for name in alone})
     pairs = {
-        (above, below): replace(pair, seconds=pair.seconds * bottoms[below].seconds / before[below].seconds)
+        (above, below): replace(
+            pair, seconds=tuple(s * bottoms[below].seconds / before[below].seconds for s in pair.seconds)
+        )
         for (above, below), pair in pairs.items()
     }
     shown = [predict(chain.models, plan.target, passes, bottoms[plan.target], pairs, chain.buffers) for chain in shown]

@@ -59,12 +59,6 @@ def time_per_token(t: Callable[[float], float], below: float, chances, buffer: f
     return (t(buffer + 1) + buffer * below) / tokens_a_pass(chances, buffer)
 
 
-def best_buffer(t: Callable[[float], float], below: float, chances, more: float = 0.0) -> tuple[int, float]:
-    """(buffer, seconds a token) of the least time. more: tokens that the last pass below gives beyond the buffer."""
-    found = ((m, time_per_token(t, below, chances, m + more)) for m in range(1, LARGEST_BUFFER + 1))
-    return min(found, key=lambda pair: pair[1])
-
-
 @dataclass(frozen=True)
 class Bottom:
     """A drafter under a model. seconds: of one of its passes, drafting included; drafting: of them, the drafter's;
@@ -83,13 +77,32 @@ class Bottom:
 @dataclass(frozen=True)
 class Pair:
     """A model under another, as measured while it filled buffers for it. chances: that a token of the lower one is
-    accepted, by its depth, the last for all deeper ones; seconds: a token of the lower one with the drafter below it;
-    more: tokens beyond the buffer's size that its last pass gives on average.
+    accepted, by its depth, the last for all deeper ones. By sizes of buffers, rising: seconds: a token of the lower one
+    with the drafter below it; more: tokens that its last pass gives beyond the buffer on average. Both are taken to be
+    straight between the sizes, and those of the nearest outside.
     """
 
     chances: tuple[float, ...]
-    seconds: float
-    more: float
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    more: tuple[float, ...]
+
+    def at(self, size: int) -> tuple[float, float]:
+        """(seconds a token, tokens of a buffer on average) for buffers of this size."""
+        more = float(np.interp(size, self.sizes, self.more))
+        return float(np.interp(size, self.sizes, self.seconds)), size + more
+
+
+def best_buffer(t: Callable[[float], float], pair: Pair, below: float | None = None) -> tuple[int, float]:
+    """(buffer, seconds a token) of the least time. below: seconds a token of the lower model, where they are not those
+    of the pair.
+    """
+
+    def taken(size: int) -> float:
+        seconds, tokens = pair.at(size)
+        return time_per_token(t, seconds if below is None else below, pair.chances, tokens)
+
+    return min(((size, taken(size)) for size in range(1, LARGEST_BUFFER + 1)), key=lambda found: found[1])
 
 
 @dataclass(frozen=True)
@@ -126,12 +139,14 @@ def predict(
     passes by rows}; alone: the drafter under the target; pairs {(above, below)}.
     """
     models, found = (target, *chain), []
-    seconds, length = pairs[models[-2:]].seconds if chain else alone.per_token, alone.length
+    seconds, length = alone.per_token, alone.length
     for number in reversed(range(len(chain))):
         above, pair = passes[models[number]], pairs[models[number], models[number + 1]]
-        buffer = buffers[number] if buffers else best_buffer(above, seconds, pair.chances, pair.more)[0]
-        mean = buffer + pair.more
-        seconds, length = time_per_token(above, seconds, pair.chances, mean), tokens_a_pass(pair.chances, mean)
+        lowest = number == len(chain) - 1
+        buffer = buffers[number] if buffers else best_buffer(above, pair, None if lowest else seconds)[0]
+        own, mean = pair.at(buffer)
+        seconds = time_per_token(above, own if lowest else seconds, pair.chances, mean)
+        length = tokens_a_pass(pair.chances, mean)
         found.insert(0, buffer)
     return Chain(tuple(chain), tuple(found), seconds, length)
 

@@ -25,7 +25,7 @@ BELOW = (T2 + BETA * T3) / L2
 
 @pytest.mark.parametrize(("a", "buffer", "seconds"), [(0.90, 7, 9.42), (0.95, 12, 7.62), (0.98, 20, 6.18)])
 def test_the_best_buffer(a, buffer, seconds):
-    assert best_buffer(lambda rows: T1, BELOW, a)[0] == buffer
+    assert best_buffer(lambda rows: T1, Pair((a,), (8,), (BELOW,), (0.0,)))[0] == buffer
     assert time_per_token(lambda rows: T1, BELOW, a, buffer) == pytest.approx(seconds, abs=0.005)
 
 
@@ -61,9 +61,9 @@ def test_chains_are_counted_from_their_end():
     passes = {"target": lambda rows: 25.0, "middle": lambda rows: 10.0, "small": lambda rows: 3.0}
     alone = Bottom(32.2, 7.2, 4.0)
     pairs = {
-        ("target", "middle"): Pair((0.95,), 17.2 / 4.2, 0.0),
-        ("target", "small"): Pair((0.6,), 2.0, 0.0),
-        ("middle", "small"): Pair((0.8,), 4 / 3, 0.0),
+        ("target", "middle"): Pair((0.95,), (8,), (17.2 / 4.2,), (0.0,)),
+        ("target", "small"): Pair((0.6,), (8,), (2.0,), (0.0,)),
+        ("middle", "small"): Pair((0.8,), (8,), (4 / 3,), (0.0,)),
     }
     assert predict((), "target", passes, alone, pairs).seconds == pytest.approx(8.05)
     one = predict(("middle",), "target", passes, alone, pairs)
@@ -77,13 +77,24 @@ def test_chains_are_counted_from_their_end():
 def test_what_the_last_pass_gives_beyond_the_buffer_counts():
     """A buffer of 4 that holds 5.5 tokens on average: their drafting is paid, and they may be accepted."""
     passes, alone = {"target": lambda rows: 20.0 + rows, "middle": lambda rows: 10.0}, Bottom(32.2, 7.2, 4.0)
-    found = predict(("middle",), "target", passes, alone, {("target", "middle"): Pair((0.9,), 4.0, 1.5)}, (4,))
+    pair = Pair((0.9,), (8,), (4.0,), (1.5,))
+    found = predict(("middle",), "target", passes, alone, {("target", "middle"): pair}, (4,))
     assert found.length == pytest.approx((tokens_a_pass(0.9, 5) + tokens_a_pass(0.9, 6)) / 2)
     assert found.seconds == pytest.approx((20 + 6.5 + 5.5 * 4) / found.length)
     assert tokens_a_pass(1.0, 2.5) == 3.5
     assert tokens_a_pass((0.5, 0.9, 0.8), 4) == pytest.approx(1 + 0.5 + 0.45 + 0.36 + 0.288)
     longest = max(range(1, 25), key=lambda m: -time_per_token(passes["target"], 4.0, 0.9, m + 1.5))
-    assert best_buffer(passes["target"], 4.0, 0.9, 1.5)[0] == longest
+    assert best_buffer(passes["target"], pair)[0] == longest
+
+
+def test_a_longer_buffer_has_a_cost_of_its_own():
+    """A drafter that gives less in long buffers: 2 seconds a token in 8, 4 in 24, so 3 in 16."""
+    pair = Pair((0.98,), (8, 24), (2.0, 4.0), (0.0, 1.0))
+    assert pair.at(16) == (3.0, 16.5) and pair.at(4) == (2.0, 4.0) and pair.at(30) == (4.0, 31.0)
+    passes, alone = {"target": lambda rows: 25.0}, Bottom(32.2, 7.2, 4.0)
+    found = predict(("middle",), "target", passes, alone, {("target", "middle"): pair}, (16,))
+    assert found.seconds == pytest.approx((25 + 16.5 * 3) / tokens_a_pass(0.98, 16.5))
+    assert best_buffer(passes["target"], pair)[0] < best_buffer(passes["target"], pair, below=2.0)[0]
 
 
 def test_measured_costs_and_chances():
