@@ -11,11 +11,11 @@ answers: what all trainings read (`draftsmith regenerate`); prompts, development
 start: `early`, a drafter that the head's usual recipe trained for a tenth of what the shipped one took; `late`, the
 shipped one; `fresh`, none, for arms that change the head's form. Each arm (`ARMS`: changes of the recipe) is trained
 with each of the rates (factors of `RATES`), the best on the development prompts stays; more seeds are trained where the
-first one gains. equal: time, as many steps as fit `--seconds` processor seconds, by a short run of `base` and by what a
-step of each arm costs beside one of `base`, all in turn (`--cost`; fresh heads by a short run of their own); steps, as
-many as `base` takes in that time. dtype: of the products in training, and of the target. What stands in the folder
-is not trained or decoded again. tau: 60-node tree, 64 new tokens; 95 % intervals resample prompts, of gains over `base`
-of the same seed prompts are paired. Prints a Markdown table.
+first one gains. equal: time, as many steps as fit `--seconds` processor seconds, by a short run of `base` (once for
+all rates and seeds) and by what a step of each arm costs beside one of `base`, all in turn (`--cost`; fresh heads by a
+short run of their own); steps, as many as `base` takes in that time. dtype: of the products in training, and of the
+target. What stands in the folder is not trained or decoded again. tau: 60-node tree, 64 new tokens; 95 % intervals
+resample prompts, of gains over `base` of the same seed prompts are paired. Prints a Markdown table.
 
 --cost instead times a step of each arm, all in turn: processor time depends on what else a machine does.
 
@@ -130,9 +130,10 @@ class Arena:
             tokens = sum(len(json.loads(line)["tokens"]) for line in file)
         self.epoch = tokens / self.spec.optimization.batch_tokens  # steps, at most
 
-    def trained(self, changes: list[str], place: Path, seconds: float) -> dict:
-        """By processor time; a step is timed over nine of them."""
-        return trained(self.recipe, changes, self.a.answers, place, seconds, (3 / self.epoch, 12 / self.epoch))
+    def trained(self, changes: list[str], place: Path, seconds: float, like: dict | None = None) -> dict:
+        """By processor time, of which a step is timed over nine, or as long as `like` took."""
+        short = (3 / self.epoch, 12 / self.epoch)
+        return trained(self.recipe, changes, self.a.answers, place, seconds, short, like)
 
     def usual(self, rate: float, seed: int) -> list[str]:
         muon, adam = (rate * x for x in RATES[self.a.start])
@@ -164,7 +165,9 @@ class Arena:
         changes = [*start, *self.usual(rate, seed), *self.arms[arm]]
         place = self.folder / folder_of(arm, rate, seed, equal)
         if arm == "base" or (equal == "time" and self.a.start == "fresh"):
-            took = self.trained(changes, place, self.a.seconds)
+            first = self.a.rates[0], self.a.seeds[0]  # of which alone a step is timed: all of `base` take as many
+            like = self.train("base", *first, "time", start)[1] if arm == "base" and (rate, seed) != first else None
+            took = self.trained(changes, place, self.a.seconds, like)
         else:
             base = self.train("base", rate, seed, "time", start)[1]
             took = self.beside(base, changes, place, self.share(arm, base["step_ms"]) if equal == "time" else 1.0)
