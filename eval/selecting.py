@@ -96,14 +96,16 @@ class SelectingDrafter:
     """drafters {name: drafter}, which can be idle (`Drafter.idle`). learner(count) -> a learner, one a
     request. estimator of the acceptance length: `product` for heads (chances behind every row; trees that were really
     proposed are scored by `rb`), `rb` or `realised`. every: a head that is not chosen predicts in every so many passes,
-    behind all rows since then at once, the heads in turn; default: as many passes as there are heads, so that one idle
-    head predicts in a pass. replay: heads propose in every pass too, instead (exact, at the price of
-    drafting). lasting: one learner for all requests, as long as this drafter lives.
+    behind all rows since then at once, the heads in turn; default: twice as many passes as there are heads, so that one
+    idle head predicts in every other pass (twice as many rows cost a head hardly more). replay: heads propose in every
+    pass too, instead (exact, at the price of drafting). lasting: one learner for all requests, as long as this drafter
+    lives.
 
-    A loss is fed once all drafters' are known, in the order of the text, up to `HORIZON` tokens late. What an
-    unfinished text leaves open is never fed. choices: {drafter: passes}; caught_up {drafter: rows that it was told
-    while it was idle}; seconds: of this thread, for all that the chosen drafter alone would not have needed. Raises
-    UserError for drafters that cannot be idle.
+    A loss is fed once all drafters' are known, in the order of the text, up to `HORIZON` tokens and `every` passes
+    late. What an unfinished text leaves open is never fed. choices: {drafter: passes}; caught_up {drafter: rows that it
+    was told while it was idle}; seconds: of this thread, for all that the chosen drafter alone would not have needed (a
+    chosen head predicts behind its rows and at its root at once, which counts as its own). Raises UserError for
+    drafters that cannot be idle.
     """
 
     idle = None
@@ -127,7 +129,7 @@ class SelectingDrafter:
         self.names, self.drafters = list(drafters), list(drafters.values())
         self.shared = learner(len(drafters)) if lasting else None
         self.learner, self.estimator, self.replay = learner, estimator, replay
-        self.every = every or max(1, sum(drafter.idle == "predict" for drafter in self.drafters))
+        self.every = every or max(1, 2 * sum(drafter.idle == "predict" for drafter in self.drafters))
         self.bandit = learner(len(self.drafters)).bandit
         shared = shared_spec([drafter.feature_spec for drafter in self.drafters])
         asked = [d.feature_spec.distribution for d in self.drafters if d.feature_spec.distribution is not None]
@@ -185,9 +187,14 @@ class SelectingDrafter:
             for w, c in zip(weights, chances)
         ]
         played, heads = sorted(set(chosen)), self._heads
-        due = {i for turn, i in enumerate(heads) if (self.passes + turn) % self.every == 0}
-        followed = {i: self._follow(i, draw.temperature) for i in heads if i in played or i in due}
-        trees, spent = {}, 0.0
+        due = {i for turn, i in enumerate(heads) if (self.passes + turn * self.every // len(heads)) % self.every == 0}
+        trees, followed, spent = {}, {}, 0.0
+        for i in heads:
+            if i in played or i in due:
+                before = time.thread_time()
+                predicted, counts, followed[i] = self.drafters[i].follow()
+                spent += time.thread_time() - before if i in played else 0.0  # its root's is among them
+                self._note(i, predicted, counts, draw.temperature)
         for i, drafter in enumerate(self.drafters):
             if i in played:
                 before = time.thread_time()
@@ -206,11 +213,9 @@ class SelectingDrafter:
         self.seconds += time.thread_time() - clock - spent
         return self.tree
 
-    def _follow(self, number: int, temperature: float):
-        """A head's predictions behind the rows that it has not been asked for yet, noted by place."""
-        drafter = self.drafters[number]
-        predicted, counts, first = drafter.follow()
-        policy, ids = drafter.policy, drafter.head.ids
+    def _note(self, number: int, predicted: torch.Tensor, counts: torch.Tensor, temperature: float) -> None:
+        """A head's predictions behind the rows that it has not been asked for yet, by place."""
+        policy, ids = self.drafters[number].policy, self.drafters[number].head.ids
         drawn = temperature > 0 and policy.draws
         if drawn:
             scores, picks = (predicted / (policy.temperature or temperature)).softmax(-1).topk(min(TOP, len(ids)))
@@ -223,7 +228,6 @@ class SelectingDrafter:
                 some = tokens[b, k].tolist()
                 found = dict(zip(some, values[b, k].tolist())) if drawn else frozenset(some)
                 ledger.sets[number][first_place + k] = found
-        return first
 
     def observe(self, features: Features, root: torch.Tensor) -> None:
         clock, spent = time.thread_time(), 0.0

@@ -14,7 +14,8 @@ apart, which would also learn from rejected nodes). Learners are fresh for every
 the next (`lasting`). Each loss becomes known when the text has reached it.
 
 * tables: tau by domain of every fixed drafter and every rule, with the difference from the best fixed drafter of the
-  domain in hindsight, paired by request; cumulative regret (in tokens a pass over `HORIZON` + 1) by passes.
+  domain in hindsight, and of NormalHedge from the generalist and the bandits, paired by request; cumulative regret (in
+  tokens a pass over `HORIZON` + 1) by passes.
 * switch: the same where each text is the first half of one domain's and the second half of another's.
 * real: some requests decoded by `select:...` itself: tau beside the played one, seconds of the choosing by those of
   passes (the decoding thread's own).
@@ -180,21 +181,26 @@ def table(notes, domains, names, seeds: int) -> dict:
     oracle = {(0, i): fixed[best[domains[i]]][0, i] for i in every}
     hindsight = {(0, i): max((fixed[n][0, i] for n in names), key=lambda v: v[0] / max(1, v[1])) for i in every}
     rows = {**fixed, "best fixed of the domain": oracle, "best fixed of the request": hindsight, **played}
-    document = {"best": best, "tau": {}, "behind_best": {}, "regret": {}, "exponent": {}}
+    document = {"best": best, "tau": {}, "behind_best": {}, "ahead": {}, "regret": {}, "exponent": {}}
+    sums = {
+        name: tuple([sum(v[k] for (_, r), v in values.items() if r == i) for i in sorted(every)] for k in (0, 1))
+        for name, values in rows.items()
+    }
+    less = lambda name, other: [round(x, 3) for x in difference_interval(sums[name], sums[other])]  # noqa: E731
     for name, values in rows.items():
         document["tau"][name] = {d: round(tau_of(values, part), 3) for d, part in parts.items()}
         document["tau"][name]["all"] = round(tau_of(values, every), 3)
-        sums = [[sum(v[k] for (_, r), v in values.items() if r == i) for i in sorted(every)] for k in (0, 1)]
-        of_best = [[oracle[0, i][k] for i in sorted(every)] for k in (0, 1)]
-        document["behind_best"][name] = [round(x, 3) for x in difference_interval(tuple(sums), tuple(of_best))]
+        document["behind_best"][name] = less(name, "best fixed of the domain")
         points, exponent = growth(values)
         document["regret"][name], document["exponent"][name] = points, round(exponent, 3)
+    for rule in ("normalhedge", "normalhedge lasting"):
+        document["ahead"][rule] = {other: less(rule, other) for other in (names[0], "ucb1", "exp3")}
     return document
 
 
 def show(document: dict, title: str) -> None:
     domains = list(next(iter(document["tau"].values())))
-    print(f"\n{title}; best fixed: {document['best']}")
+    print(f"\n{title}; best fixed: {document['best']}; less others, 95 %: {document['ahead']}")
     print("| method | " + " | ".join(domains) + " | less the best fixed, 95 % | regret by passes | exponent |")
     print("| - " * (len(domains) + 4) + "|")
     for name, cells in document["tau"].items():
