@@ -249,6 +249,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--real", type=int, help="requests that are decoded by the drafter itself")
     parser.add_argument("--texts", type=int, default=0)
+    parser.add_argument(
+        "--notes", type=Path, help=".npz, kept for other rules: read instead of decoding if it is there"
+    )
     parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -282,7 +285,13 @@ def main():
             f"{arguments.texts} sampled texts while drafters switch, G over its bound: {document['sampled']}",
             flush=True,
         )
-    notes = noted(methods, pool, prompts, tokens)
+    if arguments.notes and arguments.notes.exists():
+        with np.load(arguments.notes) as found:
+            notes = [found[str(i)] for i in range(len(found))]
+    else:
+        notes = noted(methods, pool, prompts, tokens)
+    if arguments.notes and not arguments.notes.exists():
+        np.savez(arguments.notes, **{str(i): note for i, note in enumerate(notes)})
     kept = [i for i, note in enumerate(notes) if note.shape[1] > 0]
     notes, domains, prompts = [notes[i] for i in kept], [domains[i] for i in kept], [prompts[i] for i in kept]
     document["stream"] = table(notes, domains, names, arguments.seeds)
