@@ -151,13 +151,15 @@ def test_walking_down_is_the_law_of_rejection(model, seed):
 @settings(deadline=None, max_examples=60)
 @given(models())
 def test_traversal_never_accepts_fewer_than_rejection(model):
+    """A theorem for chains alone (3.4 of Traversal Verification). Trees exist on which it accepts fewer, by some
+    hundred-thousandths: 1.46795 against 1.46801 drafted tokens, with repeated siblings.
+    """
     parents, _, p, q, _, _ = model
+    chain = [-1, 0, 1, 2]
+    tokens = lambda name, parents, kind: expected(RULES[name], parents, [kind] * len(parents), p, q)  # noqa: E731
+    assert tokens("traversal", chain, IID) > tokens("rejection", chain, IID) - EXACT, model
     for kind in (WITHOUT, IID):
-        kinds = [kind] * len(parents)
-        assert (
-            expected(RULES["traversal"], parents, kinds, p, q)
-            > expected(RULES["rejection"], parents, kinds, p, q) - EXACT
-        ), model
+        assert tokens("traversal", parents, kind) > (1 - 1e-3) * tokens("rejection", parents, kind) - EXACT, model
 
 
 @settings(deadline=None, max_examples=30)
