@@ -2,7 +2,7 @@
 
     python tests/benchmarks/selection.py --quick [--suites FOLDER] [--output FILE]
     python tests/benchmarks/selection.py [--target TARGET] [--method METHOD ...] [--suite NAME=FILE ...] [--limit N]
-        [--tokens N] [--seeds N] [--real N] [--texts 50000] [--dtype bf16] [--output FILE]
+        [--tokens N] [--seeds N] [--real N] [--texts 50000] [--dtype bf16] [--notes FILE] [--output FILE]
 
 The first method is the generalist. Domains are the EAGLE repository's GSM8K, HumanEval, QA and MT-bench prompts, read
 from FOLDER (default: what DRAFTSMITH_SUITES names, else `../shared/data/suites` beside the project).
@@ -27,6 +27,7 @@ the share of a pass.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -40,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from draftsmith.eval.decode import Clock, generate  # noqa: E402
 from draftsmith.eval.lossless import dtype_of  # noqa: E402
 from draftsmith.eval.measurement.interval import difference_interval  # noqa: E402
+from draftsmith.eval.measurement.journal import Journal  # noqa: E402
 from draftsmith.eval.measurement.prompts import read_prompts  # noqa: E402
 from draftsmith.eval.sampling import Sampling  # noqa: E402
 from draftsmith.eval.selecting import HORIZON, SelectingDrafter  # noqa: E402
@@ -94,10 +96,15 @@ def followed(tokens, parents, text) -> int:
     return depth
 
 
-def noted(methods: Methods, pool: dict, prompts: list[list[int]], tokens: int) -> list[np.ndarray]:
-    """For each request [drafters, T]: the drafted tokens that each drafter would have had accepted at each root."""
-    found = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+def noted(methods: Methods, pool: dict, prompts: list[list[int]], tokens: int, kept: Path | None) -> list[np.ndarray]:
+    """For each request [drafters, T]: the drafted tokens that each drafter would have had accepted at each root. kept:
+    a journal, in which those of the same prompts and drafters stand already or are written.
+    """
+    asked = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    settings = {"drafters": list(pool), "tokens": tokens, "prompts": asked, "dtype": str(methods.target.dtype)}
+    journal = Journal(kept, settings) if kept else {}
+    found = [np.array(journal[str(i)]["rows"], int) if str(i) in journal else None for i in range(len(prompts))]
+    order = sorted((i for i, note in enumerate(found) if note is None), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), BATCH):
         unit = order[start : start + BATCH]
         drafter = Noting(pool, methods.target.config.hidden_size)
@@ -108,6 +115,8 @@ def noted(methods: Methods, pool: dict, prompts: list[list[int]], tokens: int) -
             text, places = trace.tokens, drafter.trees.get(i, [])
             rows = [[followed(t, p, text[at + 1 :]) for t, p in place] for at, place in enumerate(places)]
             found[i] = np.array(rows, int).reshape(len(rows), len(pool)).T
+            if kept:
+                journal.add(str(i), {"rows": found[i].tolist()})
         print(f"noted {min(start + BATCH, len(order))}/{len(order)} requests", flush=True)
     return found
 
@@ -249,9 +258,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--real", type=int, help="requests that are decoded by the drafter itself")
     parser.add_argument("--texts", type=int, default=0)
-    parser.add_argument(
-        "--notes", type=Path, help=".npz, kept for other rules: read instead of decoding if it is there"
-    )
+    parser.add_argument("--notes", type=Path, help="a file that keeps what was noted, to play other rules on it")
     parser.add_argument("--dtype", help="of the target; default: fp32 on a CPU")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -285,13 +292,7 @@ def main():
             f"{arguments.texts} sampled texts while drafters switch, G over its bound: {document['sampled']}",
             flush=True,
         )
-    if arguments.notes and arguments.notes.exists():
-        with np.load(arguments.notes) as found:
-            notes = [found[str(i)] for i in range(len(found))]
-    else:
-        notes = noted(methods, pool, prompts, tokens)
-    if arguments.notes and not arguments.notes.exists():
-        np.savez(arguments.notes, **{str(i): note for i, note in enumerate(notes)})
+    notes = noted(methods, pool, prompts, tokens, arguments.notes)
     kept = [i for i, note in enumerate(notes) if note.shape[1] > 0]
     notes, domains, prompts = [notes[i] for i in kept], [domains[i] for i in kept], [prompts[i] for i in kept]
     document["stream"] = table(notes, domains, names, arguments.seeds)
